@@ -1,0 +1,35 @@
+"""qvit: vision transformers at 4, 3 and 2 bits, trained with Q-ViT and fully quantized.
+
+``import qvit`` loads no PyTorch; the first use of a name of the training wing does.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from qvit import errors
+from qvit.config import QuantConfig
+from qvit.errors import QvitError
+
+if TYPE_CHECKING:
+    from qvit.calibration import calibrate
+    from qvit.convert import quantize
+    from qvit.distill import DistillationLoss
+
+__version__ = "0.1.0"
+__all__ = ["DistillationLoss", "QuantConfig", "QvitError", "calibrate", "errors", "quantize"]
+
+_TRAINING_WING = {"quantize": "convert", "calibrate": "calibration", "DistillationLoss": "distill"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _TRAINING_WING:
+        raise AttributeError(f"module 'qvit' has no attribute {name!r}")
+    try:
+        module = importlib.import_module(f"qvit.{_TRAINING_WING[name]}")
+    except ModuleNotFoundError as missing:
+        raise errors.MissingExtraError(
+            f"qvit.{name} needs {missing.name}, part of the training extra: pip install 'qvit[train]'."
+        ) from missing
+    return getattr(module, name)

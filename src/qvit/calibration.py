@@ -1,0 +1,190 @@
+"""Scales, offsets and the rectifiers' start, from data (method.md, sections 1 and 2)."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qvit.errors import ConfigError, DataError, UnsupportedModelError
+from qvit.nn.linear import QuantConv2d, QuantLinear
+from qvit.nn.quantizer import Quantizer, from_codes, to_codes
+from qvit.nn.rectify import Rectifier, Start
+
+SAMPLES = 2**17
+"""Values kept a quantizer (all its groups and batches together); the fit's error falls with their square root."""
+RECTIFIER_IMAGES = 256
+_STARTS = (1.0, 0.8, 0.6, 0.45, 0.33, 0.24, 0.17, 0.12)
+_ROUNDS = 12
+
+
+def calibrate(model: nn.Module, batches: Iterable[Any], *, rectify_start: Start = "teacher") -> None:
+    """Set every scale, offset and rectifier of a quantized model, in place.
+
+    Two passes in floating point: the first fits the rectifiers to the queries and keys, the second collects what
+    enters each quantizer. Then scale and offset minimise the mean squared error of the quantized values, for weights
+    and activations alike.
+
+    Args:
+        model: what :func:`qvit.quantize` returned.
+        batches: image tensors ``(B, C, H, W)``, or tuples that start with one; some hundred images are enough.
+        rectify_start: ``"teacher"`` starts gamma and beta so that q~ is as near to q as they allow; ``"unit"`` at 1
+            and 0, as the authors' code does.
+
+    Raises:
+        UnsupportedModelError: if the model has nothing to calibrate.
+        DataError: if ``batches`` is empty or the images make a NaN or an infinity in the float model.
+        ConfigError: for an unknown ``rectify_start``.
+    """
+    if rectify_start not in ("teacher", "unit"):
+        raise ConfigError(f'rectify_start must be "teacher" or "unit", not {rectify_start!r}.')
+    quantizers = {name: m for name, m in model.named_modules() if isinstance(m, Quantizer)}
+    if not quantizers:
+        raise UnsupportedModelError("This model has no quantizers to calibrate: pass what qvit.quantize returned.")
+    device = next(model.parameters()).device
+    images = [(batch[0] if isinstance(batch, (tuple, list)) else batch).to(device) for batch in batches]
+    if not images:
+        raise DataError("Calibration needs at least one batch of images, and there was none.")
+
+    was_training = model.training
+    model.eval()
+    with torch.no_grad(), _in_floating_point(quantizers.values()):
+        _start_rectifiers(model, images, rectify_start)
+        samples = _collect(model, images, quantizers)
+    for name, quantizer in quantizers.items():
+        values = samples[name] if quantizer.batched else None
+        if values is not None:
+            _fit(name, quantizer, values)
+    for name, module in model.named_modules():
+        if isinstance(module, (QuantLinear, QuantConv2d)):
+            _fit(f"{name}.weight", module.weight_quantizer, module.weight.detach().float().flatten(1))
+    model.train(was_training)
+
+
+def minimum_error_scale(
+    x: Tensor, low: int, high: int, *, with_offset: bool, rounds: int = _ROUNDS
+) -> tuple[Tensor, Tensor]:
+    """Return scale and offset ``(G,)`` that minimise the squared error of quantizing each row of ``x (G, n)``.
+
+    Alternates between two exact steps, from several starts: the codes for the present scale and offset (rounding), and
+    the scale and offset for the present codes (least squares: a line through the pairs of code and value). Each step
+    can only lower the error.
+    """
+    smallest, largest = x.amin(dim=1, keepdim=True), x.amax(dim=1, keepdim=True)
+    if with_offset:
+        width = largest - smallest
+        middle = (largest + smallest) / 2
+    else:
+        width = torch.maximum(largest / max(high, 1), smallest / min(low, -1)) * (high - low)
+        middle = torch.zeros_like(width)
+    # A row of one value only: any positive scale is right, and the value's own size keeps it in floating range.
+    width = torch.where(width > 0, width, x.abs().amax(dim=1, keepdim=True).clamp(min=1e-6))
+
+    best_error = torch.full_like(width, torch.inf)
+    best_scale, best_offset = width / (high - low), torch.zeros_like(width)
+    for start in _STARTS:
+        scale = start * width / (high - low)
+        offset = middle - scale * (low + high) / 2 if with_offset else torch.zeros_like(width)
+        for last in itertools.chain(itertools.repeat(False, rounds), [True]):
+            codes = to_codes(x, scale, offset, low, high)
+            if last:
+                break
+            code_mean = codes.mean(dim=1, keepdim=True) if with_offset else torch.zeros_like(width)
+            x_mean = x.mean(dim=1, keepdim=True) if with_offset else torch.zeros_like(width)
+            spread = (codes - code_mean).square().sum(dim=1, keepdim=True)
+            slope = ((codes - code_mean) * (x - x_mean)).sum(dim=1, keepdim=True) / spread
+            moves = torch.isfinite(slope) & (slope > 0)
+            scale = torch.where(moves, slope, scale)
+            offset = torch.where(moves, x_mean - slope * code_mean, offset)
+        error = (x - from_codes(codes, scale, offset)).square().mean(dim=1, keepdim=True)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_scale = torch.where(better, scale, best_scale)
+        best_offset = torch.where(better, offset, best_offset)
+    return best_scale.squeeze(1), best_offset.squeeze(1)
+
+
+def _fit(name: str, quantizer: Quantizer, values: Tensor) -> None:
+    """Set one quantizer from ``values (G, n)``, one row a scale."""
+    if not torch.isfinite(values).all():
+        raise DataError(f"Calibration met a NaN or an infinity at {name}: check the float model and the images.")
+    with_offset = quantizer.offset is not None
+    scale, offset = minimum_error_scale(values, quantizer.low, quantizer.high, with_offset=with_offset)
+    quantizer.set(scale, offset if with_offset else None)
+
+
+def _start_rectifiers(model: nn.Module, images: list[Tensor], start: Start) -> None:
+    rectifiers = {name: m for name, m in model.named_modules() if isinstance(m, Rectifier)}
+    if not rectifiers:
+        return
+    for rectifier in rectifiers.values():
+        rectifier.enabled = False
+    seen: dict[str, list[Tensor]] = {name: [] for name in rectifiers}
+    few, count = [], 0
+    for batch in images:
+        few.append(batch[: RECTIFIER_IMAGES - count])
+        count += len(few[-1])
+        if count >= RECTIFIER_IMAGES:
+            break
+    try:
+        with _watching(rectifiers, lambda name, x: seen[name].append(x)):
+            for batch in few:
+                model(batch)
+    finally:
+        for rectifier in rectifiers.values():
+            rectifier.enabled = True
+    for name, rectifier in rectifiers.items():
+        rectifier.fit(torch.cat(seen[name]))
+        if start == "unit":
+            rectifier.gamma.fill_(1.0)
+            rectifier.beta.zero_()
+
+
+def _collect(model: nn.Module, images: list[Tensor], quantizers: dict[str, Quantizer]) -> dict[str, Tensor]:
+    """Run the model and return a random sample ``(G, n)`` of what entered each activation quantizer."""
+    activations = {name: q for name, q in quantizers.items() if q.batched}
+    generator = torch.Generator().manual_seed(0)
+    parts: dict[str, list[Tensor]] = {name: [] for name in activations}
+
+    def keep(name: str, x: Tensor) -> None:
+        groups = activations[name].log_scale.numel()
+        rows = x.float().movedim(1, 0).reshape(groups, -1) if groups > 1 else x.float().reshape(1, -1)
+        wanted = max(1, SAMPLES // (groups * len(images)))
+        if rows.shape[1] > wanted:
+            chosen = torch.randint(rows.shape[1], (wanted,), generator=generator).to(rows.device)
+            rows = rows[:, chosen]
+        parts[name].append(rows)
+
+    with _watching(activations, keep):
+        for batch in images:
+            model(batch)
+    return {name: torch.cat(rows, dim=1) for name, rows in parts.items()}
+
+
+@contextmanager
+def _in_floating_point(quantizers: Iterable[Quantizer]) -> Iterator[None]:
+    quantizers = list(quantizers)
+    for quantizer in quantizers:
+        quantizer.enabled = False
+    try:
+        yield
+    finally:
+        for quantizer in quantizers:
+            quantizer.enabled = True
+
+
+@contextmanager
+def _watching(modules: dict[str, Any], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda module, args: see(name, args[0])
+
+    handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

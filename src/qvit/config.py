@@ -1,0 +1,97 @@
+"""What is quantized to how many bits. Plain data, no PyTorch, so that the runtime can read it too."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Any, Literal, NamedTuple
+
+from qvit.errors import ConfigError
+
+MIN_BITS, MAX_BITS = 2, 8
+EDGE_BITS = 8
+"""Bits of the patch embedding and the classifier heads (method.md, section 1: "8 bits for weights and inputs")."""
+_EDGES = ("patch_embed.*", "head", "head_dist")
+
+Rectify = Literal["head", "token"]
+
+
+class Bits(NamedTuple):
+    """Bits of one module: of its weights and of the activations that enter it."""
+
+    weight: int
+    activation: int
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantConfig:
+    """How a model is quantized.
+
+    Args:
+        weight_bits: bits of every linear layer's weights, 2..8.
+        activation_bits: bits of every activation that enters a product, 2..8.
+        rectify: over what queries and keys are normalised before they are quantized (method.md, section 2):
+            ``"head"`` (all values of one head), ``"token"`` (each token of each head), or ``None`` for no rectification.
+        overrides: bits by module-name pattern (:func:`fnmatch.fnmatchcase`), an integer for both or
+            ``(weight, activation)``; the last matching pattern wins. The patch embedding and the heads have 8 bits
+            unless a pattern names them. Example: ``{"blocks.0.*": 8, "blocks.*.mlp.fc2": (2, 4)}``.
+
+    Raises:
+        ConfigError: for bits outside 2..8 or an unknown ``rectify``.
+    """
+
+    weight_bits: int = 4
+    activation_bits: int = 4
+    rectify: Rectify | None = "head"
+    overrides: Mapping[str, int | tuple[int, int]] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_bits("weight_bits", self.weight_bits)
+        _check_bits("activation_bits", self.activation_bits)
+        if self.rectify not in ("head", "token", None):
+            raise ConfigError(f'rectify must be "head", "token" or None, not {self.rectify!r}.')
+        for pattern, bits in self.overrides.items():
+            for value in _pair(bits):
+                _check_bits(f"overrides[{pattern!r}]", value)
+
+    def bits(self, name: str) -> Bits:
+        """Return the bits of the module called ``name`` (its dotted name inside the model)."""
+        chosen = Bits(self.weight_bits, self.activation_bits)
+        if any(fnmatchcase(name, edge) for edge in _EDGES):
+            chosen = Bits(EDGE_BITS, EDGE_BITS)
+        for pattern, bits in self.overrides.items():
+            if fnmatchcase(name, pattern):
+                chosen = _pair(bits)
+        return chosen
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the configuration as JSON-ready data; :meth:`from_dict` reads it back."""
+        return {**dataclasses.asdict(self), "overrides": {name: list(_pair(b)) for name, b in self.overrides.items()}}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> QuantConfig:
+        """Read what :meth:`to_dict` wrote.
+
+        Raises:
+            ConfigError: for a field that is unknown or has a value that cannot be meant.
+        """
+        unknown = set(data) - {field.name for field in dataclasses.fields(cls)}
+        if unknown:
+            raise ConfigError(f"Unknown field {sorted(unknown)[0]!r} in the quantization config.")
+        return cls(**data)
+
+
+def _pair(bits: Any) -> Bits:
+    if isinstance(bits, int):
+        return Bits(bits, bits)
+    try:
+        weight, activation = bits
+    except (TypeError, ValueError):
+        raise ConfigError(f"An override is a number of bits or (weight bits, activation bits), not {bits!r}.") from None
+    return Bits(weight, activation)
+
+
+def _check_bits(what: str, bits: Any) -> None:
+    if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
+        raise ConfigError(f"{what} must be a whole number from {MIN_BITS} to {MAX_BITS}, not {bits!r}.")

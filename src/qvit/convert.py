@@ -1,0 +1,81 @@
+"""A timm vision transformer in, the same model with quantized modules out."""
+
+from __future__ import annotations
+
+import copy
+
+from timm.layers import Attention, LayerScale, PatchEmbed, SwiGLU, SwiGLUPacked
+from timm.models import VisionTransformer
+from timm.models.vision_transformer import Block, ParallelThingsBlock, ResPostBlock
+from torch import nn
+
+from qvit.config import QuantConfig
+from qvit.errors import UnsupportedModelError
+from qvit.nn.attention import QuantAttention
+from qvit.nn.linear import QuantConv2d, QuantLinear
+
+_BLOCKS = (Block, ResPostBlock, ParallelThingsBlock)
+# Modules that own parameters and stay in floating point (method.md, section 1: LayerNorm and the residual stream do).
+_FLOAT = (nn.LayerNorm, nn.RMSNorm, LayerScale, VisionTransformer, SwiGLU, SwiGLUPacked)
+
+
+def quantize(teacher: nn.Module, config: QuantConfig | None = None) -> VisionTransformer:
+    """Return a fully quantized copy of a timm vision transformer; ``teacher`` is untouched.
+
+    Every linear layer and both attention products work on codes, the patch embedding and the heads on 8 bits. The copy
+    keeps timm's module names and loads the float model's state dict. Its scales are not set yet: pass it to
+    :func:`qvit.calibrate` before running it.
+
+    Args:
+        teacher: a member of timm's ``VisionTransformer`` family (ViT, DeiT, with or without distillation token,
+            register tokens, LayerScale, qk-norm; any image size).
+        config: bits and rectification; 4 bits with ``rectify="head"`` by default.
+
+    Raises:
+        UnsupportedModelError: naming the module that cannot be quantized and its class.
+    """
+    config = config or QuantConfig()
+    if not isinstance(teacher, VisionTransformer):
+        raise UnsupportedModelError(
+            f"qvit quantizes timm's VisionTransformer family (vit_*, deit_*); {type(teacher).__name__} is not of it."
+        )
+    _check(teacher)
+    # A teacher is often frozen for distillation; its student is there to be trained.
+    student = copy.deepcopy(teacher).requires_grad_(True)
+    for name, module in list(student.named_modules()):
+        replacement: nn.Module
+        if isinstance(module, Attention):
+            replacement = QuantAttention(module, config, name)
+        elif isinstance(module, nn.Linear):
+            replacement = QuantLinear(module, config.bits(name))
+        elif isinstance(module, nn.Conv2d):
+            replacement = QuantConv2d(module, config.bits(name))
+        else:
+            continue
+        # An Attention comes before its own linear layers, which are then replaced inside the QuantAttention.
+        student.set_submodule(name, replacement.train(module.training).to(next(module.parameters()).device))
+    student.quant_config = config
+    return student
+
+
+def _check(model: VisionTransformer) -> None:
+    """Refuse, by name, whatever would silently stay in floating point or break."""
+
+    def refuse(name: str, module: nn.Module, why: str) -> None:
+        raise UnsupportedModelError(f"Cannot quantize {name} ({type(module).__name__}): {why}.")
+
+    if not isinstance(model.patch_embed, PatchEmbed):
+        refuse("patch_embed", model.patch_embed, "only timm's plain PatchEmbed is supported")
+    if model.attn_pool is not None:
+        refuse("attn_pool", model.attn_pool, "attention pooling is not supported; use global_pool='token' or 'avg'")
+    for index, block in enumerate(model.blocks):
+        if not isinstance(block, _BLOCKS):
+            refuse(f"blocks.{index}", block, "this kind of block computes its own attention")
+    for name, module in model.named_modules():
+        if isinstance(module, Attention):
+            if getattr(module, "gate", None) is not None:
+                refuse(name, module, "gated attention is not supported")
+            continue
+        owns_parameters = next(module.parameters(recurse=False), None) is not None
+        if owns_parameters and not isinstance(module, (nn.Linear, nn.Conv2d, *_FLOAT)):
+            refuse(name, module, "its parameters are of a kind that qvit does not know")

@@ -1,0 +1,143 @@
+"""Distillation: DeiT's hard labels, and Q-ViT's distribution guided distillation (DGD; method.md, sections 1 and 3)."""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qvit.config import Rectify
+from qvit.errors import TeacherMismatchError
+from qvit.nn.attention import QueryKeyRecorder, attention_layers
+from qvit.nn.rectify import EPS
+
+GUIDED_WEIGHT = 0.1
+"""Default lambda; see :class:`DistillationLoss` for what it multiplies."""
+
+
+def guided_distance(teacher: Tensor, student: Tensor) -> Tensor:
+    """Return ``|| G_T - G ||_F`` for every image and head, without building the N x N matrices ``G``.
+
+    With ``A = teacher (..., N, D_T)`` and ``B = student (..., N, D)``, ``G = B B^T / ||B B^T||_F`` and
+
+        ||G_T - G||_F^2 = 2 - 2 ||A^T B||_F^2 / (||A^T A||_F ||B^T B||_F)
+
+    which costs O(N D^2) time and O(N D + D^2) memory. The root is that of the square plus the precision of the dtype,
+    less the root of that precision: the distance is exactly 0 and its gradient finite where student and teacher
+    agree.
+
+    Args:
+        teacher: queries or keys ``(B, H, N, D_T)``; float32 or wider arithmetic whatever the dtype.
+        student: ``(B, H, N, D)``.
+
+    Returns:
+        ``(B, H)`` distances, each between 0 and sqrt(2).
+    """
+    a, b = (x if x.dtype == torch.float64 else x.float() for x in (teacher, student))
+    with torch.autocast(a.device.type, enabled=False):
+        # Rows of unit mean square first: the formula is homogeneous, and the fourth powers stay in range.
+        a = a * torch.rsqrt(a.square().mean(dim=(-2, -1), keepdim=True) + torch.finfo(a.dtype).tiny)
+        b = b * torch.rsqrt(b.square().mean(dim=(-2, -1), keepdim=True) + torch.finfo(b.dtype).tiny)
+        at = a.transpose(-2, -1)
+        cross = (at @ b).square().sum(dim=(-2, -1))
+        norm_a = torch.linalg.matrix_norm(at @ a)
+        norm_b = torch.linalg.matrix_norm(b.transpose(-2, -1) @ b)
+        squared = (2 - 2 * cross / (norm_a * norm_b)).clamp(min=0)
+        eps = torch.finfo(squared.dtype).eps
+        return torch.sqrt(squared + eps) - eps**0.5
+
+
+class DistillationLoss(nn.Module):
+    """``L = L_dist + lambda * L_DGD`` (method.md, section 3).
+
+    ``L_dist`` is the mean of two cross-entropies: the class logits against the label, and the distillation logits (the
+    same logits, if the student has no distillation token) against the class that the teacher chooses.
+
+    ``L_DGD`` is the mean of :func:`guided_distance` over images, layers, heads and over queries and keys, so one
+    ``guided_weight`` suits a model of any depth. The paper sums over L layers, H heads, queries and keys: its lambda
+    is ``guided_weight / (2 L H)``.
+
+    Args:
+        teacher: a float model; it is put in evaluation mode and never trained.
+        guided: whether ``L_DGD`` is part of the loss.
+        guided_weight: lambda.
+
+    Call it as ``loss_fn(student, images, labels)``; ``last_parts`` then holds the terms and the logits, detached.
+    """
+
+    def __init__(self, teacher: nn.Module, *, guided: bool = True, guided_weight: float = GUIDED_WEIGHT) -> None:
+        super().__init__()
+        self.teacher = teacher.eval()
+        self.guided, self.guided_weight = guided, guided_weight
+        self.last_parts: dict[str, Tensor] = {}
+        self._recorders: weakref.WeakKeyDictionary[nn.Module, QueryKeyRecorder] = weakref.WeakKeyDictionary()
+
+    def train(self, mode: bool = True) -> DistillationLoss:
+        """Do nothing: the teacher stays in evaluation mode."""
+        return self
+
+    def forward(self, student: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        """Return the scalar loss of ``student`` on ``images (B, C, H, W)`` with class numbers ``labels (B,)``.
+
+        Raises:
+            TeacherMismatchError: if classes, layers or heads of teacher and student differ.
+        """
+        with torch.no_grad():
+            teacher_logits, teacher_queries, teacher_keys = self._run(self.teacher, images)
+        logits, queries, keys = self._run(student, images)
+        class_logits, distillation_logits = logits if isinstance(logits, tuple) else (logits, logits)
+        if teacher_logits.shape[-1] != class_logits.shape[-1]:
+            raise TeacherMismatchError(
+                f"The teacher has {teacher_logits.shape[-1]} classes, the student {class_logits.shape[-1]}."
+            )
+        loss = 0.5 * F.cross_entropy(class_logits.float(), labels) + 0.5 * F.cross_entropy(
+            distillation_logits.float(), teacher_logits.argmax(dim=-1)
+        )
+        self.last_parts = {"logits": class_logits.detach(), "distillation": loss.detach()}
+        if self.guided:
+            guided = self._guided(student, teacher_queries + teacher_keys, queries + keys)
+            self.last_parts["guided"] = guided.detach()
+            loss = loss + self.guided_weight * guided
+        return loss
+
+    def _guided(self, student: nn.Module, teacher_qk: list[Tensor], student_qk: list[Tensor]) -> Tensor:
+        check_guidance(self.teacher, student)
+        if _rectify_of(student) == "token":
+            # Every row of q~ then has nearly the same norm: compare with the teacher's rows normalised alike.
+            teacher_qk = [F.layer_norm(x.float(), x.shape[-1:], eps=EPS) for x in teacher_qk]
+        distances = [guided_distance(t, s).mean() for t, s in zip(teacher_qk, student_qk, strict=True)]
+        return torch.stack(distances).mean()
+
+    def _run(self, model: nn.Module, images: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        if not self.guided:
+            return model(images), [], []
+        if model not in self._recorders:
+            self._recorders[model] = QueryKeyRecorder(model)
+        return self._recorders[model].run(model, images)
+
+
+def check_guidance(teacher: nn.Module, student: nn.Module) -> None:
+    """Raise unless DGD can compare the two models layer by layer and head by head (head dimensions may differ).
+
+    Raises:
+        TeacherMismatchError: saying what differs.
+    """
+    theirs, ours = ([int(layer.num_heads) for layer in attention_layers(m)] for m in (teacher, student))
+    if len(theirs) != len(ours):
+        raise TeacherMismatchError(
+            f"Distribution guided distillation compares layer by layer: the teacher has {len(theirs)} attention layers, "
+            f"the student {len(ours)}. Use a teacher of the same depth, or train without guidance."
+        )
+    for layer, (a, b) in enumerate(zip(theirs, ours, strict=True)):
+        if a != b:
+            raise TeacherMismatchError(
+                f"Distribution guided distillation compares head by head: in layer {layer} the teacher has {a} heads, "
+                f"the student {b}. Use a teacher with as many heads, or train without guidance."
+            )
+
+
+def _rectify_of(student: nn.Module) -> Rectify | None:
+    config = getattr(student, "quant_config", None)
+    return config.rectify if config is not None else None

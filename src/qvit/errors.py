@@ -1,0 +1,44 @@
+"""Every error that a user of qvit can cause, each a sentence that names the thing and the way out.
+
+The commands print the message and exit with status 2; the library raises the class. No PyTorch here.
+"""
+
+
+class QvitError(Exception):
+    """Base of every error that qvit raises on purpose."""
+
+
+class ConfigError(QvitError, ValueError):
+    """A configuration, recipe or command-line value that cannot be meant."""
+
+
+class UnsupportedModelError(QvitError, TypeError):
+    """A model, or a module inside it, that qvit cannot quantize."""
+
+
+class UncalibratedError(QvitError, RuntimeError):
+    """A quantized model was run before its scales were set."""
+
+
+class TeacherMismatchError(QvitError, ValueError):
+    """A teacher whose layers, heads or classes do not fit the student or the data."""
+
+
+class DataError(QvitError, ValueError):
+    """A data set that is absent, empty or does not fit the model."""
+
+
+class CorruptImageError(DataError):
+    """An image file that cannot be decoded."""
+
+
+class CheckpointError(QvitError, ValueError):
+    """A checkpoint that is absent, damaged, of another format or of another model."""
+
+
+class NonFiniteLossError(QvitError, ArithmeticError):
+    """Training produced a NaN or an infinity."""
+
+
+class MissingExtraError(QvitError, ImportError):
+    """Something of the training wing was asked for without its dependencies installed."""

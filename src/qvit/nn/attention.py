@@ -1,0 +1,98 @@
+"""Multi-head attention with both of its products on codes (method.md, sections 1 and 2)."""
+
+from __future__ import annotations
+
+import torch
+from timm.layers import Attention, maybe_add_mask, resolve_self_attn_mask
+from torch import Tensor, nn
+
+from qvit.config import QuantConfig
+from qvit.nn.quantizer import Quantizer
+from qvit.nn.rectify import make_rectifier
+
+
+class QuantAttention(nn.Module):
+    """timm's ``Attention`` with rectified and quantized queries and keys, quantized values and attention map.
+
+    Takes over the submodules of the float attention under the same names; its linear layers are replaced by
+    :func:`qvit.quantize`. Both products are written out, so timm's fused attention cannot bypass the quantizers.
+
+    Args:
+        attention: the float module.
+        config: bits and kind of rectification.
+        name: the module's dotted name, for per-module bits.
+    """
+
+    def __init__(self, attention: Attention, config: QuantConfig, name: str) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim, self.scale = attention.num_heads, attention.head_dim, attention.scale
+        self.qkv = attention.qkv
+        self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
+        self.query_rectifier = make_rectifier(config.rectify, self.num_heads, self.head_dim)
+        self.key_rectifier = make_rectifier(config.rectify, self.num_heads, self.head_dim)
+
+        def per_head(operand: str, *, signed: bool = True) -> Quantizer:
+            bits = config.bits(f"{name}.{operand}").activation
+            return Quantizer(bits, (self.num_heads, 1, 1), signed=signed, offset=signed)
+
+        self.query_quantizer = per_head("query_quantizer")
+        self.key_quantizer = per_head("key_quantizer")
+        self.value_quantizer = per_head("value_quantizer")
+        self.attention_quantizer = per_head("attention_quantizer", signed=False)
+        self.attn_drop, self.norm = attention.attn_drop, attention.norm
+        self.proj, self.proj_drop = attention.proj, attention.proj_drop
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Attend ``(B, N, C)`` to itself; the same signature and result shape as timm's ``Attention``."""
+        B, N, _ = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        q = self.query_quantizer(self.query_rectifier(self.q_norm(q)))
+        k = self.key_quantizer(self.key_rectifier(self.k_norm(k)))
+        logits = (q @ k.transpose(-2, -1)) * self.scale
+        logits = maybe_add_mask(logits, resolve_self_attn_mask(N, logits, attn_mask, is_causal))
+        attention = self.attn_drop(self.attention_quantizer(logits.softmax(dim=-1)))
+        out = (attention @ self.value_quantizer(v)).transpose(1, 2).reshape(B, N, self.num_heads * self.head_dim)
+        projected: Tensor = self.proj_drop(self.proj(self.norm(out)))
+        return projected
+
+
+def attention_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the attention modules of a float or quantized vision transformer, in the order they run."""
+    return [module for module in model.modules() if isinstance(module, (Attention, QuantAttention))]
+
+
+class QueryKeyRecorder:
+    """Hands out the queries and keys of every attention layer of a model, ``(B, H, N, D)`` each.
+
+    Of a float model what enters the attention product; of a quantized one the rectified q~ and k~ before they are
+    quantized. The hooks stay on the model, so that a compiled one is traced with them; outside :meth:`recording`
+    they do nothing.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.active = False
+        self.queries: list[Tensor] = []
+        self.keys: list[Tensor] = []
+        for layer in attention_layers(model):
+            rectified = isinstance(layer, QuantAttention)
+            query_source = layer.query_rectifier if rectified else layer.q_norm
+            key_source = layer.key_rectifier if rectified else layer.k_norm
+            query_source.register_forward_hook(self._keep_query)
+            key_source.register_forward_hook(self._keep_key)
+
+    def _keep_query(self, module: nn.Module, args: object, output: Tensor) -> None:
+        if self.active:
+            self.queries.append(output)
+
+    def _keep_key(self, module: nn.Module, args: object, output: Tensor) -> None:
+        if self.active:
+            self.keys.append(output)
+
+    def run(self, model: nn.Module, images: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Run ``model(images)`` and return its output, the queries and the keys layer by layer."""
+        self.active, self.queries, self.keys = True, [], []
+        try:
+            output = model(images)
+            return output, self.queries, self.keys
+        finally:
+            self.active, self.queries, self.keys = False, [], []

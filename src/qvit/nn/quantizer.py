@@ -1,0 +1,191 @@
+"""The quantizer: LSQ/LSQ+ arithmetic (method.md, section 1), written once for weights and activations.
+
+Sources: Esser et al., "Learned Step Size Quantization", ICLR 2020; Bhalgat et al., "LSQ+", 2020; for the scale kept as
+its logarithm, Jain et al., "Trained Quantization Thresholds", MLSys 2020.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qvit.errors import UncalibratedError
+
+
+def code_range(bits: int, *, signed: bool = True) -> tuple[int, int]:
+    """Return the smallest and the largest code: ``[-2^(b-1), 2^(b-1) - 1]``, or ``[0, 2^b - 1]`` if unsigned."""
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+
+
+def to_codes(x: Tensor, scale: Tensor, offset: Tensor | None, low: int, high: int) -> Tensor:
+    """Return ``round(clip((x - offset) / scale, low, high))``, whole numbers in ``x``'s floating dtype.
+
+    Rounding is half to even. ``scale`` and ``offset`` broadcast against ``x``.
+    """
+    centred = x if offset is None else x - offset
+    return torch.round(torch.clamp(centred / scale, low, high))
+
+
+def from_codes(codes: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
+    """Return ``scale * codes + offset``, the value that the codes stand for."""
+    values = codes * scale
+    return values if offset is None else values + offset
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """``from_codes(to_codes(x))`` with the LSQ+ gradients; saves ``x`` alone and recomputes the codes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, offset: Tensor | None, low: int, high: int, gradient_scale: float
+    ) -> Tensor:
+        ctx.save_for_backward(x, scale, offset)
+        ctx.low, ctx.high, ctx.gradient_scale = low, high, gradient_scale
+        return from_codes(to_codes(x, scale, offset, low, high), scale, offset)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        x, scale, offset = ctx.saved_tensors
+        v = (x if offset is None else x - offset) / scale
+        clipped = torch.clamp(v, ctx.low, ctx.high)
+        inside = v == clipped
+        grad_x = torch.where(inside, grad, 0)
+        # d x_hat / d scale is round(v) - v where the value passes, and the code itself where it was clipped.
+        step = torch.round(clipped) - torch.where(inside, v, 0)
+        grad_scale = (grad * step).sum_to_size(scale.shape) * ctx.gradient_scale
+        grad_offset = None
+        if offset is not None:
+            grad_offset = (grad - grad_x).sum_to_size(offset.shape) * ctx.gradient_scale
+        return grad_x, grad_scale, grad_offset, None, None, None
+
+
+def fake_quantize(
+    x: Tensor, scale: Tensor, offset: Tensor | None, low: int, high: int, gradient_scale: float = 1.0
+) -> Tensor:
+    """Quantize ``x`` and return the value of its codes, differentiable by the straight-through estimator.
+
+    Gradients, with ``v = (x - offset) / scale``: of ``x``, 1 inside the code range and 0 outside; of ``scale``,
+    ``round(v) - v`` inside and the clipped code outside; of ``offset``, 0 inside and 1 outside; the last two are
+    multiplied by ``gradient_scale`` (LSQ, equations 3 and 5; LSQ+, equation 4).
+
+    Args:
+        x: floating values of any shape.
+        scale: positive, broadcasts against ``x``.
+        offset: broadcasts against ``x``, or ``None`` for a symmetric or unsigned quantizer.
+        low: smallest code.
+        high: largest code.
+        gradient_scale: LSQ's ``g = 1 / sqrt(numel * Qp)``.
+    """
+    result: Tensor = _FakeQuantize.apply(x, scale, offset, low, high, gradient_scale)  # type: ignore[no-untyped-call]
+    return result
+
+
+class Float32Module(nn.Module):
+    """A module whose own parameters and buffers move between devices but never leave float32.
+
+    ``model.half()`` or ``model.to(torch.bfloat16)`` would round trained scales for good; statistics of this size cost
+    nothing in float32.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float32Module:
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(move, recurse)
+        return self
+
+
+class Quantizer(Float32Module):
+    """Fake-quantizes a tensor with a trained scale, and a trained offset if asked for.
+
+    The scale is ``exp(log_scale)``, positive by construction; the optimizer then moves it in proportion to its size,
+    which an Adam-like step on the scale itself would not do. Until :func:`qvit.calibrate` (or a state dict that
+    holds scales) has set it, it is NaN and ``forward`` raises.
+
+    Args:
+        bits: 2..8.
+        shape: shape of scale and offset, broadcast against the input: ``()`` for one a tensor, ``(H, 1, 1)`` for one a
+            head of ``(B, H, N, D)``, ``(out, 1)`` for one an output channel.
+        signed: codes in ``[-2^(b-1), 2^(b-1) - 1]``, otherwise in ``[0, 2^b - 1]``.
+        offset: whether an offset ``z`` is trained.
+        batched: whether the input's first dimension is the batch (activations) or not (weights).
+    """
+
+    def __init__(
+        self, bits: int, shape: tuple[int, ...] = (), *, signed: bool = True, offset: bool = True, batched: bool = True
+    ) -> None:
+        super().__init__()
+        self.bits, self.batched = bits, batched
+        self.low, self.high = code_range(bits, signed=signed)
+        self.log_scale = nn.Parameter(torch.full(shape, math.nan))
+        self.offset = nn.Parameter(torch.zeros(shape)) if offset else None
+        self.calibrated = False
+        self.enabled = True
+
+    @property
+    def scale(self) -> Tensor:
+        """The step between two codes, positive, float32."""
+        return self.log_scale.exp()
+
+    @torch.no_grad()
+    def set(self, scale: Tensor, offset: Tensor | None = None) -> None:
+        """Set scale and offset (any shape with as many elements) and mark the quantizer as calibrated."""
+        self.log_scale.copy_(scale.reshape(self.log_scale.shape).log())
+        if self.offset is not None and offset is not None:
+            self.offset.copy_(offset.reshape(self.offset.shape))
+        self.calibrated = bool(torch.isfinite(self.log_scale).all())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x`` on the grid of the codes, in ``x``'s dtype; the arithmetic is float32 (or wider if ``x`` is).
+
+        Raises:
+            UncalibratedError: if no scale has been set.
+        """
+        if not self.enabled:  # calibration looks at float values; a Python attribute, so that nothing depends on data
+            return x
+        if not self.calibrated:
+            raise UncalibratedError(
+                "This model's quantizers have no scales yet: call qvit.calibrate(model, batches), or load a trained "
+                "state dict, before running it."
+            )
+        wide = x if x.dtype == torch.float64 else x.float()
+        return fake_quantize(wide, self.scale, self.offset, self.low, self.high, self._gradient_scale(x)).to(x.dtype)
+
+    def codes(self, x: Tensor) -> Tensor:
+        """Return the integer codes of ``x`` (int16, so that unsigned 8-bit ones fit)."""
+        return to_codes(x.float(), self.scale, self.offset, self.low, self.high).to(torch.int16)
+
+    def _gradient_scale(self, x: Tensor) -> float:
+        # numel counts what shares one scale within one image: with the batch counted too, g and so the step would
+        # depend on how a batch is split over processes or accumulated.
+        numel = (x[0].numel() if self.batched else x.numel()) / self.log_scale.numel()
+        return 1.0 / math.sqrt(numel * self.high)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        # A float model's state dict has no scales; it loads, and the quantizer stays as it is.
+        if not any(key.startswith(prefix) for key in state_dict):
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        self.calibrated = bool(torch.isfinite(self.log_scale).all())
+
+    def extra_repr(self) -> str:
+        """Say the bits and how many scales there are."""
+        sign = "signed" if self.low else "unsigned"
+        return f"{self.bits} bits, {sign}, scales={self.log_scale.numel()}, offset={self.offset is not None}"
