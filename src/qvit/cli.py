@@ -1,0 +1,373 @@
+"""The ``qvit`` command: each subcommand a few lines that call the library."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from qvit.errors import ConfigError, MissingExtraError, QvitError
+
+if TYPE_CHECKING:
+    from qvit.train.checkpoint import ModelCard
+    from qvit.train.data import ImageSets
+    from qvit.train.loop import Options
+    from qvit.train.methods import FloatModel
+    from qvit.train.recipe import Recipe
+
+app = typer.Typer(
+    help="Vision transformers at 4, 3 and 2 bits: train them with Q-ViT, fully quantized, and measure them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+console = Console()
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="timm's name of a vision transformer (vit_*, deit_*).")]
+Data = Annotated[
+    str,
+    typer.Option(
+        help="digits; a folder with train/ and val/, or of class folders (a tenth is held out); or a timm data set: "
+        "torch/NAME, hfds/NAME, wds/NAME."
+    ),
+]
+DataRoot = Annotated[Optional[str], typer.Option(help="Folder of a timm data set.")]
+Splits = Annotated[str, typer.Option(help="Names of a timm data set's training and validation split.")]
+RecipeName = Annotated[
+    Optional[str],
+    typer.Option("--recipe", help="YAML file or built-in recipe: cifar10, deit_imagenet, digits [default: by --data]."),
+]
+Changes = Annotated[
+    Optional[list[str]],
+    typer.Option("--set", metavar="NAME=VALUE", help="Change a recipe entry, e.g. quantized.epochs=5; repeatable."),
+]
+Out = Annotated[Path, typer.Option(help="Folder for checkpoints, metrics and TensorBoard.")]
+Seed = Annotated[int, typer.Option(help="Same seed, same result (on one machine).", min=0)]
+Workers = Annotated[Optional[int], typer.Option(help="Processes that decode images [default: by machine].", min=0)]
+Precision = Annotated[str, typer.Option(help="no (float32) or bf16 (autocast).")]
+Compile = Annotated[bool, typer.Option("--compile", help="torch.compile the models: slower to start, faster to run.")]
+SkipCorrupt = Annotated[bool, typer.Option("--skip-corrupt", help="Go on without unreadable images, and count them.")]
+Cpu = Annotated[bool, typer.Option("--cpu", help="Do not use a GPU.")]
+
+
+@app.command()
+def train(
+    model: Model,
+    data: Data,
+    out: Out,
+    full_precision: Annotated[bool, typer.Option("--full-precision", help="Train a float model: a teacher.")] = False,
+    bits: Annotated[Optional[int], typer.Option(help="Bits of weights and activations, 2..8.")] = None,
+    activation_bits: Annotated[Optional[int], typer.Option(help="Bits of activations, if others.")] = None,
+    method: Annotated[str, typer.Option(help="q-vit, baseline, rectify (IRM), distill (DGD) or ptq.")] = "q-vit",
+    rectify: Annotated[str, typer.Option(help="IRM's statistics: head or token.")] = "head",
+    teacher: Annotated[Optional[Path], typer.Option(help="Float checkpoint or timm weights to distil from.")] = None,
+    start: Annotated[
+        Optional[Path], typer.Option(help="Float weights to start from [default: the teacher's].")
+    ] = None,
+    override: Annotated[
+        Optional[list[str]],
+        typer.Option(metavar="PATTERN=BITS", help="Bits of modules by name: 'blocks.0.*=8' or '*.fc2=2/4'; repeatable."),
+    ] = None,
+    recipe: RecipeName = None,
+    change: Changes = None,
+    data_root: DataRoot = None,
+    splits: Splits = "train,validation",
+    seed: Seed = 0,
+    workers: Workers = None,
+    precision: Precision = "no",
+    compile_models: Compile = False,
+    skip_corrupt: SkipCorrupt = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from OUT/last.pt.")] = False,
+    cpu: Cpu = False,
+) -> None:
+    """Train a float model, or quantize one and train that.
+
+    Examples:
+      qvit train vit_tiny_patch16_224 --full-precision --data digits --out runs/float
+      qvit train vit_tiny_patch16_224 --bits 4 --teacher runs/float/best.pt --data digits --out runs/q4
+    """
+    from qvit.train import methods
+
+    options = _options(out, seed, workers, precision, compile_models, skip_corrupt, resume, cpu, data)
+    settings = _recipe(recipe, data, change)
+    if full_precision:
+        if bits is not None or teacher is not None or start is not None:
+            raise ConfigError("--full-precision makes a float model: leave out --bits, --teacher and --start.")
+        sets, card = _open(model, settings, data, data_root, splits)
+        _fresh(options)
+        result = methods.train_full_precision(card, sets, settings, options, console)
+        title = "full precision"
+    else:
+        if bits is None:
+            raise ConfigError("Give --bits 2..8, or --full-precision for a float model.")
+        if method not in methods.METHODS:
+            raise ConfigError(f"There is no method {method!r}: the methods are {', '.join(methods.METHODS)}.")
+        if rectify not in ("head", "token"):
+            raise ConfigError(f"--rectify must be head or token, not {rectify!r}.")
+        if teacher is None and start is None:
+            raise ConfigError(
+                "Quantization starts from a float model: give --teacher CHECKPOINT (or --start CHECKPOINT to train "
+                "without a teacher); qvit train MODEL --full-precision makes one."
+            )
+        widths = _check_bits(bits, activation_bits)
+        overrides = _overrides(override)
+        sets, card = _open(model, settings, data, data_root, splits)
+        guide = None if teacher is None else _float_model(teacher, card, "teacher")
+        first = guide if start is None else _float_model(start, card, "start")
+        assert first is not None
+        if (first.card.name, first.card.model_args) != (card.name, card.model_args):
+            raise ConfigError(
+                f"The student starts from {start or teacher}, a {first.card.name} with {first.card.model_args}, and is "
+                f"to be a {card.name} with {card.model_args}: give a fitting --start, or that model."
+            )
+        _fresh(options)
+        reading: Any = rectify
+        result = methods.train_quantized(
+            first, guide, method, widths, reading, sets, settings, options, console, overrides
+        )
+        title = f"{bits} bits, {methods.METHODS[method].title}"
+    accuracy = result.accuracy
+    console.print(
+        f"{title}: top-1 {accuracy.top1:.2f}, top-5 {accuracy.top5:.2f} on {accuracy.images} images; "
+        f"checkpoints in {out}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def eval(
+    checkpoint: Annotated[Path, typer.Argument(help="What qvit train wrote: best.pt or last.pt.")],
+    data: Data,
+    data_root: DataRoot = None,
+    splits: Splits = "train,validation",
+    batch_size: Annotated[int, typer.Option(help="Images a step.", min=1)] = 64,
+    workers: Workers = None,
+    skip_corrupt: SkipCorrupt = False,
+    cpu: Cpu = False,
+) -> None:
+    """Measure a checkpoint's top-1 and top-5 on the validation images.
+
+    Of a folder: val/ (or validation/, test/) inside it if there is one, else all of its images.
+
+    Example:
+      qvit eval runs/q4/best.pt --data digits
+    """
+    from qvit.train.checkpoint import load_checkpoint
+    from qvit.train.data import make_loader, make_transform, open_validation
+    from qvit.train.loop import evaluate, make_accelerator
+
+    options = _options(Path(), 0, workers, "no", False, skip_corrupt, False, cpu, data)
+    model, card = load_checkpoint(checkpoint)
+    images = open_validation(data, card.classes, mode=card.mode, root=data_root, splits=splits)
+    loader = make_loader(
+        images, make_transform(card.preprocessing), batch_size, shuffle=False, workers=options.workers
+    )
+    device = make_accelerator(options).device
+    accuracy = evaluate(model.to(device), loader, device, skip_corrupt=skip_corrupt)
+    table = Table(title=f"{checkpoint} on {data}")
+    for column in ("model", "bits", "top-1", "top-5", "images", "images/s"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    config = card.quant_config
+    table.add_row(
+        card.name,
+        "32 (float)" if config is None else f"{config['weight_bits']}/{config['activation_bits']}",
+        f"{accuracy.top1:.2f}",
+        f"{accuracy.top5:.2f}",
+        str(accuracy.images),
+        f"{accuracy.images / max(accuracy.seconds, 1e-9):.0f}",
+    )
+    console.print(table)
+    if accuracy.unreadable:
+        console.print(f"{accuracy.unreadable} unreadable images were skipped.", highlight=False)
+
+
+@app.command()
+def ablate(
+    model: Model,
+    data: Data,
+    teacher: Annotated[Path, typer.Option(help="Float checkpoint: teacher and start of every run.")],
+    out: Out,
+    bits: Annotated[str, typer.Option(help="Comma-separated.")] = "4,3,2",
+    seeds: Annotated[str, typer.Option(help="How many (3 is 0, 1 and 2), or which (comma-separated).")] = "3",
+    rows: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Comma-separated: ptq, baseline, rectify-head, rectify-token, distill, q-vit-head, q-vit-token "
+            "[default: all]."
+        ),
+    ] = None,
+    recipe: RecipeName = None,
+    change: Changes = None,
+    data_root: DataRoot = None,
+    splits: Splits = "train,validation",
+    workers: Workers = None,
+    precision: Precision = "no",
+    compile_models: Compile = False,
+    skip_corrupt: SkipCorrupt = False,
+    cpu: Cpu = False,
+) -> None:
+    """Run the paper's ablation: each method at each number of bits, mean and spread over seeds.
+
+    Finished cells are kept in OUT and not run again; a run that was cut off goes on from its last checkpoint.
+
+    Example:
+      qvit ablate vit_tiny_patch16_224 --data digits --teacher runs/float/best.pt --bits 4,2 --seeds 3 --out runs/table
+    """
+    from qvit.analysis.figures import ablation_bars, png
+    from qvit.train.ablation import ablate as run
+    from qvit.train.ablation import results_table, rows_named
+
+    options = _options(out, 0, workers, precision, compile_models, skip_corrupt, False, cpu, data)
+    settings = _recipe(recipe, data, change)
+    widths, chosen = _numbers("--bits", bits), rows_named(rows)
+    for width in widths:
+        _check_bits(width, None)
+    numbers = _numbers("--seeds", seeds)
+    which = list(range(numbers[0])) if len(numbers) == 1 and "," not in seeds else numbers
+    if not which:
+        raise ConfigError("--seeds must be at least 1.")
+    sets, card = _open(model, settings, data, data_root, splits)
+    guide = _float_model(teacher, card, "teacher")
+    if (guide.card.name, guide.card.model_args) != (card.name, card.model_args):
+        raise ConfigError(
+            f"{teacher} holds a {guide.card.name} with {guide.card.model_args}, not a {card.name} with "
+            f"{card.model_args}: the ablation starts every run from it."
+        )
+    records = run(guide, sets, settings, options, console, bits=widths, seeds=which, rows=chosen)
+    console.print(results_table(records, guide.card.metrics.get("val_top1")))
+    figure = out / "ablation.png"
+    figure.write_bytes(png(ablation_bars(records)))
+    console.print(f"Figure in {figure}, records in {out}/*-bit/*/seed-*/result.json", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the report and the checkpoints.")] = Path("demo"),
+) -> None:
+    """Train a small ViT on handwritten digits, quantize it to 4 and 2 bits, and write report.html.
+
+    Example:
+      qvit demo --out demo
+    """
+    from qvit.demo import run_demo
+
+    run_demo(out, console)
+
+
+def _open(
+    model: str, recipe: Recipe, data: str, root: str | None, splits: str
+) -> tuple[ImageSets, ModelCard]:
+    from qvit.train.checkpoint import describe
+    from qvit.train.data import open_data
+
+    # The model first: a wrong name should not wait for a data set to be listed.
+    mode = describe(model, recipe.model_args, ["a", "b"], recipe.preprocessing).mode
+    sets = open_data(data, mode=mode, root=root, splits=splits)
+    return sets, describe(model, recipe.model_args, sets.classes, recipe.preprocessing)
+
+
+def _recipe(name: str | None, data: str, changes: list[str] | None) -> Recipe:
+    from qvit.train.recipe import builtin_recipes, load_recipe
+
+    guess = data.rsplit("/", 1)[-1]
+    default = guess if guess in builtin_recipes() else "deit_imagenet"
+    return load_recipe(name or default, changes or ())
+
+
+def _float_model(path: Path, card: ModelCard, role: str) -> FloatModel:
+    from qvit.errors import TeacherMismatchError
+    from qvit.train.checkpoint import load_float_model
+    from qvit.train.data import check_classes
+    from qvit.train.methods import FloatModel
+
+    model, its = load_float_model(path, card)
+    try:
+        check_classes(f"the {role} {path}", its.classes, "the data", card.classes)
+    except QvitError as error:
+        raise TeacherMismatchError(str(error)) from error
+    return FloatModel(model, its)
+
+
+def _options(
+    out: Path,
+    seed: int,
+    workers: int | None,
+    precision: str,
+    compile_models: bool,
+    skip_corrupt: bool,
+    resume: bool,
+    cpu: bool,
+    data: str,
+) -> Options:
+    try:
+        import torch
+
+        from qvit.train.loop import Options
+    except ModuleNotFoundError as missing:
+        raise MissingExtraError(
+            f"This command needs {missing.name}, part of the training extra: pip install 'qvit[train]'."
+        ) from missing
+
+    if precision not in ("no", "bf16"):
+        raise ConfigError(f"--precision must be no or bf16, not {precision!r}.")
+    if workers is None:
+        # Decoding beside training pays where a GPU trains; on the CPU the cores are the model's.
+        workers = min(8, torch.get_num_threads()) if torch.cuda.is_available() and data != "digits" else 0
+    return Options(out, seed, workers, precision, compile_models, skip_corrupt, resume, cpu)
+
+
+def _fresh(options: Options) -> None:
+    """Refuse to overwrite a run, or to resume none."""
+    exists = (options.out / "last.pt").exists()
+    if options.resume and not exists:
+        raise ConfigError(f"There is no {options.out / 'last.pt'} to resume: leave out --resume to start.")
+    if exists and not options.resume:
+        raise ConfigError(f"{options.out} holds a run already: give --resume to go on with it, or another --out.")
+
+
+def _check_bits(bits: int, activation_bits: int | None) -> tuple[int, int]:
+    from qvit.config import QuantConfig
+
+    config = QuantConfig(bits, bits if activation_bits is None else activation_bits)
+    return config.weight_bits, config.activation_bits
+
+
+def _overrides(items: list[str] | None) -> dict[str, int | tuple[int, int]]:
+    overrides: dict[str, int | tuple[int, int]] = {}
+    for item in items or ():
+        pattern, _, value = item.rpartition("=")
+        widths = value.split("/")
+        if not pattern or len(widths) > 2 or not all(width.isdecimal() for width in widths):
+            raise ConfigError(f"--override takes PATTERN=BITS or PATTERN=WEIGHT/ACTIVATION, not {item!r}.")
+        overrides[pattern] = int(widths[0]) if len(widths) == 1 else (int(widths[0]), int(widths[1]))
+    return overrides
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise ConfigError(f"{option} takes whole numbers separated by commas, not {text!r}.") from None
+
+
+def main() -> None:
+    """Run the command line; a user's mistake ends as one sentence and status 2."""
+    try:
+        app()
+    except QvitError as error:
+        console.file.flush()
+        print(f"qvit: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("qvit: interrupted.", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

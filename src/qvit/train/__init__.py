@@ -1,0 +1,1 @@
+"""Training, evaluation and the ablation: recipes, data, checkpoints and the loop."""

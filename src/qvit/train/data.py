@@ -1,0 +1,292 @@
+"""Images and labels: the digits, image folders, and whatever timm's ``create_dataset`` opens."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import timm.data
+import torch
+from PIL import Image
+from timm.data.distributed_sampler import RepeatAugSampler
+from timm.data.readers.reader_image_folder import find_images_and_targets
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Sampler
+
+from qvit.errors import CorruptImageError, DataError
+from qvit.images import Mode, open_image
+
+TIMM_SOURCES = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
+VAL_FOLDERS = ("val", "validation", "test")
+HOLDOUT = 0.1
+"""Share of each class's images held out for validation where a data set comes in one piece."""
+_SPLIT_SEED = 0
+
+Transform = Callable[[Image.Image], Tensor]
+
+
+class Unreadable(NamedTuple):
+    """What an image that cannot be decoded leaves in place of a sample."""
+
+    message: str
+
+
+class Batch(NamedTuple):
+    """``images (B, C, H, W)`` float32, ``labels (B,)`` int64, and the samples that could not be read."""
+
+    images: Tensor
+    labels: Tensor
+    unreadable: list[Unreadable]
+
+
+class Images(Dataset[Any]):
+    """Images with labels, decoded when asked for.
+
+    Args:
+        sources: file paths, or the images themselves.
+        labels: class numbers.
+        mode: ``"RGB"`` or ``"L"``.
+    """
+
+    def __init__(self, sources: Sequence[str | Image.Image], labels: Sequence[int], mode: Mode) -> None:
+        self.sources, self.labels, self.mode = sources, labels, mode
+        self.transform: Transform | None = None
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def __getitem__(self, index: int) -> tuple[Any, int] | Unreadable:
+        source = self.sources[index]
+        try:
+            image = source if isinstance(source, Image.Image) else open_image(source, self.mode)
+        except CorruptImageError as error:
+            # Returned, not raised: it may happen in a worker process, and the loop decides whether to go on.
+            return Unreadable(str(error))
+        return (image if self.transform is None else self.transform(image)), self.labels[index]
+
+    def split(self, share: float) -> tuple[Images, Images]:
+        """Return the images without and with a held-out ``share`` of each class, always the same ones."""
+        labels = np.asarray(self.labels)
+        rng = np.random.default_rng(_SPLIT_SEED)
+        held = np.zeros(len(labels), bool)
+        for label in np.unique(labels):
+            members = rng.permutation(np.flatnonzero(labels == label))
+            held[members[: max(1, round(share * len(members)))]] = True
+        first, second = (
+            Images([self.sources[i] for i in chosen], labels[chosen].tolist(), self.mode)
+            for chosen in (np.flatnonzero(~held), np.flatnonzero(held))
+        )
+        return first, second
+
+
+@dataclasses.dataclass
+class ImageSets:
+    """Training and validation images with the names of their classes."""
+
+    train: Dataset[Any]
+    val: Dataset[Any]
+    classes: list[str]
+
+
+def open_data(source: str, *, mode: Mode = "RGB", root: str | None = None, splits: str = "train,validation") -> ImageSets:
+    """Open a data set.
+
+    Args:
+        source: ``"digits"``; a folder with ``train/`` and ``val/`` (or ``validation/``, ``test/``), each with a folder a
+            class; a folder of class folders, of which a tenth is held out; or a name that
+            :func:`timm.data.create_dataset` knows (``torch/cifar10``, ``hfds/...``, ``wds/...``).
+        mode: ``"RGB"``, or ``"L"`` for a model with one input channel.
+        root: folder of a timm data set.
+        splits: names of the training and validation split of a timm data set.
+
+    Raises:
+        DataError: naming what is absent or does not fit.
+    """
+    if source == "digits":
+        return _digits(mode)
+    if source.startswith(TIMM_SOURCES):
+        return _timm(source, root, splits, mode)
+    folder = _existing(source)
+    if not (folder / "train").is_dir():
+        whole, classes = _folder(folder, mode)
+        return ImageSets(*whole.split(HOLDOUT), classes)
+    train, classes = _folder(folder / "train", mode)
+    for name in VAL_FOLDERS:
+        if (folder / name).is_dir():
+            return ImageSets(train, _folder(folder / name, mode, classes)[0], classes)
+    raise DataError(f"{folder} has train/ and no {'/, '.join(VAL_FOLDERS)}/ beside it.")
+
+
+def open_validation(
+    source: str, classes: list[str], *, mode: Mode = "RGB", root: str | None = None, splits: str = "train,validation"
+) -> Dataset[Any]:
+    """Open the validation images alone; of a folder without ``val/`` all images.
+
+    Raises:
+        DataError: naming what is absent, or if the classes are not ``classes``.
+    """
+    folder = Path(source)
+    if source != "digits" and not source.startswith(TIMM_SOURCES):
+        _existing(source)
+        inner = next((folder / name for name in VAL_FOLDERS if (folder / name).is_dir()), folder)
+        return _folder(inner, mode, classes)[0]
+    sets = open_data(source, mode=mode, root=root, splits=splits)
+    check_classes(f"the data set {source}", sets.classes, "the checkpoint", classes)
+    return sets.val
+
+
+def check_classes(one: str, its: Sequence[str], other: str, others: Sequence[str]) -> None:
+    """Raise unless both have the same classes in the same order.
+
+    Raises:
+        DataError: with both numbers, or the first class that differs.
+    """
+    if len(its) != len(others):
+        raise DataError(f"{_capital(one)} has {len(its)} classes, {other} {len(others)}: they must be the same.")
+    for index, (a, b) in enumerate(zip(its, others, strict=True)):
+        if a != b:
+            raise DataError(f"Class {index} is {a!r} in {one} and {b!r} in {other}: they must be the same.")
+
+
+def make_transform(
+    preprocessing: Mapping[str, Any], augmentation: Mapping[str, Any] | None = None
+) -> Transform:
+    """Return timm's evaluation transform, or its training transform if an ``augmentation`` is given.
+
+    Args:
+        preprocessing: input_size, mean, std, crop_pct, crop_mode and interpolation, as a checkpoint holds them.
+        augmentation: arguments of :func:`timm.data.create_transform`.
+    """
+    if augmentation is None:
+        transform: Transform = timm.data.create_transform(**preprocessing, is_training=False)
+        return transform
+    kept = {name: preprocessing[name] for name in ("input_size", "mean", "std")}
+    transform = timm.data.create_transform(**{**kept, **augmentation}, is_training=True)
+    return transform
+
+
+def make_loader(
+    dataset: Dataset[Any],
+    transform: Transform,
+    batch_size: int,
+    *,
+    shuffle: bool,
+    workers: int = 0,
+    repeats: int = 0,
+    device: torch.device | None = None,
+) -> DataLoader[Batch]:
+    """Return a loader of :class:`Batch`.
+
+    Args:
+        dataset: of :class:`ImageSets`.
+        transform: from :func:`make_transform`.
+        batch_size: images a batch; the last one may be smaller, except in training.
+        shuffle: whether this is training: a new order an epoch, no smaller batch at the end.
+        workers: processes that decode; 0 to decode in this one.
+        repeats: copies of an image a batch (repeated augmentation); 0 for none.
+        device: where the batches go, to pin memory for a GPU.
+    """
+    dataset.transform = transform  # type: ignore[attr-defined]
+    sampler: Sampler[int] | None = None
+    if shuffle and not isinstance(dataset, IterableDataset):
+        if repeats:
+            sampler = RepeatAugSampler(dataset, num_replicas=1, rank=0, shuffle=True, num_repeats=repeats)
+        else:
+            sampler = RandomSampler(dataset)  # type: ignore[arg-type]
+    large_enough = isinstance(dataset, IterableDataset) or len(dataset) >= batch_size  # type: ignore[arg-type]
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        collate_fn=_collate,
+        drop_last=shuffle and large_enough,
+        pin_memory=device is not None and device.type == "cuda",
+        persistent_workers=workers > 0,
+    )
+
+
+def readable(loader: DataLoader[Batch], *, skip_corrupt: bool) -> Iterator[Batch]:
+    """Yield the batches of ``loader``, each with at least one image.
+
+    Raises:
+        CorruptImageError: naming the first unreadable image and the way out, unless ``skip_corrupt``.
+    """
+    for batch in loader:
+        if batch.unreadable and not skip_corrupt:
+            raise CorruptImageError(f"{batch.unreadable[0].message} Mend or remove it, or go on with --skip-corrupt.")
+        yield batch
+
+
+def _collate(samples: Sequence[tuple[Tensor, int] | Unreadable]) -> Batch:
+    unreadable = [sample for sample in samples if isinstance(sample, Unreadable)]
+    good = [sample for sample in samples if not isinstance(sample, Unreadable)]
+    images = torch.stack([image for image, _ in good]) if good else torch.empty(0)
+    return Batch(images, torch.tensor([int(label) for _, label in good], dtype=torch.int64), unreadable)
+
+
+def _digits(mode: Mode) -> ImageSets:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = [Image.fromarray(np.round(i * (255 / 16)).astype(np.uint8)).convert(mode) for i in digits.images]
+    train, val = Images(images, digits.target.tolist(), mode).split(0.2)
+    return ImageSets(train, val, [str(name) for name in digits.target_names])
+
+
+def _existing(source: str) -> Path:
+    folder = Path(source)
+    if not folder.is_dir():
+        raise DataError(
+            f"There is no folder {source}: --data takes digits, an image folder, or a timm data set "
+            f"({', '.join(TIMM_SOURCES)}NAME)."
+        )
+    return folder
+
+
+def _folder(folder: Path, mode: Mode, classes: list[str] | None = None) -> tuple[Images, list[str]]:
+    """Open one folder of class folders; with ``classes``, check that it has the same."""
+    found, class_to_index = find_images_and_targets(str(folder))
+    names = sorted(class_to_index, key=lambda name: class_to_index[name])
+    if not found:
+        raise DataError(f"{folder} holds no images: expected one folder a class with .jpg, .png or .webp files in it.")
+    if classes is None:
+        if len(names) < 2:
+            raise DataError(f"{folder} has images of one class only: expected one folder a class.")
+        classes = names
+    else:
+        check_classes(str(folder), names, "the training images or checkpoint", classes)
+    return Images([path for path, _ in found], [label for _, label in found], mode), classes
+
+
+def _timm(source: str, root: str | None, splits: str, mode: Mode) -> ImageSets:
+    train_split, _, val_split = splits.partition(",")
+    try:
+        train, val = (
+            timm.data.create_dataset(source, root=root, split=split, input_img_mode=mode)
+            for split in (train_split, val_split)
+        )
+    except Exception as error:  # whatever the library behind the name raises: the user asked for it by name
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"timm cannot open {source} (root {root}, splits {splits}): {reason}") from error
+    return ImageSets(train, val, _class_names(train))
+
+
+def _class_names(dataset: Any) -> list[str]:
+    reader = getattr(dataset, "reader", None)
+    inner = getattr(reader, "dataset", dataset)
+    names = getattr(inner, "classes", None) or getattr(inner, "class_to_idx", None)
+    if names is None and hasattr(inner, "features"):  # Hugging Face datasets
+        names = next((f.names for f in inner.features.values() if hasattr(f, "names")), None)
+    if names is None and getattr(reader, "class_to_idx", None):
+        names = reader.class_to_idx  # type: ignore[union-attr]
+    if not names:
+        raise DataError(f"The data set {type(inner).__name__} does not say what its classes are.")
+    return [str(name) for name in names]
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]

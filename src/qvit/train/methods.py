@@ -1,0 +1,183 @@
+"""The methods that are compared, and one run of each: a float model, or a quantized one made from it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from accelerate.utils import set_seed
+from rich.console import Console
+from timm.models import VisionTransformer
+from torch.utils.data import DataLoader
+
+from qvit.calibration import calibrate
+from qvit.config import QuantConfig, Rectify
+from qvit.convert import quantize
+from qvit.distill import DistillationLoss, check_guidance
+from qvit.errors import ConfigError, TeacherMismatchError
+from qvit.train.checkpoint import ModelCard, create_model, save_checkpoint
+from qvit.train.data import Batch, ImageSets, make_loader, make_transform, readable
+from qvit.train.loop import Accuracy, LabelLoss, Loss, Options, evaluate, fit, make_accelerator
+from qvit.train.recipe import Recipe, Schedule
+
+
+class Method(NamedTuple):
+    """What of Q-ViT a method has: rectification (IRM), guidance (DGD), and training at all."""
+
+    title: str
+    rectify: bool
+    guided: bool
+    trained: bool = True
+
+
+METHODS: dict[str, Method] = {
+    "ptq": Method("post-training quantization", rectify=False, guided=False, trained=False),
+    "baseline": Method("QAT baseline", rectify=False, guided=False),
+    "rectify": Method("+ IRM", rectify=True, guided=False),
+    "distill": Method("+ DGD", rectify=False, guided=True),
+    "q-vit": Method("Q-ViT (IRM + DGD)", rectify=True, guided=True),
+}
+
+
+class FloatModel(NamedTuple):
+    """A full-precision model and what it is."""
+
+    model: VisionTransformer
+    card: ModelCard
+
+
+@dataclasses.dataclass
+class Result:
+    """What a run made and measured.
+
+    Args:
+        model: the trained model, with its last weights.
+        card: what it is.
+        accuracy: on the validation images, of these weights.
+        history: one record an epoch; empty for post-training quantization.
+    """
+
+    model: VisionTransformer
+    card: ModelCard
+    accuracy: Accuracy
+    history: list[dict[str, float]]
+
+
+def train_full_precision(
+    card: ModelCard, data: ImageSets, recipe: Recipe, options: Options, console: Console
+) -> Result:
+    """Train a float model from scratch with the recipe's ``full_precision`` schedule."""
+    set_seed(options.seed)
+    model = create_model(card)
+    schedule = recipe.full_precision
+    return _fit(model, LabelLoss(schedule.label_smoothing), data, schedule, recipe, card, options, console)
+
+
+def train_quantized(
+    start: FloatModel,
+    teacher: FloatModel | None,
+    method: str,
+    bits: tuple[int, int],
+    rectify: Rectify,
+    data: ImageSets,
+    recipe: Recipe,
+    options: Options,
+    console: Console,
+    overrides: Mapping[str, int | tuple[int, int]] | None = None,
+) -> Result:
+    """Quantize ``start``, calibrate it and train it with the recipe's ``quantized`` schedule.
+
+    Args:
+        start: float model whose weights the student starts from.
+        teacher: what the student is distilled from; ``None`` to train against the labels alone.
+        method: a key of :data:`METHODS`.
+        bits: of weights and of activations.
+        rectify: which reading of IRM, for the methods that have it.
+        data: training and validation images.
+        recipe: see :class:`Recipe`.
+        options: see :class:`Options`.
+        console: where progress is shown.
+        overrides: see :class:`QuantConfig`.
+
+    Raises:
+        ConfigError: for a guided method without a teacher.
+        TeacherMismatchError: for a teacher of other classes, or of other depth or heads if the method is guided.
+    """
+    chosen = METHODS[method]
+    if chosen.guided and teacher is None:
+        raise ConfigError(f"Method {method} is guided by a teacher: give --teacher, or use baseline or rectify.")
+    if teacher is not None and len(teacher.card.classes) != len(start.card.classes):
+        raise TeacherMismatchError(
+            f"The teacher has {len(teacher.card.classes)} classes, the student {len(start.card.classes)}."
+        )
+    if chosen.guided and teacher is not None:
+        check_guidance(teacher.model, start.model)
+
+    schedule, device = recipe.quantized, make_accelerator(options).device
+    config = QuantConfig(*bits, rectify=rectify if chosen.rectify else None, overrides=dict(overrides or {}))
+    card = dataclasses.replace(start.card, quant_config=config.to_dict(), method=method, metrics={})
+    set_seed(options.seed)
+    student = quantize(start.model, config).to(device)
+    student.set_distilled_training(teacher is not None) if hasattr(student, "set_distilled_training") else None
+    calibrate(student, calibration_images(data, card, schedule, options))
+    if not chosen.trained:
+        accuracy = evaluate(student, _validation(data, card, schedule, options), device)
+        card.metrics = _metrics(accuracy)
+        save_checkpoint(options.out / "best.pt", card, student)
+        return Result(student, card, accuracy, [])
+    loss: Loss = LabelLoss()
+    if teacher is not None:
+        guide = copy.deepcopy(teacher.model)
+        loss = DistillationLoss(guide, guided=chosen.guided, guided_weight=schedule.guided_weight)
+    return _fit(student, loss, data, schedule, recipe, card, options, console)
+
+
+def calibration_images(data: ImageSets, card: ModelCard, schedule: Schedule, options: Options) -> list[torch.Tensor]:
+    """Return ``schedule.calibration_images`` training images in batches, prepared as for evaluation."""
+    batch_size = min(schedule.calibration_images, 128)
+    loader = make_loader(
+        data.train, make_transform(card.preprocessing), batch_size, shuffle=True, workers=options.workers
+    )
+    batches = itertools.islice(
+        readable(loader, skip_corrupt=options.skip_corrupt), -(-schedule.calibration_images // batch_size)
+    )
+    return [batch.images for batch in batches if len(batch.labels)]
+
+
+def _fit(
+    model: VisionTransformer,
+    loss: Loss,
+    data: ImageSets,
+    schedule: Schedule,
+    recipe: Recipe,
+    card: ModelCard,
+    options: Options,
+    console: Console,
+) -> Result:
+    train = make_loader(
+        data.train,
+        make_transform(card.preprocessing, recipe.augmentation),
+        schedule.batch_size,
+        shuffle=True,
+        workers=options.workers,
+        repeats=schedule.repeated_augmentation,
+        device=make_accelerator(options).device,
+    )
+    val = _validation(data, card, schedule, options)
+    history = fit(model, loss, train, val, schedule, card, options, console)
+    last = history[-1]
+    accuracy = Accuracy(last["val_top1"], last["val_top5"], int(last["val_images"]), int(last["unreadable"]))
+    return Result(model.eval(), card, accuracy, history)
+
+
+def _validation(data: ImageSets, card: ModelCard, schedule: Schedule, options: Options) -> DataLoader[Batch]:
+    transform = make_transform(card.preprocessing)
+    return make_loader(data.val, transform, schedule.batch_size, shuffle=False, workers=options.workers)
+
+
+def _metrics(accuracy: Accuracy) -> dict[str, float]:
+    return {"val_top1": accuracy.top1, "val_top5": accuracy.top5, "val_images": accuracy.images}

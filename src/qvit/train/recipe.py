@@ -1,0 +1,162 @@
+"""Recipes: how a model is trained, read from YAML files."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import timm.data
+import yaml
+
+from qvit.distill import GUIDED_WEIGHT
+from qvit.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """One training run's budget and optimizer.
+
+    Args:
+        epochs: passes over the training images.
+        batch_size: images a step.
+        lr: learning rate at the start of the cosine decay to 0, after ``warmup_epochs`` of linear warm-up.
+        optimizer: a name that :func:`timm.optim.create_optimizer_v2` knows.
+        optimizer_args: further arguments of that optimizer (``eps``, ``betas``).
+        weight_decay: of matrices alone; never of biases, norms, tokens, scales, offsets, gamma and beta.
+        warmup_epochs: may be a fraction.
+        label_smoothing: of the plain cross-entropy; distillation does not use it.
+        repeated_augmentation: copies of an image a batch (Hoffer et al., 2020); 0 for none.
+        scale_lr: learning rate of scales, offsets, gamma and beta, as a multiple of ``lr``.
+        guided_weight: lambda of :class:`qvit.DistillationLoss`.
+        calibration_images: training images that set the quantizers' start.
+    """
+
+    epochs: int
+    batch_size: int
+    lr: float
+    optimizer: str = "lamb"
+    optimizer_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    weight_decay: float = 0.0
+    warmup_epochs: float = 0.0
+    label_smoothing: float = 0.0
+    repeated_augmentation: int = 0
+    scale_lr: float = 1.0
+    guided_weight: float = GUIDED_WEIGHT
+    calibration_images: int = 512
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "calibration_images"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{name} must be a whole number above 0, not {value!r}.")
+        for name in ("lr", "weight_decay", "warmup_epochs", "label_smoothing", "scale_lr", "guided_weight"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < float("inf"):
+                raise ConfigError(f"{name} must be a number from 0 up, not {value!r}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A model's arguments, the images' preparation, and two schedules.
+
+    Args:
+        full_precision: schedule of a float teacher.
+        quantized: schedule of quantization-aware training.
+        model_args: arguments of ``timm.create_model`` beside the name (``img_size``, ``patch_size``, ``depth``, ...).
+        preprocessing: mean, std, crop_pct, interpolation, where they differ from the timm model's own.
+        augmentation: arguments of ``timm.data.create_transform`` for training images.
+    """
+
+    full_precision: Schedule
+    quantized: Schedule
+    model_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    preprocessing: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    augmentation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        known = set(inspect.signature(timm.data.create_transform).parameters)
+        _check_keys("augmentation", self.augmentation, known)
+        _check_keys("preprocessing", self.preprocessing, {"mean", "std", "crop_pct", "crop_mode", "interpolation"})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data, to be kept beside a result."""
+        return dataclasses.asdict(self)
+
+
+def builtin_recipes() -> list[str]:
+    """Return the names of the recipes that come with qvit."""
+    folder = resources.files("qvit") / "recipes"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_recipe(source: str, changes: Iterable[str] = ()) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        source: the name of a built-in recipe or the path of a YAML file.
+        changes: ``"quantized.epochs=5"``: dotted names and YAML values that replace or add entries.
+
+    Raises:
+        ConfigError: naming the file or entry and what is wrong with it.
+    """
+    if source in builtin_recipes():
+        text = (resources.files("qvit") / "recipes" / f"{source}.yaml").read_text()
+    else:
+        try:
+            text = Path(source).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"There is no recipe {source!r}: give a YAML file or one of {', '.join(builtin_recipes())}."
+            ) from error
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"Recipe {source} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"Recipe {source} must be a mapping with full_precision and quantized.")
+    for change in changes:
+        _apply(data, change)
+    _check_keys(f"recipe {source}", data, {field.name for field in dataclasses.fields(Recipe)})
+    try:
+        schedules = {name: _schedule(name, data.pop(name, None)) for name in ("full_precision", "quantized")}
+        return Recipe(**schedules, **data)
+    except ConfigError as error:
+        raise ConfigError(f"Recipe {source}: {error}") from error
+
+
+def _schedule(name: str, data: Any) -> Schedule:
+    if not isinstance(data, dict):
+        raise ConfigError(f"{name} must be a mapping with epochs, batch_size and lr.")
+    _check_keys(name, data, {field.name for field in dataclasses.fields(Schedule)})
+    absent = {"epochs", "batch_size", "lr"} - set(data)
+    if absent:
+        raise ConfigError(f"{name} lacks {sorted(absent)[0]}.")
+    return Schedule(**data)
+
+
+def _apply(data: dict[str, Any], change: str) -> None:
+    path, equals, value = change.partition("=")
+    keys = path.split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"--set takes NAME=VALUE such as quantized.epochs=5, not {change!r}.")
+    node = data
+    for key in keys[:-1]:
+        node = node.setdefault(key, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"--set {change}: {key} is a single value, not a group of them.")
+    node[keys[-1]] = yaml.safe_load(value)
+
+
+def _check_keys(where: str, data: Any, known: set[str]) -> None:
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{where} must be a mapping, not {data!r}.")
+    for key in data:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known))}."
+            raise ConfigError(f"Unknown entry {key!r} in {where}: {hint}")
