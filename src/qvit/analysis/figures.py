@@ -1,0 +1,209 @@
+"""Figures of distributions, training and ablations. Each is a Figure of its own: no pyplot, no global state."""
+
+from __future__ import annotations
+
+import io
+import math
+import statistics
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from qvit.analysis.statistics import QueryKeyStatistics
+from qvit.errors import ConfigError
+
+# Okabe and Ito's colours, told apart with any kind of colour vision; the yellow, too faint on white, is left out, and
+# a dark grey stands in for it.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D4D4D")
+# For whoever sees no colour at all. Their numbers have no common divisor with the colours': the pairs repeat late.
+_DASHES = ("-", "--", "-.", ":")
+_HATCHES = ("", "///", "...", "\\\\\\", "xxx")
+_INK, _FAINT = "#1A1A1A", "#D9D9D9"
+_STYLE: dict[Any, Any] = {
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.labelsize": 11,
+    "axes.edgecolor": "#808080",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "hatch.linewidth": 0.6,
+    "svg.hashsalt": "qvit",  # the same figure is the same file
+}
+_DPI = 100
+
+
+def query_histograms(rows: Mapping[str, Sequence[QueryKeyStatistics]], layers: Sequence[int]) -> Figure:
+    """Draw the paper's Figure 1: how queries are distributed, and the Gaussian N(mu, sigma^2) of the same moments.
+
+    Args:
+        rows: for each model, by its name, what :func:`qvit.analysis.statistics.query_key_statistics` returned.
+        layers: index of the blocks to draw, a column each.
+
+    Raises:
+        ConfigError: naming a block that a model does not have.
+    """
+    with rc_context(_STYLE):
+        figure = _figure(1.6 + 3.1 * len(layers), 0.9 + 2.1 * len(rows))
+        axes = figure.subplots(len(rows), len(layers), sharex="col", squeeze=False)
+        for row, (name, all_layers) in enumerate(rows.items()):
+            by_layer = {layer.layer: layer for layer in all_layers}
+            for column, index in enumerate(layers):
+                if index not in by_layer:
+                    raise ConfigError(f"{name} has no block {index}: its blocks are 0 to {len(by_layer) - 1}.")
+                _query_histogram(axes[row, column], by_layer[index], _COLOURS[row % len(_COLOURS)])
+            label = "\n".join(textwrap.fill(line, 22) for line in name.splitlines())
+            axes[row, 0].set_ylabel(label, fontweight="bold")
+        for column, index in enumerate(layers):
+            axes[0, column].set_title(f"block {index}")
+            axes[-1, column].set_xlabel("query value")
+    return figure
+
+
+def training_curves(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
+    """Draw training loss and validation top-1 over the epochs of several runs.
+
+    Args:
+        curves: for each run, by its name, a record an epoch with ``epoch``, ``train_loss`` and ``val_top1`` (percent).
+    """
+    with rc_context(_STYLE):
+        figure = _figure(10, 4)
+        loss, top1 = figure.subplots(1, 2)
+        for number, (name, records) in enumerate(curves.items()):
+            for axes, key in ((loss, "train_loss"), (top1, "val_top1")):
+                axes.plot(
+                    [record["epoch"] for record in records],
+                    [record[key] for record in records],
+                    label=name,
+                    color=_COLOURS[number % len(_COLOURS)],
+                    linestyle=_DASHES[number % len(_DASHES)],
+                    linewidth=1.8,
+                    marker="o" if len(records) == 1 else None,
+                )
+        for axes, title in ((loss, "training loss"), (top1, "validation top-1 (%)")):
+            axes.set_title(title)
+            axes.set_xlabel("epoch")
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.grid(color=_FAINT, linewidth=0.8)
+        handles, labels = loss.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=min(3, len(labels)), frameon=False)
+    return figure
+
+
+def ablation_bars(records: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draw top-1 by method, grouped by bits: the mean over seeds, and the standard deviation where there are several.
+
+    Bars start at a round number below the lowest of them, which the axis names.
+
+    Args:
+        records: a run each: ``bits``, ``seed``, ``top1`` (percent) and ``method``, or ``title`` for its name in full
+            as :func:`qvit.train.ablation.read_results` gives it. Methods are drawn in the order they come in.
+    """
+    runs: dict[tuple[int, str], list[float]] = {}
+    for record in records:
+        method = record["title"] if "title" in record else record["method"]
+        runs.setdefault((record["bits"], method), []).append(record["top1"])
+    widths = sorted({bits for bits, _ in runs}, reverse=True)
+    methods = list(dict.fromkeys(method for _, method in runs))
+    means = {cell: statistics.fmean(values) for cell, values in runs.items()}
+    spreads = {cell: statistics.stdev(values) for cell, values in runs.items() if len(values) > 1}
+    lowest, highest = (
+        pick(mean + sign * spreads.get(cell, 0.0) for cell, mean in means.items())
+        for pick, sign in ((min, -1), (max, 1))
+    )
+    bottom = max(0, math.floor((lowest - 0.15 * (highest - lowest) - 1) / 5) * 5)
+
+    with rc_context(_STYLE):
+        figure = _figure(max(6.0, 1.5 + len(widths) * (0.4 + 0.42 * len(methods))), 4.6)
+        axes = figure.subplots()
+        slot = 0.85 / len(methods)
+        for number, method in enumerate(methods):
+            for group, bits in enumerate(widths):
+                if (bits, method) not in means:
+                    continue
+                mean, spread = means[bits, method], spreads.get((bits, method))
+                x = group + (number - (len(methods) - 1) / 2) * slot
+                axes.bar(
+                    x,
+                    mean - bottom,
+                    0.9 * slot,
+                    bottom,
+                    color=_COLOURS[number % len(_COLOURS)],
+                    hatch=_HATCHES[number % len(_HATCHES)],
+                    edgecolor="white",
+                )
+                if spread is not None:
+                    axes.errorbar(x, mean, spread, color=_INK, capsize=3, linewidth=1.2)
+                axes.annotate(
+                    f"{mean:.1f}",
+                    (x, mean + (spread or 0.0)),
+                    (0, 3),
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=9,
+                )
+        axes.set_xticks(range(len(widths)), [f"{bits} bits" for bits in widths])
+        axes.tick_params(axis="x", length=0)
+        axes.set_ylim(bottom, highest + 0.08 * (highest - bottom))
+        axes.set_ylabel("top-1 (%)" + (f", axis from {bottom}" if bottom else ""))
+        axes.grid(axis="y", color=_FAINT, linewidth=0.8)
+        axes.set_axisbelow(True)
+        handles = [
+            Patch(facecolor=_COLOURS[n % len(_COLOURS)], hatch=_HATCHES[n % len(_HATCHES)], edgecolor="white", label=m)
+            for n, m in enumerate(methods)
+        ]
+        figure.legend(handles=handles, loc="outside upper center", ncols=min(3, len(methods)), frameon=False)
+    return figure
+
+
+def png(figure: Figure) -> bytes:
+    """Return the figure as a PNG file, at twice the resolution of a plain screen."""
+    buffer = io.BytesIO()
+    with rc_context(_STYLE):
+        figure.savefig(buffer, format="png", dpi=2 * _DPI)
+    return buffer.getvalue()
+
+
+def svg(figure: Figure) -> str:
+    """Return the figure as an ``<svg>`` element, text as outlines, for a page or a file of its own."""
+    buffer = io.StringIO()
+    with rc_context(_STYLE):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _query_histogram(axes: Axes, layer: QueryKeyStatistics, colour: str) -> None:
+    mu, sigma = layer.query_mean, layer.query_std
+    density = layer.counts / (layer.values * np.diff(layer.edges))
+    axes.stairs(density, layer.edges, fill=True, color=colour, alpha=0.45)
+    gaussian = np.zeros(0)
+    if sigma > 0:
+        x = np.linspace(layer.edges[0], layer.edges[-1], 300)
+        gaussian = np.exp(-0.5 * ((x - mu) / sigma) ** 2) / (sigma * math.sqrt(2 * math.pi))
+        axes.plot(x, gaussian, color=_INK, linewidth=1.4)
+    lines = [f"μ = {mu:.3f}".replace("-", "−"), f"σ = {sigma:.3f}"]
+    if layer.query_entropy is not None:
+        lines.append(f"H = {layer.query_entropy:.2f} of {layer.query_bits} bits")
+    axes.set_yticks([])
+    axes.locator_params(axis="x", nbins=5)
+    axes.spines["left"].set_visible(False)
+    # Room above the curves, for the text.
+    axes.set_ylim(0, 1.45 * max(density.max(), gaussian.max(initial=0.0)))
+    axes.text(0.98, 0.98, "\n".join(lines), transform=axes.transAxes, ha="right", va="top", fontsize=10)

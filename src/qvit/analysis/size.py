@@ -1,0 +1,131 @@
+"""Size and operations of a model, as the paper's tables count them (method.md, section 6)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.layers import to_2tuple
+from timm.models import VisionTransformer
+from torch import Tensor, nn
+
+from qvit.config import Bits
+from qvit.nn.attention import QuantAttention, attention_layers
+from qvit.nn.linear import QuantConv2d, QuantLinear
+from qvit.nn.quantizer import Quantizer
+from qvit.nn.rectify import Rectifier
+
+_FLOAT_BITS = 32
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Bytes of a model's parameters by part; a megabyte is 10^6 of them.
+
+    Attributes:
+        codes: quantized weights at their true width, each tensor rounded up to a whole byte.
+        scales: scales and offsets of all quantizers, float32.
+        rectifiers: gamma, beta and running averages, float32. An upper bound: a ``head`` rectifier is affine in
+            evaluation and can be folded into the layer before it.
+        float32: everything else: biases, norms, tokens, position embedding; all weights of a float model.
+        float_bytes: the same model in full precision.
+    """
+
+    codes: int
+    scales: int
+    rectifiers: int
+    float32: int
+    float_bytes: int
+
+    @property
+    def total(self) -> int:
+        """Bytes of the model."""
+        return self.codes + self.scales + self.rectifiers + self.float32
+
+
+@dataclass(frozen=True)
+class Operations:
+    """Multiply-accumulates of one image.
+
+    Attributes:
+        macs: their number by the bits of the two factors, weight and activation. In the attention products the keys
+            and the values stand in the weight's place. Full precision is ``Bits(32, 32)``.
+    """
+
+    macs: Mapping[Bits, int]
+
+    @property
+    def total(self) -> int:
+        """Multiply-accumulates at any width."""
+        return sum(self.macs.values())
+
+    @property
+    def bit_operations(self) -> int:
+        """Each multiply-accumulate weighted with the product of its factors' bits."""
+        return sum(count * bits.weight * bits.activation for bits, count in self.macs.items())
+
+
+def model_size(model: nn.Module) -> ModelSize:
+    """Return the size of a float or quantized model; a quantized one need not be calibrated."""
+    codes = scales = rectifiers = float32 = weights = 0
+    for module in model.modules():
+        numel = sum(t.numel() for t in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
+        if isinstance(module, Quantizer):
+            scales += 4 * numel
+        elif isinstance(module, Rectifier):
+            rectifiers += 4 * numel
+        elif isinstance(module, (QuantLinear, QuantConv2d)):
+            codes += -(-module.weight.numel() * module.weight_quantizer.bits // 8)
+            weights += module.weight.numel()
+            float32 += 4 * (numel - module.weight.numel())
+        else:
+            float32 += 4 * numel
+    return ModelSize(codes, scales, rectifiers, float32, float_bytes=4 * weights + float32)
+
+
+def operations(model: VisionTransformer, image_size: int | tuple[int, int]) -> Operations:
+    """Count the multiply-accumulates of every linear and convolution layer and of both attention products.
+
+    They are counted while a copy of the model runs on one image of zeros; a quantized model need not be calibrated.
+    Norms, softmax, activation functions and additions are not counted.
+
+    Args:
+        model: timm's vision transformer, or what :func:`qvit.quantize` made of one.
+        image_size: pixels, one side or (height, width).
+    """
+    probe = copy.deepcopy(model).eval()
+    counts: dict[Bits, int] = {}
+
+    def add(bits: Bits, macs: int) -> None:
+        counts[bits] = counts.get(bits, 0) + macs
+
+    def layer_hook(layer: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+        bits = Bits(_FLOAT_BITS, _FLOAT_BITS)
+        if isinstance(layer, (QuantLinear, QuantConv2d)):
+            bits = Bits(layer.weight_quantizer.bits, layer.input_quantizer.bits)
+        add(bits, output.numel() * layer.weight[0].numel())
+
+    def attention_hook(layer: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+        query_key = attention_value = Bits(_FLOAT_BITS, _FLOAT_BITS)
+        if isinstance(layer, QuantAttention):
+            query_key = Bits(layer.key_quantizer.bits, layer.query_quantizer.bits)
+            attention_value = Bits(layer.value_quantizer.bits, layer.attention_quantizer.bits)
+        tokens = args[0].shape[1]
+        macs = tokens * tokens * layer.num_heads * layer.head_dim
+        add(query_key, macs)
+        add(attention_value, macs)
+
+    for module in probe.modules():
+        if isinstance(module, Quantizer):
+            module.enabled = False  # the counts do not depend on the values
+        elif isinstance(module, (nn.Linear, nn.Conv2d)):
+            module.register_forward_hook(layer_hook)
+    for layer in attention_layers(probe):
+        layer.register_forward_hook(attention_hook)
+    weight = probe.patch_embed.proj.weight
+    with torch.no_grad():
+        probe(weight.new_zeros(1, weight.shape[1], *to_2tuple(image_size)))
+    return Operations(dict(sorted(counts.items())))

@@ -1,0 +1,303 @@
+"""Statistics of queries, keys and attention maps: the paper's Figure 1 as numbers (method.md, sections 2 and 6)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from qvit.errors import DataError, TeacherMismatchError, UnsupportedModelError
+from qvit.nn.attention import QuantAttention, QueryKeyRecorder, attention_layers
+from qvit.nn.quantizer import Quantizer
+
+BINS = 100
+OUTSIDE = 0.1
+"""Percent of the first batch's queries left out of the histogram on either side."""
+_IMAGES_AT_ONCE = 8  # whose N x N attention maps are in memory together
+
+
+@dataclass(frozen=True)
+class QueryKeyStatistics:
+    """Queries and keys of one attention layer, as they are just before they are quantized: q~ and k~ where rectified.
+
+    Attributes:
+        layer: index of the layer, from 0.
+        query_mean: mean of the queries, over images, heads, tokens and channels.
+        query_std: their standard deviation (biased).
+        key_mean: mean of the keys.
+        key_std: their standard deviation (biased).
+        values: number of query values seen.
+        counts: ``(BINS,)`` query values a bin; those outside ``edges`` (some 0.2 %) are in no bin.
+        edges: ``(BINS + 1,)`` borders of the bins.
+        query_entropy: bits, mean over the heads of the entropy of each head's query codes; ``None`` in a float model.
+        key_entropy: the same of the keys.
+        query_bits: bound of ``query_entropy``, the quantizer's bits; ``None`` in a float model.
+        key_bits: bound of ``key_entropy``.
+    """
+
+    layer: int
+    query_mean: float
+    query_std: float
+    key_mean: float
+    key_std: float
+    values: int
+    counts: NDArray[np.int64]
+    edges: NDArray[np.float64]
+    query_entropy: float | None
+    key_entropy: float | None
+    query_bits: int | None
+    key_bits: int | None
+
+
+def code_entropy(codes: Tensor, levels: int) -> float:
+    """Return the entropy in bits of integer ``codes`` of any shape, at most ``log2(levels)``.
+
+    It is the plug-in estimate ``-sum p log2 p`` with ``p`` the relative frequencies.
+
+    Raises:
+        DataError: if there are no codes, or more different ones than ``levels``.
+    """
+    _, counts = codes.unique(return_counts=True)
+    if not 0 < len(counts) <= levels:
+        raise DataError(f"{len(counts)} different codes cannot be of a quantizer with {levels} levels.")
+    return _entropy(counts.cpu())
+
+
+def query_key_statistics(model: nn.Module, batches: Iterable[Any]) -> list[QueryKeyStatistics]:
+    """Return the statistics of every attention layer of a float or quantized vision transformer.
+
+    The model is run in evaluation mode, a batch at a time, and what was seen before is kept as counts and sums only.
+    The first batch chooses the bins of the histogram.
+
+    Args:
+        model: timm's vision transformer, or what :func:`qvit.quantize` made of one, calibrated.
+        batches: image tensors ``(B, C, H, W)``, or tuples that start with one.
+
+    Raises:
+        UnsupportedModelError: if the model has no attention layer that qvit knows.
+        DataError: if there are no images, or they make a NaN or an infinity.
+        UncalibratedError: if the model is quantized and has no scales yet.
+    """
+    layers = _layers(model)
+    running = [_RunningStatistics(index, layer) for index, layer in enumerate(layers)]
+    recorder = QueryKeyRecorder(model)
+    with _evaluating(model):
+        for images in _images(batches):
+            _, queries, keys = recorder.run(model, images.to(_device(model)))
+            for statistics, q, k in zip(running, queries, keys, strict=True):
+                statistics.add(q, k)
+    return [statistics.result() for statistics in running]
+
+
+def attention_distance(teacher: nn.Module, student: nn.Module, batches: Iterable[Any]) -> Tensor:
+    """Return how far the student's attention is from the teacher's, ``(L, H)``, between 0 and 1.
+
+    With ``P = softmax(scale q k^T)`` of the teacher and ``P'`` of the student, ``(N, N)`` for each image, layer and
+    head, the distance is that of total variation between their rows, the distributions over keys that a query attends
+    with:
+
+        1/2 sum_j |P_ij - P'_ij| ,   mean over query tokens i and images
+
+    Of a float model q and k are what enters the attention product; of a quantized one the values of their codes. The
+    map is taken before its own quantizer, so the distance is that of queries and keys alone.
+
+    Args:
+        teacher: float (or quantized) vision transformer.
+        student: quantized (or float) one with the same number of layers, heads and tokens.
+        batches: image tensors ``(B, C, H, W)``, or tuples that start with one.
+
+    Returns:
+        float64 on the CPU.
+
+    Raises:
+        TeacherMismatchError: if layers, heads or tokens differ, saying how.
+        UnsupportedModelError: if a model has no attention layer that qvit knows.
+        DataError: if there are no images.
+        UncalibratedError: if a model is quantized and has no scales yet.
+    """
+    models = (teacher, student)
+    layers = [_layers(model) for model in models]
+    recorders = [QueryKeyRecorder(model) for model in models]
+    total, rows = torch.zeros(0), 0
+    with _evaluating(*models):
+        for images in _images(batches):
+            (theirs, ours) = (
+                list(zip(*recorder.run(model, images.to(_device(model)))[1:], strict=True))
+                for recorder, model in zip(recorders, models, strict=True)
+            )
+            _check_comparable([q for q, _ in theirs], [q for q, _ in ours])
+            distances = torch.stack([_distance(*pair) for pair in zip(layers[0], theirs, layers[1], ours, strict=True)])
+            total = distances if rows == 0 else total + distances
+            rows += images.shape[0] * theirs[0][0].shape[2]
+    return total / rows
+
+
+class _RunningStatistics:
+    """What :class:`QueryKeyStatistics` is computed from, for one layer, batch by batch."""
+
+    def __init__(self, index: int, layer: nn.Module) -> None:
+        self.index = index
+        self.queries, self.keys = _Moments(), _Moments()
+        self.counts = np.zeros(BINS, np.int64)
+        self.edges = np.zeros(BINS + 1)
+        self.query_codes = self.key_codes = None
+        if isinstance(layer, QuantAttention):
+            self.query_codes = _CodeCounts(layer.query_quantizer, layer.num_heads)
+            self.key_codes = _CodeCounts(layer.key_quantizer, layer.num_heads)
+
+    def add(self, q: Tensor, k: Tensor) -> None:
+        """Take in the queries and keys of a batch, ``(B, H, N, D)``."""
+        queries = q.float().cpu().numpy()
+        first = self.queries.count == 0
+        self.queries.add(queries)
+        self.keys.add(k.float().cpu().numpy())
+        if not math.isfinite(self.queries.sum + self.keys.sum):
+            raise DataError(f"The queries or keys of attention layer {self.index} hold a NaN or an infinity.")
+        if first:
+            low, high = np.percentile(queries, [OUTSIDE, 100 - OUTSIDE])
+            self.edges = np.histogram_bin_edges([], BINS, (low, high))
+        self.counts += np.histogram(queries, BINS, (self.edges[0], self.edges[-1]))[0]
+        if self.query_codes is not None and self.key_codes is not None:
+            self.query_codes.add(q)
+            self.key_codes.add(k)
+
+    def result(self) -> QueryKeyStatistics:
+        return QueryKeyStatistics(
+            layer=self.index,
+            query_mean=self.queries.mean,
+            query_std=self.queries.std,
+            key_mean=self.keys.mean,
+            key_std=self.keys.std,
+            values=self.queries.count,
+            counts=self.counts,
+            edges=self.edges,
+            query_entropy=None if self.query_codes is None else self.query_codes.entropy(),
+            key_entropy=None if self.key_codes is None else self.key_codes.entropy(),
+            query_bits=None if self.query_codes is None else self.query_codes.quantizer.bits,
+            key_bits=None if self.key_codes is None else self.key_codes.quantizer.bits,
+        )
+
+
+class _Moments:
+    """Mean and standard deviation of a stream of values."""
+
+    def __init__(self) -> None:
+        self.count, self.sum, self.sum_of_squares = 0, 0.0, 0.0
+
+    def add(self, values: NDArray[np.float32]) -> None:
+        self.count += values.size
+        self.sum += float(values.sum(dtype=np.float64))
+        self.sum_of_squares += float(np.square(values, dtype=np.float64).sum())
+
+    @property
+    def mean(self) -> float:
+        return self.sum / self.count
+
+    @property
+    def std(self) -> float:
+        return math.sqrt(max(self.sum_of_squares / self.count - self.mean**2, 0.0))
+
+
+class _CodeCounts:
+    """How often each head has used each code of a quantizer with one scale a head."""
+
+    def __init__(self, quantizer: Quantizer, heads: int) -> None:
+        self.quantizer = quantizer
+        self.counts = torch.zeros(heads, 2**quantizer.bits, dtype=torch.int64)
+
+    def add(self, x: Tensor) -> None:
+        heads, levels = self.counts.shape
+        codes = self.quantizer.codes(x).long() - self.quantizer.low
+        head = torch.arange(heads, device=x.device).view(heads, 1, 1)
+        self.counts += torch.bincount((head * levels + codes).flatten(), minlength=heads * levels).view(heads, -1).cpu()
+
+    def entropy(self) -> float:
+        """Return the mean over heads, in bits."""
+        return sum(_entropy(head) for head in self.counts) / len(self.counts)
+
+
+def _entropy(counts: Tensor) -> float:
+    """Return the entropy in bits of the relative frequencies of ``counts``."""
+    p = counts[counts > 0].double()
+    p = p / p.sum()
+    return float((p * -p.log2()).sum())
+
+
+def _distance(
+    theirs: nn.Module, their_qk: tuple[Tensor, Tensor], ours: nn.Module, our_qk: tuple[Tensor, Tensor]
+) -> Tensor:
+    """Return the total variation distances of one layer, summed over images and query tokens: ``(H,)``."""
+    total = torch.zeros(their_qk[0].shape[1], dtype=torch.float64)
+    chunks = zip(*(x.split(_IMAGES_AT_ONCE) for x in (*their_qk, *our_qk)), strict=True)
+    for their_q, their_k, our_q, our_k in chunks:
+        their_map, our_map = _attention_map(theirs, their_q, their_k), _attention_map(ours, our_q, our_k)
+        total += (their_map - our_map.to(their_map.device)).abs().sum(dim=(0, 2, 3)).cpu() / 2
+    return total
+
+
+def _attention_map(layer: Any, q: Tensor, k: Tensor) -> Tensor:
+    """Return ``softmax(scale q k^T)``, ``(B, H, N, N)`` float32; q and k on the grid of their codes if quantized."""
+    q, k = q.float(), k.float()
+    if isinstance(layer, QuantAttention):
+        q, k = layer.query_quantizer(q), layer.key_quantizer(k)
+    return ((q @ k.transpose(-2, -1)) * layer.scale).softmax(dim=-1)
+
+
+def _check_comparable(theirs: list[Tensor], ours: list[Tensor]) -> None:
+    for what, a, b in (
+        ("attention layers", len(theirs), len(ours)),
+        *(("attention heads", a.shape[1], b.shape[1]) for a, b in zip(theirs, ours, strict=False)),
+        *(("tokens", a.shape[2], b.shape[2]) for a, b in zip(theirs, ours, strict=False)),
+    ):
+        if a != b:
+            raise TeacherMismatchError(
+                f"Attention maps cannot be compared: the teacher has {a} {what}, the student {b}."
+            )
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    layers = attention_layers(model)
+    if not layers:
+        raise UnsupportedModelError(f"{type(model).__name__} has no attention layer of a kind that qvit knows.")
+    return layers
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _images(batches: Iterable[Any]) -> Iterator[Tensor]:
+    """Yield the images of every batch that has some.
+
+    Raises:
+        DataError: if none has.
+    """
+    some = False
+    for batch in batches:
+        images = batch[0] if isinstance(batch, (tuple, list)) else batch
+        if len(images):
+            some = True
+            yield images
+    if not some:
+        raise DataError("The statistics need at least one image, and there was none.")
+
+
+@contextmanager
+def _evaluating(*models: nn.Module) -> Iterator[None]:
+    """Put models in evaluation mode and take no gradients, until the block ends."""
+    were_training = [model.training for model in models]
+    for model in models:
+        model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for model, was_training in zip(models, were_training, strict=True):
+            model.train(was_training)
