@@ -18,7 +18,9 @@ from qvit.nn.rectify import Rectifier, Start
 SAMPLES = 2**17
 """Values kept a quantizer (all its groups and batches together); the fit's error falls with their square root."""
 RECTIFIER_IMAGES = 256
-_STARTS = (1.0, 0.8, 0.6, 0.45, 0.33, 0.24, 0.17, 0.12)
+_SHARES = tuple(0.84**k for k in range(13))
+_FINE_SHARES = tuple(0.95**k for k in range(44))
+"""How much of the data's range the fit tries to cover: each side of the mean, or both sides of zero."""
 _ROUNDS = 12
 
 
@@ -47,14 +49,18 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, rectify_start: Start 
         raise UnsupportedModelError("This model has no quantizers to calibrate: pass what qvit.quantize returned.")
     device = next(model.parameters()).device
     images = [(batch[0] if isinstance(batch, (tuple, list)) else batch).to(device) for batch in batches]
+    images = [batch for batch in images if len(batch)]
     if not images:
-        raise DataError("Calibration needs at least one batch of images, and there was none.")
+        raise DataError("Calibration needs at least one image, and there was none.")
 
     was_training = model.training
     model.eval()
-    with torch.no_grad(), _in_floating_point(quantizers.values()):
-        _start_rectifiers(model, images, rectify_start)
-        samples = _collect(model, images, quantizers)
+    try:
+        with torch.no_grad(), _in_floating_point(quantizers.values()):
+            _start_rectifiers(model, images, rectify_start)
+            samples = _collect(model, images, quantizers)
+    finally:
+        model.train(was_training)
     for name, quantizer in quantizers.items():
         values = samples[name] if quantizer.batched else None
         if values is not None:
@@ -62,7 +68,6 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, rectify_start: Start 
     for name, module in model.named_modules():
         if isinstance(module, (QuantLinear, QuantConv2d)):
             _fit(f"{name}.weight", module.weight_quantizer, module.weight.detach().float().flatten(1))
-    model.train(was_training)
 
 
 def minimum_error_scale(
@@ -70,42 +75,48 @@ def minimum_error_scale(
 ) -> tuple[Tensor, Tensor]:
     """Return scale and offset ``(G,)`` that minimise the squared error of quantizing each row of ``x (G, n)``.
 
-    Alternates between two exact steps, from several starts: the codes for the present scale and offset (rounding), and
-    the scale and offset for the present codes (least squares: a line through the pairs of code and value). Each step
-    can only lower the error.
+    Takes the best of a coarse grid of ranges, whose two ends move independently if there is an offset, and then
+    alternates between two exact steps: the codes for the present scale and offset (rounding), and the scale and offset
+    for the present codes (least squares: a line through the pairs of code and value). Each step can only lower the
+    error.
     """
     smallest, largest = x.amin(dim=1, keepdim=True), x.amax(dim=1, keepdim=True)
+    zero = torch.zeros_like(smallest)
+    x_mean = x.mean(dim=1, keepdim=True) if with_offset else zero
     if with_offset:
-        width = largest - smallest
-        middle = (largest + smallest) / 2
+        starts = [
+            (x_mean - below * (x_mean - smallest), x_mean + above * (largest - x_mean))
+            for below, above in itertools.product(_SHARES, _SHARES)
+        ]
     else:
-        width = torch.maximum(largest / max(high, 1), smallest / min(low, -1)) * (high - low)
-        middle = torch.zeros_like(width)
-    # A row of one value only: any positive scale is right, and the value's own size keeps it in floating range.
-    width = torch.where(width > 0, width, x.abs().amax(dim=1, keepdim=True).clamp(min=1e-6))
+        step = torch.maximum(largest / max(high, 1), smallest / min(low, -1))
+        starts = [(share * step * low, share * step * high) for share in _FINE_SHARES]
 
-    best_error = torch.full_like(width, torch.inf)
-    best_scale, best_offset = width / (high - low), torch.zeros_like(width)
-    for start in _STARTS:
-        scale = start * width / (high - low)
-        offset = middle - scale * (low + high) / 2 if with_offset else torch.zeros_like(width)
-        for last in itertools.chain(itertools.repeat(False, rounds), [True]):
-            codes = to_codes(x, scale, offset, low, high)
-            if last:
-                break
-            code_mean = codes.mean(dim=1, keepdim=True) if with_offset else torch.zeros_like(width)
-            x_mean = x.mean(dim=1, keepdim=True) if with_offset else torch.zeros_like(width)
-            spread = (codes - code_mean).square().sum(dim=1, keepdim=True)
-            slope = ((codes - code_mean) * (x - x_mean)).sum(dim=1, keepdim=True) / spread
-            moves = torch.isfinite(slope) & (slope > 0)
-            scale = torch.where(moves, slope, scale)
-            offset = torch.where(moves, x_mean - slope * code_mean, offset)
-        error = (x - from_codes(codes, scale, offset)).square().mean(dim=1, keepdim=True)
+    best_error = torch.full_like(zero, torch.inf)
+    best_scale, best_offset = torch.ones_like(zero), zero
+    # A row of one value only: any positive scale is right (with an offset, the value itself, at code 0), and the
+    # value's own size keeps it in floating range.
+    size = x.abs().amax(dim=1, keepdim=True).clamp(min=1e-6)
+    for first, last in starts:
+        constant = last <= first
+        scale = torch.where(constant, size, last - first) / (high - low)
+        offset = torch.where(constant, x_mean, first - scale * low) if with_offset else zero
+        error = (x - from_codes(to_codes(x, scale, offset, low, high), scale, offset)).square().mean(1, keepdim=True)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scale = torch.where(better, scale, best_scale)
         best_offset = torch.where(better, offset, best_offset)
-    return best_scale.squeeze(1), best_offset.squeeze(1)
+
+    scale, offset = best_scale, best_offset
+    for _ in range(rounds):
+        codes = to_codes(x, scale, offset, low, high)
+        code_mean = codes.mean(dim=1, keepdim=True) if with_offset else zero
+        spread = (codes - code_mean).square().sum(dim=1, keepdim=True)
+        slope = ((codes - code_mean) * (x - x_mean)).sum(dim=1, keepdim=True) / spread
+        moves = torch.isfinite(slope) & (slope > 0)
+        scale = torch.where(moves, slope, scale)
+        offset = torch.where(moves, x_mean - slope * code_mean, offset)
+    return scale.squeeze(1), offset.squeeze(1)
 
 
 def _fit(name: str, quantizer: Quantizer, values: Tensor) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -36,19 +36,19 @@ Data = Annotated[
         "torch/NAME, hfds/NAME, wds/NAME."
     ),
 ]
-DataRoot = Annotated[Optional[str], typer.Option(help="Folder of a timm data set.")]
+DataRoot = Annotated[str | None, typer.Option(help="Folder of a timm data set.")]
 Splits = Annotated[str, typer.Option(help="Names of a timm data set's training and validation split.")]
 RecipeName = Annotated[
-    Optional[str],
+    str | None,
     typer.Option("--recipe", help="YAML file or built-in recipe: cifar10, deit_imagenet, digits [default: by --data]."),
 ]
 Changes = Annotated[
-    Optional[list[str]],
+    list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="Change a recipe entry, e.g. quantized.epochs=5; repeatable."),
 ]
 Out = Annotated[Path, typer.Option(help="Folder for checkpoints, metrics and TensorBoard.")]
 Seed = Annotated[int, typer.Option(help="Same seed, same result (on one machine).", min=0)]
-Workers = Annotated[Optional[int], typer.Option(help="Processes that decode images [default: by machine].", min=0)]
+Workers = Annotated[int | None, typer.Option(help="Processes that decode images [default: by machine].", min=0)]
 Precision = Annotated[str, typer.Option(help="no (float32) or bf16 (autocast).")]
 Compile = Annotated[bool, typer.Option("--compile", help="torch.compile the models: slower to start, faster to run.")]
 SkipCorrupt = Annotated[bool, typer.Option("--skip-corrupt", help="Go on without unreadable images, and count them.")]
@@ -61,17 +61,17 @@ def train(
     data: Data,
     out: Out,
     full_precision: Annotated[bool, typer.Option("--full-precision", help="Train a float model: a teacher.")] = False,
-    bits: Annotated[Optional[int], typer.Option(help="Bits of weights and activations, 2..8.")] = None,
-    activation_bits: Annotated[Optional[int], typer.Option(help="Bits of activations, if others.")] = None,
+    bits: Annotated[int | None, typer.Option(help="Bits of weights and activations, 2..8.")] = None,
+    activation_bits: Annotated[int | None, typer.Option(help="Bits of activations, if others.")] = None,
     method: Annotated[str, typer.Option(help="q-vit, baseline, rectify (IRM), distill (DGD) or ptq.")] = "q-vit",
     rectify: Annotated[str, typer.Option(help="IRM's statistics: head or token.")] = "head",
-    teacher: Annotated[Optional[Path], typer.Option(help="Float checkpoint or timm weights to distil from.")] = None,
-    start: Annotated[
-        Optional[Path], typer.Option(help="Float weights to start from [default: the teacher's].")
-    ] = None,
+    teacher: Annotated[Path | None, typer.Option(help="Float checkpoint or timm weights to distil from.")] = None,
+    start: Annotated[Path | None, typer.Option(help="Float weights to start from [default: the teacher's].")] = None,
     override: Annotated[
-        Optional[list[str]],
-        typer.Option(metavar="PATTERN=BITS", help="Bits of modules by name: 'blocks.0.*=8' or '*.fc2=2/4'; repeatable."),
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN=BITS", help="Bits of modules by name: 'blocks.0.*=8' or '*.fc2=2/4'; repeatable."
+        ),
     ] = None,
     recipe: RecipeName = None,
     change: Changes = None,
@@ -165,9 +165,7 @@ def eval(
     options = _options(Path(), 0, workers, "no", False, skip_corrupt, False, cpu, data)
     model, card = load_checkpoint(checkpoint)
     images = open_validation(data, card.classes, mode=card.mode, root=data_root, splits=splits)
-    loader = make_loader(
-        images, make_transform(card.preprocessing), batch_size, shuffle=False, workers=options.workers
-    )
+    loader = make_loader(images, make_transform(card.preprocessing), batch_size, shuffle=False, workers=options.workers)
     device = make_accelerator(options).device
     accuracy = evaluate(model.to(device), loader, device, skip_corrupt=skip_corrupt)
     table = Table(title=f"{checkpoint} on {data}")
@@ -196,7 +194,7 @@ def ablate(
     bits: Annotated[str, typer.Option(help="Comma-separated.")] = "4,3,2",
     seeds: Annotated[str, typer.Option(help="How many (3 is 0, 1 and 2), or which (comma-separated).")] = "3",
     rows: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(
             help="Comma-separated: ptq, baseline, rectify-head, rectify-token, distill, q-vit-head, q-vit-token "
             "[default: all]."
@@ -260,9 +258,7 @@ def demo(
     run_demo(out, console)
 
 
-def _open(
-    model: str, recipe: Recipe, data: str, root: str | None, splits: str
-) -> tuple[ImageSets, ModelCard]:
+def _open(model: str, recipe: Recipe, data: str, root: str | None, splits: str) -> tuple[ImageSets, ModelCard]:
     from qvit.train.checkpoint import describe
     from qvit.train.data import open_data
 
@@ -363,6 +359,9 @@ def main() -> None:
     except QvitError as error:
         console.file.flush()
         print(f"qvit: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"qvit: {error.strerror or error}: {error.filename or 'the output'}.", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("qvit: interrupted.", file=sys.stderr)

@@ -32,7 +32,7 @@ class QuantConfig:
         weight_bits: bits of every linear layer's weights, 2..8.
         activation_bits: bits of every activation that enters a product, 2..8.
         rectify: over what queries and keys are normalised before they are quantized (method.md, section 2):
-            ``"head"`` (all values of one head), ``"token"`` (each token of each head), or ``None`` for no rectification.
+            ``"head"`` (all values of one head), ``"token"`` (each token of each head), or ``None`` for none at all.
         overrides: bits by module-name pattern (:func:`fnmatch.fnmatchcase`), an integer for both or
             ``(weight, activation)``; the last matching pattern wins. The patch embedding and the heads have 8 bits
             unless a pattern names them. Example: ``{"blocks.0.*": 8, "blocks.*.mlp.fc2": (2, 4)}``.

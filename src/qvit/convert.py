@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 
-from timm.layers import Attention, LayerScale, PatchEmbed, SwiGLU, SwiGLUPacked
+from timm.layers import Attention, LayerScale, PatchEmbed
 from timm.models import VisionTransformer
 from timm.models.vision_transformer import Block, ParallelThingsBlock, ResPostBlock
 from torch import nn
@@ -16,7 +16,7 @@ from qvit.nn.linear import QuantConv2d, QuantLinear
 
 _BLOCKS = (Block, ResPostBlock, ParallelThingsBlock)
 # Modules that own parameters and stay in floating point (method.md, section 1: LayerNorm and the residual stream do).
-_FLOAT = (nn.LayerNorm, nn.RMSNorm, LayerScale, VisionTransformer, SwiGLU, SwiGLUPacked)
+_FLOAT = (nn.LayerNorm, nn.RMSNorm, LayerScale, VisionTransformer)
 
 
 def quantize(teacher: nn.Module, config: QuantConfig | None = None) -> VisionTransformer:
@@ -54,7 +54,6 @@ def quantize(teacher: nn.Module, config: QuantConfig | None = None) -> VisionTra
             continue
         # An Attention comes before its own linear layers, which are then replaced inside the QuantAttention.
         student.set_submodule(name, replacement.train(module.training).to(next(module.parameters()).device))
-    student.quant_config = config
     return student
 
 
@@ -75,7 +74,11 @@ def _check(model: VisionTransformer) -> None:
         if isinstance(module, Attention):
             if getattr(module, "gate", None) is not None:
                 refuse(name, module, "gated attention is not supported")
+            if type(module).forward is not Attention.forward:
+                refuse(name, module, "it computes attention in its own way")
             continue
+        if name.endswith(".attn"):
+            refuse(name, module, "only timm's Attention is supported, the products of another would stay in float")
         owns_parameters = next(module.parameters(recurse=False), None) is not None
         if owns_parameters and not isinstance(module, (nn.Linear, nn.Conv2d, *_FLOAT)):
             refuse(name, module, "its parameters are of a kind that qvit does not know")

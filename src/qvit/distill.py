@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qvit.config import Rectify
 from qvit.errors import TeacherMismatchError
 from qvit.nn.attention import QueryKeyRecorder, attention_layers
-from qvit.nn.rectify import EPS
+from qvit.nn.rectify import EPS, TokenRectifier
 
 GUIDED_WEIGHT = 0.1
 """Default lambda; see :class:`DistillationLoss` for what it multiplies."""
@@ -37,16 +36,21 @@ def guided_distance(teacher: Tensor, student: Tensor) -> Tensor:
     """
     a, b = (x if x.dtype == torch.float64 else x.float() for x in (teacher, student))
     with torch.autocast(a.device.type, enabled=False):
-        # Rows of unit mean square first: the formula is homogeneous, and the fourth powers stay in range.
-        a = a * torch.rsqrt(a.square().mean(dim=(-2, -1), keepdim=True) + torch.finfo(a.dtype).tiny)
-        b = b * torch.rsqrt(b.square().mean(dim=(-2, -1), keepdim=True) + torch.finfo(b.dtype).tiny)
-        at = a.transpose(-2, -1)
-        cross = (at @ b).square().sum(dim=(-2, -1))
-        norm_a = torch.linalg.matrix_norm(at @ a)
-        norm_b = torch.linalg.matrix_norm(b.transpose(-2, -1) @ b)
-        squared = (2 - 2 * cross / (norm_a * norm_b)).clamp(min=0)
+        # Unit mean square first, so that the fourth powers stay in range. The distance does not depend on the size of
+        # its arguments, so neither does the gradient flow through it.
+        a, b = (x * _inverse_size(x) for x in (a, b))
+        cross, aa, bb = ((x.transpose(-2, -1) @ y).square().sum(dim=(-2, -1)) for x, y in ((a, b), (a, a), (b, b)))
+        # The root of the product, not the product of the roots: exactly `cross` where a is b. Of unit mean square
+        # both factors are at least 1; below that is only an argument that is all zero, at distance sqrt(2).
+        squared = (2 - 2 * cross / torch.sqrt((aa * bb).clamp(min=0.25))).clamp(min=0)
         eps = torch.finfo(squared.dtype).eps
         return torch.sqrt(squared + eps) - eps**0.5
+
+
+@torch.no_grad()
+def _inverse_size(x: Tensor) -> Tensor:
+    """Return 1 / root mean square of the last two dimensions."""
+    return torch.rsqrt(x.square().mean(dim=(-2, -1), keepdim=True) + torch.finfo(x.dtype).tiny)
 
 
 class DistillationLoss(nn.Module):
@@ -104,7 +108,7 @@ class DistillationLoss(nn.Module):
 
     def _guided(self, student: nn.Module, teacher_qk: list[Tensor], student_qk: list[Tensor]) -> Tensor:
         check_guidance(self.teacher, student)
-        if _rectify_of(student) == "token":
+        if any(isinstance(module, TokenRectifier) for module in student.modules()):
             # Every row of q~ then has nearly the same norm: compare with the teacher's rows normalised alike.
             teacher_qk = [F.layer_norm(x.float(), x.shape[-1:], eps=EPS) for x in teacher_qk]
         distances = [guided_distance(t, s).mean() for t, s in zip(teacher_qk, student_qk, strict=True)]
@@ -124,11 +128,11 @@ def check_guidance(teacher: nn.Module, student: nn.Module) -> None:
     Raises:
         TeacherMismatchError: saying what differs.
     """
-    theirs, ours = ([int(layer.num_heads) for layer in attention_layers(m)] for m in (teacher, student))
+    theirs, ours = ([layer.num_heads for layer in attention_layers(m)] for m in (teacher, student))
     if len(theirs) != len(ours):
         raise TeacherMismatchError(
-            f"Distribution guided distillation compares layer by layer: the teacher has {len(theirs)} attention layers, "
-            f"the student {len(ours)}. Use a teacher of the same depth, or train without guidance."
+            f"Distribution guided distillation compares layer by layer: the teacher has {len(theirs)} attention "
+            f"layers, the student {len(ours)}. Use a teacher of the same depth, or train without guidance."
         )
     for layer, (a, b) in enumerate(zip(theirs, ours, strict=True)):
         if a != b:
@@ -136,8 +140,3 @@ def check_guidance(teacher: nn.Module, student: nn.Module) -> None:
                 f"Distribution guided distillation compares head by head: in layer {layer} the teacher has {a} heads, "
                 f"the student {b}. Use a teacher with as many heads, or train without guidance."
             )
-
-
-def _rectify_of(student: nn.Module) -> Rectify | None:
-    config = getattr(student, "quant_config", None)
-    return config.rectify if config is not None else None

@@ -36,6 +36,10 @@ class CheckpointError(QvitError, ValueError):
     """A checkpoint that is absent, damaged, of another format or of another model."""
 
 
+class OutputError(QvitError, OSError):
+    """A file that cannot be written: a full disk, a read-only folder."""
+
+
 class NonFiniteLossError(QvitError, ArithmeticError):
     """Training produced a NaN or an infinity."""
 

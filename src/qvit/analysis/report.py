@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jinja2 import Environment
 
-from qvit.train.checkpoint import write_atomically
+from qvit.files import write_text
 
 Cell = str | int | float
 _NUMBER = re.compile(r"([–-]?|[+±−-]?\d[\d.,]*[%×]?)(\s|$)")  # nothing or a dash, too
@@ -60,10 +60,10 @@ def write_report(path: str | Path, title: str, sections: Sequence[Section]) -> N
     """Write a report: one HTML file with its images inside, that loads nothing from anywhere.
 
     Raises:
-        CheckpointError: if the file cannot be written; what was at ``path`` is still there.
+        OutputError: if the file cannot be written; what was at ``path`` is still there.
     """
     text = _TEMPLATE.render(title=title, sections=sections)
-    write_atomically(Path(path), lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(Path(path), text)
 
 
 def _data_uri(image: bytes | str) -> str:

@@ -1,0 +1,1 @@
+"""The training wing's modules: quantizer, linear layers, rectifiers, attention."""

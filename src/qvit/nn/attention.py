@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from timm.layers import Attention, maybe_add_mask, resolve_self_attn_mask
 from torch import Tensor, nn
 
@@ -56,7 +57,7 @@ class QuantAttention(nn.Module):
         return projected
 
 
-def attention_layers(model: nn.Module) -> list[nn.Module]:
+def attention_layers(model: nn.Module) -> list[Any]:
     """Return the attention modules of a float or quantized vision transformer, in the order they run."""
     return [module for module in model.modules() if isinstance(module, (Attention, QuantAttention))]
 

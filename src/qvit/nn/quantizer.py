@@ -81,12 +81,12 @@ def fake_quantize(
         high: largest code.
         gradient_scale: LSQ's ``g = 1 / sqrt(numel * Qp)``.
     """
-    result: Tensor = _FakeQuantize.apply(x, scale, offset, low, high, gradient_scale)  # type: ignore[no-untyped-call]
+    result: Tensor = _FakeQuantize.apply(x, scale, offset, low, high, gradient_scale)
     return result
 
 
 class Float32Module(nn.Module):
-    """A module whose own parameters and buffers move between devices but never leave float32.
+    """A module of the quantized model alone, whose parameters move between devices but never leave float32.
 
     ``model.half()`` or ``model.to(torch.bfloat16)`` would round trained scales for good; statistics of this size cost
     nothing in float32.
@@ -99,6 +99,11 @@ class Float32Module(nn.Module):
 
         super()._apply(move, recurse)
         return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # A float model's state dict holds nothing for this module; it loads, strictly too, and leaves it as it is.
+        if any(key.startswith(prefix) for key in state_dict):
+            super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class Quantizer(Float32Module):
@@ -167,22 +172,8 @@ class Quantizer(Float32Module):
         numel = (x[0].numel() if self.batched else x.numel()) / self.log_scale.numel()
         return 1.0 / math.sqrt(numel * self.high)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        # A float model's state dict has no scales; it loads, and the quantizer stays as it is.
-        if not any(key.startswith(prefix) for key in state_dict):
-            return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
         self.calibrated = bool(torch.isfinite(self.log_scale).all())
 
     def extra_repr(self) -> str:

@@ -132,7 +132,7 @@ class HeadRectifier(Rectifier):
 
 
 def _across_processes(mean: Tensor, variance: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Combine one process's mean and biased variance over ``count`` images with the other processes', differentiably."""
+    """Return mean and biased variance over all processes' images, ``count`` of them in this one; differentiable."""
     from torch.distributed.nn.functional import all_reduce
 
     weight = torch.full_like(mean, count)

@@ -1,0 +1,1 @@
+"""Recipes as YAML files; :func:`qvit.train.recipe.load_recipe` reads them."""

@@ -20,7 +20,7 @@ from rich.table import Table
 from qvit.analysis.statistics import attention_distance, query_key_statistics
 from qvit.config import Rectify
 from qvit.errors import CheckpointError, ConfigError
-from qvit.train.checkpoint import write_atomically
+from qvit.files import write_text
 from qvit.train.data import ImageSets, make_loader, make_transform, readable
 from qvit.train.loop import Options, make_accelerator
 from qvit.train.methods import METHODS, FloatModel, Result, train_quantized
@@ -50,7 +50,7 @@ class Row(NamedTuple):
 ROWS = [
     Row(name, reading)
     for name, method in METHODS.items()
-    for reading in ((("head", "token") if method.rectify else (None,)))
+    for reading in (("head", "token") if method.rectify else (None,))
 ]
 
 
@@ -111,8 +111,7 @@ def ablate(
         record = {"bits": b, "row": row.name, "title": row.title, "seed": seed}
         record |= {"top1": result.accuracy.top1, "top5": result.accuracy.top5, "images": result.accuracy.images}
         record |= _analyse(teacher, result, data, run)
-        text = json.dumps(record, indent=1) + "\n"
-        write_atomically(result_file, lambda temporary, text=text: temporary.write_text(text))
+        write_text(result_file, json.dumps(record, indent=1) + "\n")
     return read_results(options.out)
 
 
@@ -220,5 +219,4 @@ def _check_same_experiment(folder: Path, recipe: Recipe, teacher: FloatModel) ->
         if json.loads(path.read_text()) != experiment:
             raise CheckpointError(f"{folder} holds results of another recipe or teacher: give another --out.")
         return
-    text = json.dumps(experiment, indent=1) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text))
+    write_text(path, json.dumps(experiment, indent=1) + "\n")

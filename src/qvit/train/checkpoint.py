@@ -1,15 +1,13 @@
 """Checkpoints: a model with all that is needed to build, run and go on training it, in one file.
 
-Written beside and renamed into place, so a reader sees the old file or the new one, never half of one. Read with
-``weights_only=True``: tensors and plain data, no code.
+Read with ``weights_only=True``: tensors and plain data, no code.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from torch import nn
 from qvit.config import QuantConfig
 from qvit.convert import quantize
 from qvit.errors import CheckpointError, ConfigError, QvitError
+from qvit.files import first_line, write_atomically
 from qvit.images import Mode
 from qvit.nn.quantizer import Quantizer
 
@@ -61,20 +60,26 @@ def create_model(card: ModelCard) -> VisionTransformer:
     """Return the float model of a card with fresh weights.
 
     Raises:
-        ConfigError: for a name or arguments that timm does not know, naming the nearest ones it does.
+        ConfigError: for a name or arguments that timm does not know, or a model that is no vision transformer.
     """
     if card.name not in timm.list_models():
         near = difflib.get_close_matches(card.name, timm.list_models(["vit_*", "deit*"]), 3)
         hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models('vit_*') lists them."
         raise ConfigError(f"timm has no model called {card.name!r}: {hint}")
     try:
-        model: VisionTransformer = timm.create_model(card.name, num_classes=len(card.classes), **card.model_args)
+        model = timm.create_model(card.name, num_classes=len(card.classes), **card.model_args)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise ConfigError(f"timm cannot build {card.name} with {card.model_args}: {_line(error)}") from error
+        raise ConfigError(f"timm cannot build {card.name} with {card.model_args}: {first_line(error)}") from error
+    if not isinstance(model, VisionTransformer):
+        raise ConfigError(
+            f"{card.name} is a {type(model).__name__}: qvit works on vision transformers (vit_*, deit_*)."
+        )
     return model
 
 
-def describe(name: str, model_args: Mapping[str, Any], classes: list[str], preprocessing: Mapping[str, Any]) -> ModelCard:
+def describe(
+    name: str, model_args: Mapping[str, Any], classes: list[str], preprocessing: Mapping[str, Any]
+) -> ModelCard:
     """Return the card of a new float model: timm's own preprocessing for it with ``preprocessing`` over it.
 
     Raises:
@@ -83,7 +88,7 @@ def describe(name: str, model_args: Mapping[str, Any], classes: list[str], prepr
     card = ModelCard(name, dict(model_args), classes, {})
     model = create_model(card)
     card.preprocessing = _plain({**timm.data.resolve_model_data_config(model), **preprocessing})
-    channels, size = getattr(model, "in_chans", 3), getattr(getattr(model, "patch_embed", None), "img_size", None)
+    channels, size = model.in_chans, model.patch_embed.img_size
     card.preprocessing["input_size"] = [channels, *(size or card.preprocessing["input_size"][1:])]
     for statistic in ("mean", "std"):
         if len(card.preprocessing[statistic]) != channels:
@@ -135,7 +140,7 @@ def save_checkpoint(path: Path, card: ModelCard, model: nn.Module, training: Map
         training: optimizer, scheduler and the like, for resuming; plain data and tensors.
 
     Raises:
-        CheckpointError: if it cannot be written; what was at ``path`` is still there.
+        OutputError: if it cannot be written; what was at ``path`` is still there.
     """
     content = {
         "format": FORMAT,
@@ -145,24 +150,6 @@ def save_checkpoint(path: Path, card: ModelCard, model: nn.Module, training: Map
         "training": dict(training) if training is not None else None,
     }
     write_atomically(path, lambda temporary: torch.save(content, temporary))
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call ``write(temporary path)`` beside ``path``, flush to disk and rename into place.
-
-    Raises:
-        CheckpointError: if that fails; what was at ``path`` is still there.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"Cannot write {path}: {_line(error)} What was there before is untouched.") from error
 
 
 def read_checkpoint(path: str | Path) -> tuple[ModelCard, dict[str, Any], dict[str, Any] | None]:
@@ -181,7 +168,7 @@ def read_checkpoint(path: str | Path) -> tuple[ModelCard, dict[str, Any], dict[s
     try:
         return ModelCard(**content["card"]), dict(content["weights"]), content["training"]
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged: {_line(error)}") from error
+        raise CheckpointError(f"{path} is damaged: {first_line(error)}") from error
 
 
 def load_checkpoint(path: str | Path) -> tuple[VisionTransformer, ModelCard]:
@@ -196,7 +183,7 @@ def load_checkpoint(path: str | Path) -> tuple[VisionTransformer, ModelCard]:
     except CheckpointError:
         raise
     except (QvitError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged: {_line(error)}") from error
+        raise CheckpointError(f"{path} is damaged: {first_line(error)}") from error
 
 
 def load_float_model(path: str | Path, expected: ModelCard) -> tuple[VisionTransformer, ModelCard]:
@@ -232,14 +219,7 @@ def _read(path: str | Path) -> Any:
             return safetensors.torch.load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can fail in the zip reader, the unpickler or the tensor reader
-        raise CheckpointError(f"{path} cannot be read, it is damaged or no checkpoint: {_line(error)}") from error
-
-
-def _line(error: Exception) -> str:
-    """Return the first sentence or so of a library's error, closed by a full stop."""
-    lines = str(error).strip().splitlines()
-    text = (lines[0] if lines else type(error).__name__)[:200].rstrip()
-    return text if text.endswith(".") else f"{text}."
+        raise CheckpointError(f"{path} cannot be read, it is damaged or no checkpoint: {first_line(error)}") from error
 
 
 def _plain(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -77,7 +78,7 @@ class Images(Dataset[Any]):
             held[members[: max(1, round(share * len(members)))]] = True
         first, second = (
             Images([self.sources[i] for i in chosen], labels[chosen].tolist(), self.mode)
-            for chosen in (np.flatnonzero(~held), np.flatnonzero(held))
+            for chosen in (np.flatnonzero(~held).tolist(), np.flatnonzero(held).tolist())
         )
         return first, second
 
@@ -91,12 +92,14 @@ class ImageSets:
     classes: list[str]
 
 
-def open_data(source: str, *, mode: Mode = "RGB", root: str | None = None, splits: str = "train,validation") -> ImageSets:
+def open_data(
+    source: str, *, mode: Mode = "RGB", root: str | None = None, splits: str = "train,validation"
+) -> ImageSets:
     """Open a data set.
 
     Args:
-        source: ``"digits"``; a folder with ``train/`` and ``val/`` (or ``validation/``, ``test/``), each with a folder a
-            class; a folder of class folders, of which a tenth is held out; or a name that
+        source: ``"digits"``; a folder with ``train/`` and ``val/`` (or ``validation/``, ``test/``), each with a folder
+            a class; a folder of class folders, of which a tenth is held out; or a name that
             :func:`timm.data.create_dataset` knows (``torch/cifar10``, ``hfds/...``, ``wds/...``).
         mode: ``"RGB"``, or ``"L"`` for a model with one input channel.
         root: folder of a timm data set.
@@ -151,9 +154,7 @@ def check_classes(one: str, its: Sequence[str], other: str, others: Sequence[str
             raise DataError(f"Class {index} is {a!r} in {one} and {b!r} in {other}: they must be the same.")
 
 
-def make_transform(
-    preprocessing: Mapping[str, Any], augmentation: Mapping[str, Any] | None = None
-) -> Transform:
+def make_transform(preprocessing: Mapping[str, Any], augmentation: Mapping[str, Any] | None = None) -> Transform:
     """Return timm's evaluation transform, or its training transform if an ``augmentation`` is given.
 
     Args:
@@ -164,8 +165,8 @@ def make_transform(
         transform: Transform = timm.data.create_transform(**preprocessing, is_training=False)
         return transform
     kept = {name: preprocessing[name] for name in ("input_size", "mean", "std")}
-    transform = timm.data.create_transform(**{**kept, **augmentation}, is_training=True)
-    return transform
+    training: Transform = timm.data.create_transform(**{**kept, **augmentation}, is_training=True)
+    return training
 
 
 def make_loader(
@@ -189,11 +190,15 @@ def make_loader(
         repeats: copies of an image a batch (repeated augmentation); 0 for none.
         device: where the batches go, to pin memory for a GPU.
     """
+    dataset = copy.copy(dataset)  # another loader may show the same images by another transform
     dataset.transform = transform  # type: ignore[attr-defined]
     sampler: Sampler[int] | None = None
     if shuffle and not isinstance(dataset, IterableDataset):
         if repeats:
-            sampler = RepeatAugSampler(dataset, num_replicas=1, rank=0, shuffle=True, num_repeats=repeats)
+            # selected_round: timm would otherwise cut an epoch to a multiple of 256 images.
+            sampler = RepeatAugSampler(
+                dataset, num_replicas=1, rank=0, shuffle=True, num_repeats=repeats, selected_round=0
+            )
         else:
             sampler = RandomSampler(dataset)  # type: ignore[arg-type]
     large_enough = isinstance(dataset, IterableDataset) or len(dataset) >= batch_size  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -26,8 +27,9 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 from qvit.errors import CheckpointError, ConfigError, NonFiniteLossError
+from qvit.files import write_text
 from qvit.nn.quantizer import Float32Module
-from qvit.train.checkpoint import ModelCard, build, read_checkpoint, save_checkpoint, write_atomically
+from qvit.train.checkpoint import ModelCard, build, read_checkpoint, save_checkpoint
 from qvit.train.data import Batch, readable
 from qvit.train.recipe import Schedule
 
@@ -100,6 +102,8 @@ def make_accelerator(options: Options) -> Accelerator:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("qvit trains in one process: start it without torchrun or accelerate launch.")
+    # Accelerate keeps the first precision for the life of the process; runs that follow one another may differ.
+    AcceleratorState._reset_state()
     return Accelerator(mixed_precision=options.precision, cpu=options.cpu)
 
 
@@ -158,7 +162,8 @@ def fit(
     Raises:
         NonFiniteLossError: at the first NaN or infinity; the checkpoints of the epochs before are kept.
         CorruptImageError: see :func:`qvit.train.data.readable`.
-        CheckpointError: if a checkpoint cannot be written, or ``resume`` finds none that fits.
+        CheckpointError: if ``resume`` finds no checkpoint that fits.
+        OutputError: if a file cannot be written; what was there before is kept.
     """
     accelerator = make_accelerator(options)
     device, steps = accelerator.device, len(train)
@@ -263,7 +268,7 @@ def fit(
 
 
 def parameter_groups(model: VisionTransformer, schedule: Schedule) -> list[dict[str, Any]]:
-    """Return the optimizer's groups: matrices with weight decay, vectors without, quantization's own at ``scale_lr``."""
+    """Return the optimizer's groups: matrices with weight decay, vectors without, scales and such at ``scale_lr``."""
     own = {
         f"{prefix}.{name}": parameter
         for prefix, module in model.named_modules()
@@ -288,7 +293,7 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
 
 def _write_metrics(folder: Path, history: Iterable[Mapping[str, float]]) -> None:
     lines = "".join(json.dumps(record) + "\n" for record in history)
-    write_atomically(folder / "metrics.jsonl", lambda temporary: temporary.write_text(lines))
+    write_text(folder / "metrics.jsonl", lines)
 
 
 def _resume(

@@ -12,6 +12,7 @@ import torch
 from accelerate.utils import set_seed
 from rich.console import Console
 from timm.models import VisionTransformer
+from timm.models.deit import VisionTransformerDistilled
 from torch.utils.data import DataLoader
 
 from qvit.calibration import calibrate
@@ -35,11 +36,11 @@ class Method(NamedTuple):
 
 
 METHODS: dict[str, Method] = {
-    "ptq": Method("post-training quantization", rectify=False, guided=False, trained=False),
+    "ptq": Method("post-training", rectify=False, guided=False, trained=False),
     "baseline": Method("QAT baseline", rectify=False, guided=False),
     "rectify": Method("+ IRM", rectify=True, guided=False),
     "distill": Method("+ DGD", rectify=False, guided=True),
-    "q-vit": Method("Q-ViT (IRM + DGD)", rectify=True, guided=True),
+    "q-vit": Method("Q-ViT (both)", rectify=True, guided=True),
 }
 
 
@@ -122,7 +123,8 @@ def train_quantized(
     card = dataclasses.replace(start.card, quant_config=config.to_dict(), method=method, metrics={})
     set_seed(options.seed)
     student = quantize(start.model, config).to(device)
-    student.set_distilled_training(teacher is not None) if hasattr(student, "set_distilled_training") else None
+    if isinstance(student, VisionTransformerDistilled):
+        student.set_distilled_training(teacher is not None)
     calibrate(student, calibration_images(data, card, schedule, options))
     if not chosen.trained:
         accuracy = evaluate(student, _validation(data, card, schedule, options), device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import re
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
@@ -15,6 +16,15 @@ import yaml
 
 from qvit.distill import GUIDED_WEIGHT
 from qvit.errors import ConfigError
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 takes ``2e-3`` for a text; people who write learning rates do not."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +124,7 @@ def load_recipe(source: str, changes: Iterable[str] = ()) -> Recipe:
                 f"There is no recipe {source!r}: give a YAML file or one of {', '.join(builtin_recipes())}."
             ) from error
     try:
-        data = yaml.safe_load(text)
+        data = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"Recipe {source} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(data, dict):
@@ -123,8 +133,9 @@ def load_recipe(source: str, changes: Iterable[str] = ()) -> Recipe:
         _apply(data, change)
     _check_keys(f"recipe {source}", data, {field.name for field in dataclasses.fields(Recipe)})
     try:
-        schedules = {name: _schedule(name, data.pop(name, None)) for name in ("full_precision", "quantized")}
-        return Recipe(**schedules, **data)
+        for name in ("full_precision", "quantized"):
+            data[name] = _schedule(name, data.get(name))
+        return Recipe(**data)
     except ConfigError as error:
         raise ConfigError(f"Recipe {source}: {error}") from error
 
@@ -149,7 +160,7 @@ def _apply(data: dict[str, Any], change: str) -> None:
         node = node.setdefault(key, {})
         if not isinstance(node, dict):
             raise ConfigError(f"--set {change}: {key} is a single value, not a group of them.")
-    node[keys[-1]] = yaml.safe_load(value)
+    node[keys[-1]] = yaml.load(value, _Loader)
 
 
 def _check_keys(where: str, data: Any, known: set[str]) -> None:

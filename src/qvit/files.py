@@ -1,0 +1,47 @@
+"""Writing files so that a reader sees the old one or the new one, never half of one. No PyTorch here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from qvit.errors import OutputError
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Call ``write(temporary path)`` beside ``path``, flush to disk and rename into place.
+
+    Raises:
+        OutputError: if that fails; what was at ``path`` is still there.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        raise OutputError(f"Cannot write {path}: {first_line(error)} What was there before is untouched.") from error
+    finally:
+        _discard(temporary)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` as :func:`write_atomically` does."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of a library's error, closed by a full stop."""
+    lines = str(error).strip().splitlines()
+    text = (lines[0] if lines else type(error).__name__)[:200].rstrip()
+    return text if text.endswith(".") else f"{text}."
+
+
+def _discard(temporary: Path) -> None:
+    try:
+        temporary.unlink(missing_ok=True)
+    except OSError:  # the folder itself is not writable or not a folder: there is nothing to discard
+        return

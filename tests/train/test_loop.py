@@ -1,0 +1,259 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from sklearn.metrics import top_k_accuracy_score
+
+from qvit.errors import CheckpointError, ConfigError, NonFiniteLossError
+from qvit.train.checkpoint import create_model, describe, load_checkpoint, read_checkpoint
+from qvit.train.data import ImageSets, make_loader, make_transform
+from qvit.train.loop import LabelLoss, Options, evaluate, make_accelerator, parameter_groups, read_metrics
+from qvit.train.methods import FloatModel, train_full_precision, train_quantized
+from qvit.train.recipe import Recipe, load_recipe
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return read_checkpoint(folder / "last.pt")[1]
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def run(teacher: FloatModel, digits: ImageSets, recipe: Recipe, options: Options, method: str = "q-vit") -> None:
+    train_quantized(teacher, teacher, method, (2, 2), "head", digits, recipe, options, Console(quiet=True))
+
+
+def test_evaluation_counts_like_scikit_learn(teacher: FloatModel, digits: ImageSets) -> None:
+    transform = make_transform(teacher.card.preprocessing)
+    loader = make_loader(digits.val, transform, 50, shuffle=False)
+    accuracy = evaluate(teacher.model, loader, torch.device("cpu"))
+    labels = np.array(digits.val.labels)  # type: ignore[attr-defined]
+    with torch.no_grad():
+        logits = teacher.model(torch.stack([transform(digits.val[i][0]) for i in range(len(labels))])).numpy()
+    assert accuracy.images == len(labels) == 359
+    assert accuracy.top1 == pytest.approx(100 * top_k_accuracy_score(labels, logits, k=1))
+    assert accuracy.top5 == pytest.approx(100 * top_k_accuracy_score(labels, logits, k=5))
+
+
+def test_float_teacher_learns_the_digits(teacher: FloatModel) -> None:
+    assert teacher.card.metrics["val_top1"] > 85
+
+
+def test_same_seed_same_weights_other_seed_others(
+    tmp_path: Path, teacher: FloatModel, digits: ImageSets, recipe: Recipe
+) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run(teacher, digits, recipe, Options(tmp_path / name, seed=seed))
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
+
+
+def test_resumed_run_equals_the_uninterrupted_one(
+    tmp_path: Path, teacher: FloatModel, digits: ImageSets, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(teacher, digits, recipe, Options(tmp_path / "whole"))
+    calls = 0
+
+    def stop_in_second_epoch(self: LabelLoss, *args: object) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls > 30:
+            raise KeyboardInterrupt
+        return original(self, *args)
+
+    from qvit.distill import DistillationLoss
+
+    original = DistillationLoss.forward
+    monkeypatch.setattr(DistillationLoss, "forward", stop_in_second_epoch)
+    with pytest.raises(KeyboardInterrupt):
+        run(teacher, digits, recipe, Options(tmp_path / "cut"))
+    monkeypatch.undo()
+    assert len(read_metrics(tmp_path / "cut")) == 1
+    run(teacher, digits, recipe, Options(tmp_path / "cut", resume=True))
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    strip = [{k: v for k, v in r.items() if "second" not in k} for r in read_metrics(tmp_path / "whole")]
+    assert strip == [{k: v for k, v in r.items() if "second" not in k} for r in read_metrics(tmp_path / "cut")]
+
+
+def test_killed_run_resumes_from_its_last_epoch(tmp_path: Path, teacher_file: Path) -> None:
+    command = [sys.executable, "-m", "qvit.cli", "train", "vit_tiny_patch16_224", "--bits", "2", "--data", "digits"]
+    command += ["--teacher", str(teacher_file), "--out", str(tmp_path / "run"), "--set", "quantized.epochs=200"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "last.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    finished = len(read_metrics(tmp_path / "run"))
+    assert finished >= 1
+    load_checkpoint(tmp_path / "run" / "last.pt")
+    shorter = [*command[:-1], f"quantized.epochs={finished + 2}", "--resume"]
+    done = subprocess.run(shorter, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [r["epoch"] for r in read_metrics(tmp_path / "run")] == list(range(1, finished + 3))
+
+
+def test_nan_stops_and_keeps_the_last_good_checkpoint(
+    tmp_path: Path, teacher: FloatModel, digits: ImageSets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qvit.distill import DistillationLoss
+
+    original, calls = DistillationLoss.forward, 0
+
+    def poisoned(self: DistillationLoss, *args: object) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return original(self, *args) * (float("nan") if calls == 30 else 1.0)
+
+    monkeypatch.setattr(DistillationLoss, "forward", poisoned)
+    recipe = load_recipe("digits", ["quantized.epochs=3"])
+    with pytest.raises(NonFiniteLossError, match=r"epoch 2, step 8; .*last.pt holds epoch 1"):
+        run(teacher, digits, recipe, Options(tmp_path))
+    model, card = load_checkpoint(tmp_path / "last.pt")
+    assert card.metrics["val_top1"] > 0
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_exploding_learning_rate_stops(tmp_path: Path, digits: ImageSets) -> None:
+    recipe = load_recipe("digits", ["full_precision.lr=1e30", "full_precision.warmup_epochs=0"])
+    card = describe("vit_tiny_patch16_224", recipe.model_args, digits.classes, recipe.preprocessing)
+    with pytest.raises(NonFiniteLossError, match="learning rate"):
+        train_full_precision(card, digits, recipe, Options(tmp_path), Console(quiet=True))
+    assert not (tmp_path / "last.pt").exists()
+
+
+def test_resume_refuses_another_model(tmp_path: Path, teacher: FloatModel, digits: ImageSets, recipe: Recipe) -> None:
+    run(teacher, digits, recipe, Options(tmp_path), "baseline")
+    with pytest.raises(CheckpointError, match="another model or another run"):
+        run(teacher, digits, recipe, Options(tmp_path, resume=True), "q-vit")
+
+
+def test_training_without_a_teacher(tmp_path: Path, teacher: FloatModel, digits: ImageSets, recipe: Recipe) -> None:
+    result = train_quantized(
+        teacher, None, "rectify", (4, 4), "token", digits, recipe, Options(tmp_path), Console(quiet=True)
+    )
+    assert result.accuracy.top1 > 80
+
+
+def test_guided_method_needs_a_teacher(tmp_path: Path, teacher: FloatModel, digits: ImageSets, recipe: Recipe) -> None:
+    with pytest.raises(ConfigError, match="give --teacher"):
+        train_quantized(teacher, None, "q-vit", (4, 4), "head", digits, recipe, Options(tmp_path), Console())
+
+
+def test_eight_bits_agree_with_the_float_model(
+    tmp_path: Path, teacher: FloatModel, digits: ImageSets, recipe: Recipe
+) -> None:
+    result = train_quantized(
+        teacher, teacher, "ptq", (8, 8), "head", digits, recipe, Options(tmp_path), Console(quiet=True)
+    )
+    loader = make_loader(digits.val, make_transform(teacher.card.preprocessing), 359, shuffle=False)
+    images = next(iter(loader)).images
+    with torch.no_grad():
+        agreement = (result.model.eval()(images).argmax(1) == teacher.model(images).argmax(1)).float().mean()
+    assert agreement >= 0.99
+
+
+def test_compiled_training_follows_the_eager_one(
+    tmp_path: Path, digits: ImageSets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The graphs are captured and differentiated as ever, and run without minutes in the C++ compiler.
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_module(self, backend="aot_eager"))
+    recipe = load_recipe("digits", ["quantized.epochs=1", "model_args.depth=1", "quantized.batch_size=256"])
+    card = describe("vit_tiny_patch16_224", recipe.model_args, digits.classes, recipe.preprocessing)
+    torch.manual_seed(0)
+    start = FloatModel(create_model(card).eval(), card)
+    for name in ("eager", "compile"):
+        options = Options(tmp_path / name, compile=name == "compile")
+        train_quantized(start, start, "q-vit", (8, 8), "head", digits, recipe, options, Console(quiet=True))
+    eager, compiled = (read_metrics(tmp_path / name)[0] for name in ("eager", "compile"))
+    for name in ("train_loss", "distillation", "guided"):
+        assert compiled[name] == pytest.approx(eager[name], rel=0.02)
+
+
+def test_bf16_training_learns(tmp_path: Path, teacher: FloatModel, digits: ImageSets, recipe: Recipe) -> None:
+    run(teacher, digits, recipe, Options(tmp_path, precision="bf16"))
+    assert read_metrics(tmp_path)[-1]["val_top1"] > 60
+    assert all(value.dtype in (torch.float32, torch.int64) for value in weights(tmp_path).values())
+
+
+def test_corrupt_image_is_counted_in_the_metrics(tmp_path: Path, image_folder: Callable[..., Path]) -> None:
+    from qvit.train.data import open_data
+
+    folder = image_folder(splits={"train": 40, "val": 4})
+    (folder / "train" / "a" / "7.png").write_bytes(b"")
+    recipe = load_recipe(
+        "digits",
+        [
+            "model_args.in_chans=3",
+            "preprocessing.mean=[0.5,0.5,0.5]",
+            "preprocessing.std=[0.5,0.5,0.5]",
+            "full_precision.epochs=1",
+            "full_precision.batch_size=16",
+        ],
+    )
+    data = open_data(str(folder))
+    card = describe("vit_tiny_patch16_224", recipe.model_args, data.classes, recipe.preprocessing)
+    options = Options(tmp_path / "run", skip_corrupt=True)
+    train_full_precision(card, data, recipe, options, Console(quiet=True))
+    # 80 images in 5 batches of 16: the broken one is always among them.
+    assert read_metrics(tmp_path / "run")[0]["unreadable"] == 1
+
+
+def test_scales_have_their_own_rate_and_no_weight_decay(teacher: FloatModel, recipe: Recipe) -> None:
+    from qvit.config import QuantConfig
+    from qvit.convert import quantize
+
+    student = quantize(teacher.model, QuantConfig(2, 2))
+    schedule = replace(recipe.quantized, scale_lr=3.0, weight_decay=0.1)
+    groups = parameter_groups(student, schedule)
+    names = {id(p): name for name, p in student.named_parameters()}
+    grouped = [names[id(p)] for group in groups for p in group["params"]]
+    assert sorted(grouped) == sorted(names.values())
+    own = {names[id(p)] for p in groups[-1]["params"]}
+    assert groups[-1]["lr"] == pytest.approx(3 * schedule.lr)
+    assert all(part in ("log_scale", "offset", "gamma", "beta") for part in (n.rsplit(".", 1)[1] for n in own))
+    decayed = {names[id(p)] for group in groups if group["weight_decay"] for p in group["params"]}
+    assert decayed
+    assert all(name.endswith(".weight") and "norm" not in name for name in decayed)
+
+
+def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="one process"):
+        make_accelerator(Options(tmp_path))
+
+
+def test_metrics_and_tensorboard_are_written(
+    tmp_path: Path, teacher: FloatModel, digits: ImageSets, recipe: Recipe
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(teacher, digits, recipe, Options(tmp_path))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert {"train_loss", "distillation", "guided", "val_top1", "val_top5", "images_per_second", "lr"} <= set(lines[0])
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [event.value for event in board.Scalars("val_top1")] == pytest.approx([r["val_top1"] for r in lines])
+
+
+def test_distillation_token_model_trains_both_heads(tmp_path: Path, digits: ImageSets) -> None:
+    recipe = load_recipe("digits", ["quantized.epochs=1"])
+    card = describe("deit_tiny_distilled_patch16_224", recipe.model_args, digits.classes, recipe.preprocessing)
+    torch.manual_seed(0)
+    start = FloatModel(create_model(card).eval(), card)
+    result = train_quantized(start, start, "q-vit", (4, 4), "head", digits, recipe, Options(tmp_path), Console())
+    for head in ("head", "head_dist"):
+        before = start.model.state_dict()[f"{head}.weight"]
+        assert not torch.equal(before, result.model.state_dict()[f"{head}.weight"])

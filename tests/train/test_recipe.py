@@ -1,0 +1,66 @@
+from pathlib import Path
+
+import pytest
+
+from qvit.errors import ConfigError
+from qvit.train.recipe import builtin_recipes, load_recipe
+
+MINIMAL = "full_precision: {epochs: 1, batch_size: 2, lr: 1e-3}\nquantized: {epochs: 1, batch_size: 2, lr: 2e-4}\n"
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+@pytest.mark.parametrize("name", builtin_recipes())
+def test_builtin_recipes_load(name: str) -> None:
+    assert load_recipe(name).quantized.epochs > 0
+
+
+def test_imagenet_recipe_is_the_published_one() -> None:
+    quantized = load_recipe("deit_imagenet").quantized
+    assert (quantized.epochs, quantized.batch_size, quantized.lr) == (300, 512, 2e-4)
+    assert (quantized.optimizer, quantized.weight_decay, quantized.warmup_epochs) == ("lamb", 0.0, 0.0)
+
+
+def test_exponents_without_a_point_are_numbers(file: Path) -> None:
+    assert load_recipe(str(file)).full_precision.lr == 0.001
+
+
+def test_set_changes_and_adds_entries(file: Path) -> None:
+    recipe = load_recipe(str(file), ["quantized.epochs=7", "model_args.depth=3", "quantized.lr=3e-3"])
+    assert recipe.quantized.epochs == 7
+    assert recipe.quantized.lr == 0.003
+    assert recipe.model_args == {"depth": 3}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("quantized.epoch=5", "did you mean 'epochs'"),
+        ("augmentation.hflop=1", "did you mean 'hflip'"),
+        ("quantized.lr=fast", "lr must be a number"),
+        ("quantized.epochs=0", "epochs must be a whole number above 0"),
+        ("quantized.epochs", "NAME=VALUE"),
+        ("quantized.lr.x=1", "lr is a single value"),
+        ("quantized=3", "quantized must be a mapping"),
+        ("schedule.epochs=3", "Unknown entry 'schedule'"),
+    ],
+)
+def test_wrong_change_is_explained(file: Path, change: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(str(file), [change])
+
+
+def test_absent_recipe_names_the_builtin_ones() -> None:
+    with pytest.raises(ConfigError, match="cifar10, deit_imagenet, digits"):
+        load_recipe("nowhere.yaml")
+
+
+def test_broken_yaml_is_named(file: Path) -> None:
+    file.write_text("full_precision: {epochs: [1}")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_recipe(str(file))
