@@ -96,7 +96,7 @@ def run_demo(out: Path, console: Console, seed: int = 0) -> Path:
     images = made.accuracy.images
     table = Table(title=f"Handwritten digits, {images} validation images, seed {seed}")
     for column in COLUMNS:
-        table.add_column(column, justify="left" if column == "method" else "right")
+        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=column == "method")
     for row in rows:
         table.add_row(*row.cells())
     console.print()
@@ -130,14 +130,14 @@ def _sections(rows: Sequence[Row], recipe: Recipe, images: int, seed: int, minut
         "Result",
         [
             f"A small vision transformer (four layers, width 48) learns 8 x 8 handwritten digits in {full.epochs} "
-            f"epochs at full precision. The same float model is then quantized, weights and activations of every linear layer "
-            f"and of both attention products: without training (post-training quantization), with plain quantization-"
-            f"aware training (the QAT baseline), and with Q-ViT; both trainings have {half.epochs} epochs.",
-            f"What these numbers can show: that the whole chain works, that 2 bits need training and 4 bits hardly do, "
-            f"and what happens to the queries. What they cannot show: which of two trained methods is better. There "
-            f"are {images} validation images: one image is {100 / images:.2f} points, the standard error of an accuracy "
-            f"near 95 % is {100 * (0.95 * 0.05 / images) ** 0.5:.1f} points, and another seed moves a result by a point "
-            f"or more. Use qvit ablate with several seeds and your own images for that.",
+            "epochs at full precision. The same float model is then quantized, weights and activations of every linear "
+            "layer and of both attention products: without training (post-training), with plain quantization-aware "
+            f"training (the QAT baseline), and with Q-ViT; both trainings have {half.epochs} epochs.",
+            "What these numbers can show: that the whole chain works, that 2 bits need training and 4 bits hardly do, "
+            "and what happens to the queries. What they cannot show: which of two trained methods is better. There "
+            f"are {images} validation images: one image is {100 / images:.2f} points, the standard error of an "
+            f"accuracy near 95 % is {100 * (0.95 * 0.05 / images) ** 0.5:.1f} points, and another seed moves a result "
+            "by a point or more. Use qvit ablate with several seeds and your own images for that.",
         ],
         [
             ReportTable(
