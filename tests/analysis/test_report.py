@@ -8,7 +8,7 @@ import pytest
 
 from qvit.analysis.figures import png, svg, training_curves
 from qvit.analysis.report import Figure, Section, Table, write_report
-from qvit.errors import CheckpointError
+from qvit.errors import OutputError
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
@@ -101,7 +101,7 @@ def test_report_is_replaced_whole(report, tmp_path):
     assert [path.name for path in report.parent.iterdir()] == ["report.html"]
     blocked = tmp_path / "folder"
     (blocked / "inside").mkdir(parents=True)
-    with pytest.raises(CheckpointError, match="folder"):
+    with pytest.raises(OutputError, match="folder"):
         write_report(blocked, "Third", [])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "new"]
 

@@ -10,7 +10,7 @@ import torch
 from qvit.calibration import calibrate
 from qvit.config import QuantConfig
 from qvit.convert import quantize
-from qvit.errors import CheckpointError, ConfigError
+from qvit.errors import CheckpointError, ConfigError, OutputError
 from qvit.train.checkpoint import (
     create_model,
     describe,
@@ -119,7 +119,7 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
         temporary.write_text("half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(CheckpointError, match="No space left"):
+    with pytest.raises(OutputError, match="No space left"):
         write_atomically(path, full_disk)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
@@ -129,7 +129,7 @@ def test_full_disk_is_one_sentence_and_keeps_the_old_file(teacher: FloatModel) -
     full = Path("/dev/full")
     if not full.exists():
         pytest.skip("this system has no /dev/full")
-    with pytest.raises(CheckpointError, match="Cannot write"):
+    with pytest.raises(OutputError, match="Cannot write"):
         write_atomically(Path("/dev/shm/qvit-test"), lambda temporary: torch.save(teacher.card.metrics, full))
 
 
