@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from qvit.errors import ConfigError, MissingExtraError, QvitError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from qvit.train.checkpoint import ModelCard
     from qvit.train.data import ImageSets
     from qvit.train.loop import Options
@@ -26,7 +27,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = Console()
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="timm's name of a vision transformer (vit_*, deit_*).")]
 Data = Annotated[
@@ -53,6 +53,14 @@ Precision = Annotated[str, typer.Option(help="no (float32) or bf16 (autocast).")
 Compile = Annotated[bool, typer.Option("--compile", help="torch.compile the models: slower to start, faster to run.")]
 SkipCorrupt = Annotated[bool, typer.Option("--skip-corrupt", help="Go on without unreadable images, and count them.")]
 Cpu = Annotated[bool, typer.Option("--cpu", help="Do not use a GPU.")]
+
+
+@functools.cache
+def console() -> Console:
+    """Return where the commands print; rich is imported here, for ``qvit predict`` is to start quickly."""
+    from rich.console import Console
+
+    return Console()
 
 
 @app.command()
@@ -100,7 +108,7 @@ def train(
             raise ConfigError("--full-precision makes a float model: leave out --bits, --teacher and --start.")
         sets, card = _open(model, settings, data, data_root, splits)
         _fresh(options)
-        result = methods.train_full_precision(card, sets, settings, options, console)
+        result = methods.train_full_precision(card, sets, settings, options, console())
         title = "full precision"
     else:
         if bits is None:
@@ -128,11 +136,11 @@ def train(
         _fresh(options)
         reading: Any = rectify
         result = methods.train_quantized(
-            first, guide, method, widths, reading, sets, settings, options, console, overrides
+            first, guide, method, widths, reading, sets, settings, options, console(), overrides
         )
         title = f"{bits} bits, {methods.METHODS[method].title}"
     accuracy = result.accuracy
-    console.print(
+    console().print(
         f"{title}: top-1 {accuracy.top1:.2f}, top-5 {accuracy.top5:.2f} on {accuracy.images} images; "
         f"checkpoints in {out}",
         highlight=False,
@@ -158,6 +166,8 @@ def eval(
     Example:
       qvit eval runs/q4/best.pt --data digits
     """
+    from rich.table import Table
+
     from qvit.train.checkpoint import load_checkpoint
     from qvit.train.data import make_loader, make_transform, open_validation
     from qvit.train.loop import evaluate, make_accelerator
@@ -180,9 +190,9 @@ def eval(
         str(accuracy.images),
         f"{accuracy.images / max(accuracy.seconds, 1e-9):.0f}",
     )
-    console.print(table)
+    console().print(table)
     if accuracy.unreadable:
-        console.print(f"{accuracy.unreadable} unreadable images were skipped.", highlight=False)
+        console().print(f"{accuracy.unreadable} unreadable images were skipped.", highlight=False)
 
 
 @app.command()
@@ -237,11 +247,11 @@ def ablate(
             f"{teacher} holds a {guide.card.name} with {guide.card.model_args}, not a {card.name} with "
             f"{card.model_args}: the ablation starts every run from it."
         )
-    records = run(guide, sets, settings, options, console, bits=widths, seeds=which, rows=chosen)
-    console.print(results_table(records, guide.card.metrics.get("val_top1")))
+    records = run(guide, sets, settings, options, console(), bits=widths, seeds=which, rows=chosen)
+    console().print(results_table(records, guide.card.metrics.get("val_top1")))
     figure = out / "ablation.png"
     figure.write_bytes(png(ablation_bars(records)))
-    console.print(f"Figure in {figure}, records in {out}/*-bit/*/seed-*/result.json", highlight=False, soft_wrap=True)
+    console().print(f"Figure in {figure}, records in {out}/*-bit/*/seed-*/result.json", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -255,7 +265,7 @@ def demo(
     """
     from qvit.demo import run_demo
 
-    run_demo(out, console)
+    run_demo(out, console())
 
 
 def _open(model: str, recipe: Recipe, data: str, root: str | None, splits: str) -> tuple[ImageSets, ModelCard]:
@@ -357,7 +367,7 @@ def main() -> None:
     try:
         app()
     except QvitError as error:
-        console.file.flush()
+        sys.stdout.flush()
         print(f"qvit: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
