@@ -36,6 +36,10 @@ class CheckpointError(QvitError, ValueError):
     """A checkpoint that is absent, damaged, of another format or of another model."""
 
 
+class PackedFileError(QvitError, ValueError):
+    """A packed model file that is absent, damaged, edited, newer than this qvit, or no packed model at all."""
+
+
 class OutputError(QvitError, OSError):
     """A file that cannot be written: a full disk, a read-only folder."""
 

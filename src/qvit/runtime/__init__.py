@@ -1,0 +1,1 @@
+"""The runtime wing: packed models run in integer arithmetic. NumPy, safetensors and Pillow; never PyTorch."""
