@@ -1,3 +1,5 @@
+import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -5,7 +7,7 @@ import pytest
 from PIL import Image
 
 from qvit.errors import CorruptImageError
-from qvit.images import open_image
+from qvit.images import Mode, open_image
 
 
 def save(image: Image.Image, path: Path, **options: object) -> Path:
@@ -76,3 +78,54 @@ def test_text_named_as_image_is_refused(tmp_path: Path) -> None:
     path.write_text("not an image")
     with pytest.raises(CorruptImageError, match="text.png"):
         open_image(path)
+
+
+@pytest.mark.parametrize("values", [np.float32([[0.5]]), np.int32([[70000]]), np.int32([[-1]])])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_pixels_of_unknown_range_are_refused(tmp_path: Path, values: np.ndarray, mode: Mode) -> None:
+    path = save(Image.fromarray(values), tmp_path / "science.tiff")
+    with pytest.raises(CorruptImageError, match=r"science.tiff .*: it has .* pixels, save it with 8 or 16 bits\.$"):
+        open_image(path, mode)
+
+
+def test_grey_with_alpha_lies_on_white(tmp_path: Path) -> None:
+    path = save(Image.new("LA", (2, 2), (0, 51)), tmp_path / "grey.png")
+    assert (np.asarray(open_image(path, "L")) == 204).all()
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "gif", "tiff", "avif"])
+def test_damaged_file_opens_or_is_named(tmp_path: Path, suffix: str) -> None:
+    rng = np.random.default_rng(0)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / f"damaged.{suffix}"
+    good = save(Image.fromarray(rng.integers(0, 255, (20, 24, 3), dtype=np.uint8)), path, exif=exif).read_bytes()
+    refused = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's own, about damaged tags
+        for _ in range(150):
+            data = np.frombuffer(good, np.uint8).copy()
+            data[rng.integers(0, min(len(data), 400), 4)] = rng.integers(0, 256, 4)
+            path.write_bytes(data.tobytes())
+            try:
+                assert open_image(path).mode == "RGB"
+            except CorruptImageError as error:
+                refused.append(str(error))
+    assert refused
+    assert all(message.startswith(str(path)) for message in refused)
+
+
+def test_opening_in_threads_leaves_the_warning_filters_alone(tmp_path: Path) -> None:
+    path = save(Image.new("L", (8, 8)), tmp_path / "small.png")
+    before = list(warnings.filters)
+
+    def work() -> None:
+        for _ in range(100):
+            open_image(path)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert list(warnings.filters) == before

@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import timm.data
+from PIL import Image
+
+from qvit.errors import ConfigError, CorruptImageError
+from qvit.images import to_mode
+from qvit.runtime.preprocess import (
+    CROP_MODES,
+    INTERPOLATIONS,
+    check_preprocessing,
+    image_mode,
+    preprocess,
+    preprocess_batch,
+)
+
+SIZES = [
+    (1, 1),
+    (2, 1),
+    (7, 31),
+    (16, 16),
+    (33, 20),
+    (20, 33),
+    (224, 224),
+    (255, 256),
+    (301, 97),
+    (97, 301),
+    (500, 375),
+]
+
+
+def settings(**changes: Any) -> dict[str, Any]:
+    return {
+        "input_size": [3, 224, 224],
+        "interpolation": "bicubic",
+        "mean": [0.485, 0.456, 0.406],
+        "std": [0.229, 0.224, 0.225],
+        "crop_pct": 0.9,
+        "crop_mode": "center",
+        **changes,
+    }
+
+
+def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
+    rng = np.random.default_rng(width * 1000 + height)
+    pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+def by_timm(image: Image.Image, preprocessing: dict[str, Any]) -> np.ndarray:
+    transform = timm.data.create_transform(**preprocessing, is_training=False)
+    return transform(image).numpy()
+
+
+def assert_same(image: Image.Image, preprocessing: dict[str, Any]) -> None:
+    check_preprocessing(preprocessing)
+    ours, theirs = preprocess(image, preprocessing), by_timm(image, preprocessing)
+    assert ours.dtype == np.float32
+    assert ours.flags.c_contiguous
+    assert ours.shape == tuple(preprocessing["input_size"])
+    np.testing.assert_array_equal(ours.view(np.uint32), theirs.view(np.uint32))
+
+
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+@pytest.mark.parametrize("mode", CROP_MODES)
+def test_same_bits_as_timm_by_interpolation(mode: str, interpolation: str) -> None:
+    for width, height in SIZES:
+        assert_same(
+            noise(width, height),
+            settings(input_size=[3, 48, 48], crop_mode=mode, interpolation=interpolation, crop_pct=0.875),
+        )
+
+
+@pytest.mark.parametrize("mode", CROP_MODES)
+@pytest.mark.parametrize("crop_pct", [0.5, 0.875, 0.9, 0.95, 1.0, 1.2])
+@pytest.mark.parametrize("crop", [[15, 15], [32, 32], [31, 20], [20, 31]])
+def test_same_bits_as_timm_by_crop(mode: str, crop_pct: float, crop: list[int]) -> None:
+    for width, height in SIZES:
+        assert_same(noise(width, height), settings(input_size=[3, *crop], crop_mode=mode, crop_pct=crop_pct))
+
+
+def test_same_bits_as_timm_at_full_size() -> None:
+    for width, height in [(500, 375), (640, 480), (224, 300), (1023, 767)]:
+        assert_same(noise(width, height), settings())
+
+
+@pytest.mark.parametrize("mode", CROP_MODES)
+def test_same_bits_as_timm_in_grey(mode: str) -> None:
+    for width, height in SIZES:
+        assert_same(
+            noise(width, height, "L"),
+            settings(input_size=[1, 32, 32], mean=[0.1307], std=[0.3081], crop_mode=mode, crop_pct=1.0),
+        )
+
+
+@pytest.mark.parametrize("name", ["deit_small_patch16_224", "vit_base_patch16_clip_224", "vit_tiny_patch16_224"])
+def test_same_bits_as_timm_by_model(name: str) -> None:
+    model = timm.create_model(name, depth=1)
+    assert_same(noise(400, 300), timm.data.resolve_model_data_config(model))
+
+
+def test_other_modes_are_converted_as_open_image_does() -> None:
+    chosen = settings(input_size=[3, 32, 32])
+    see_through = noise(40, 50).convert("RGBA")
+    see_through.putalpha(60)
+    for image in (noise(40, 50, "L"), noise(40, 50, "CMYK"), noise(40, 50, "P"), see_through):
+        np.testing.assert_array_equal(preprocess(image, chosen), by_timm(to_mode(image, "RGB"), chosen))
+
+
+def test_strip_is_cropped_without_resizing_all_of_it() -> None:
+    # All of it at 224 x 224 would have 249 x 14.9 million pixels. Equal in one direction, so its middle is known.
+    ramp = Image.fromarray(np.linspace(0, 255, 60000).round().astype(np.uint8)[None].repeat(1, 0)).convert("RGB")
+    chosen = settings(mean=[0.0] * 3, std=[1.0] * 3)
+    wide = preprocess(ramp, chosen)
+    tall = preprocess(ramp.transpose(Image.Transpose.ROTATE_270), chosen)
+    np.testing.assert_allclose(wide, 0.5, atol=2 / 255)
+    np.testing.assert_allclose(tall, 0.5, atol=2 / 255)
+
+
+def test_cut_before_resizing_is_the_same_but_for_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    for mode in CROP_MODES:
+        for crop in ([48, 48], [31, 48]):
+            chosen = settings(input_size=[3, *crop], mean=[0.0] * 3, std=[1.0] * 3, crop_mode=mode)
+            whole = [preprocess(noise(*size), chosen) for size in SIZES]
+            with monkeypatch.context() as patch:
+                patch.setattr("qvit.runtime.preprocess._LARGEST", 0)
+                cut = [preprocess(noise(*size), chosen) for size in SIZES]
+            for one, other in zip(whole, cut, strict=True):
+                steps = np.abs(one - other) * 255
+                assert (steps < 1.01).mean() > 0.97  # a window may begin a pixel later: on noise that shows
+                assert steps.max() < 16
+
+
+def test_batch_stacks() -> None:
+    chosen = settings(input_size=[3, 32, 32])
+    images = [noise(40, 50), noise(31, 90)]
+    batch = preprocess_batch(images, chosen)
+    np.testing.assert_array_equal(batch, np.stack([preprocess(image, chosen) for image in images]))
+    assert preprocess_batch([], chosen).shape == (0, 3, 32, 32)
+
+
+def test_mode_follows_channels() -> None:
+    assert image_mode(settings()) == "RGB"
+    assert image_mode(settings(input_size=[1, 8, 8])) == "L"
+
+
+def test_pixels_of_unknown_range_are_refused() -> None:
+    with pytest.raises(CorruptImageError, match="mode F .* floating-point"):
+        preprocess(Image.new("F", (4, 4)), settings())
+
+
+def test_image_without_pixels_is_refused() -> None:
+    with pytest.raises(CorruptImageError, match="0 x 4 pixels"):
+        preprocess(Image.new("RGB", (0, 4)), settings())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"input_size": [2, 8, 8]}, "input_size"),
+        ({"input_size": [3, 8]}, "input_size"),
+        ({"input_size": [3, 0, 8]}, "input_size"),
+        ({"input_size": [3, 8, 8.0]}, "input_size"),
+        ({"mean": [0.5]}, "mean must hold 3"),
+        ({"mean": [0.5, 0.5, float("nan")]}, "mean"),
+        ({"mean": [0.5, 0.5, 10**400]}, "mean"),
+        ({"std": [0.5, 0.5, 0]}, "std must be above 0"),
+        ({"crop_pct": 0}, "crop_pct"),
+        ({"crop_pct": True}, "crop_pct"),
+        ({"crop_mode": "middle"}, "crop_mode must be center, squash, border, not 'middle'"),
+        ({"interpolation": "random"}, "interpolation must be nearest"),
+    ],
+)
+def test_preprocessing_that_cannot_be_meant_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_preprocessing(settings(**change))
+
+
+@pytest.mark.parametrize("name", sorted(settings()))
+def test_missing_entry_is_named(name: str) -> None:
+    chosen = settings()
+    del chosen[name]
+    with pytest.raises(ConfigError, match=f"lacks {name}"):
+        check_preprocessing(chosen)
