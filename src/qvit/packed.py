@@ -72,13 +72,19 @@ def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
 
 def unpack_codes(data: np.ndarray, bits: int, count: int) -> np.ndarray:
     """Return the signed codes ``(..., count)``, int8, of bytes ``(..., ceil(count * bits / 8))``."""
-    rows = data.shape[:-1]
-    if bits == 8:
-        unsigned = data
-    else:
-        stream = np.unpackbits(data, axis=-1, count=count * bits, bitorder="little").reshape(*rows, count, bits)
-        unsigned = np.packbits(stream, axis=-1, bitorder="little").reshape(*rows, count)
-    return (unsigned.astype(np.int16) - 2 ** (bits - 1)).astype(np.int8)
+    # Eight codes are `bits` whole bytes, so the k-th of every eight lies at the same place of them.
+    groups = -(-count // 8)
+    bytes_ = np.zeros((*data.shape[:-1], groups * bits), np.uint8)
+    bytes_[..., : data.shape[-1]] = data
+    bytes_ = bytes_.reshape(*data.shape[:-1], groups, bits)
+    codes = np.empty((*data.shape[:-1], groups, 8), np.uint8)
+    for k in range(8):
+        byte, shift = divmod(k * bits, 8)
+        code = bytes_[..., byte] >> shift
+        if shift + bits > 8:
+            code |= bytes_[..., byte + 1] << (8 - shift)
+        codes[..., k] = (code & (2**bits - 1)) - 2 ** (bits - 1)  # modulo 256: two's complement
+    return codes.reshape(*data.shape[:-1], groups * 8)[..., :count].view(np.int8)
 
 
 class PackedLayer(NamedTuple):
