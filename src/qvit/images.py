@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageOps
 
-from qvit.errors import CorruptImageError
+from qvit.errors import ConfigError, CorruptImageError
 from qvit.files import first_line
 
 Mode = Literal["RGB", "L"]
@@ -38,6 +38,17 @@ def open_image(path: str | Path, mode: Mode = "RGB", content: bytes | None = Non
             return to_mode(ImageOps.exif_transpose(file), mode)
     except Exception as error:  # each of Pillow's decoders has its own: OSError, SyntaxError, RuntimeError, ...
         raise CorruptImageError(f"{path} cannot be read as an image: {first_line(error)}") from error
+
+
+def mode_of(channels: int) -> Mode:
+    """Return the mode in which a model of so many input channels takes images: grey or RGB.
+
+    Raises:
+        ConfigError: for another number than 1 or 3.
+    """
+    if channels not in (1, 3):
+        raise ConfigError(f"The model takes {channels} channels; image files are opened with 1 (grey) or 3 (RGB).")
+    return "L" if channels == 1 else "RGB"
 
 
 def to_mode(image: Image.Image, mode: Mode) -> Image.Image:

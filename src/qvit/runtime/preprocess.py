@@ -14,43 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from qvit.errors import ConfigError, CorruptImageError
-from qvit.images import Mode, to_mode
+from qvit.errors import CorruptImageError
+from qvit.images import mode_of, to_mode
 
-CROP_MODES = ("center", "squash", "border")
-INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 _LARGEST = 2**24
 """Pixels up to which the whole image is resized before it is cropped, as timm does. A strip of 1 x 60000 pixels would
 need gigabytes that way: of a larger one only what the crop keeps is computed, the same but for rounding."""
-
-
-def image_mode(preprocessing: Mapping[str, Any]) -> Mode:
-    """Return the mode in which a model takes images: ``"L"`` (grey) for one input channel, else ``"RGB"``."""
-    return "L" if preprocessing["input_size"][0] == 1 else "RGB"
-
-
-def check_preprocessing(preprocessing: Mapping[str, Any]) -> None:
-    """Raise unless :func:`preprocess` can do it.
-
-    Raises:
-        ConfigError: naming the entry that is missing or cannot be meant.
-    """
-    for name in ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode"):
-        if name not in preprocessing:
-            raise ConfigError(f"The preprocessing lacks {name}: timm.data.resolve_model_data_config gives all of it.")
-    size, share = preprocessing["input_size"], preprocessing["crop_pct"]
-    if not _numbers(size, 3, int) or size[0] not in (1, 3) or min(size) < 1:
-        raise ConfigError(f"preprocessing.input_size must be [1 or 3 channels, height, width], not {size!r}.")
-    for name in ("mean", "std"):
-        if not _numbers(preprocessing[name], size[0], (int, float)):
-            raise ConfigError(f"preprocessing.{name} must hold {size[0]} numbers, not {preprocessing[name]!r}.")
-    if min(preprocessing["std"]) <= 0:
-        raise ConfigError(f"preprocessing.std must be above 0, not {preprocessing['std']!r}.")
-    if not _numbers([share], 1, (int, float)) or not 0.01 <= share <= min(size[1:]):
-        raise ConfigError(f"preprocessing.crop_pct must be a number from 0.01 to {min(size[1:])}, not {share!r}.")
-    for name, known in (("crop_mode", CROP_MODES), ("interpolation", INTERPOLATIONS)):
-        if preprocessing[name] not in known:
-            raise ConfigError(f"preprocessing.{name} must be {', '.join(known)}, not {preprocessing[name]!r}.")
 
 
 def preprocess(image: Image.Image, preprocessing: Mapping[str, Any]) -> NDArray[np.float32]:
@@ -58,9 +27,9 @@ def preprocess(image: Image.Image, preprocessing: Mapping[str, Any]) -> NDArray[
 
     Args:
         image: of any size and of any mode that :func:`qvit.images.to_mode` converts.
-        preprocessing: ``input_size`` [channels, height, width], ``interpolation``, ``mean`` and ``std`` (a number a
-            channel, of values from 0 to 1), ``crop_pct`` (edge of the crop to that of the resized image) and
-            ``crop_mode``: ``"center"`` (shorter edge resized, the rest cut off), ``"squash"`` (both edges resized) or
+        preprocessing: as a packed file holds it: ``input_size`` [channels, height, width], ``interpolation``, ``mean``
+            and ``std`` (a number a channel, of values from 0 to 1), ``crop_pct`` (edge of the crop to that of the
+            resized image) and ``crop_mode``: ``"center"`` (shorter edge resized, the rest cut off), ``"squash"`` (both edges resized) or
             ``"border"`` (longer edge resized, the rest filled with the mean).
 
     Returns:
@@ -68,9 +37,11 @@ def preprocess(image: Image.Image, preprocessing: Mapping[str, Any]) -> NDArray[
 
     Raises:
         CorruptImageError: if the image has no pixels or its mode cannot be converted.
+        ConfigError: if the model takes neither 1 channel nor 3.
     """
+    mode = mode_of(preprocessing["input_size"][0])
     try:
-        image = to_mode(image, image_mode(preprocessing))
+        image = to_mode(image, mode)
     except ValueError as error:
         raise CorruptImageError(f"An image of mode {image.mode} cannot be used: {error}.") from error
     if 0 in image.size:
@@ -108,7 +79,7 @@ def _fit(image: Image.Image, preprocessing: Mapping[str, Any]) -> Image.Image:
         box = (x * across, y * down, (x + kept[0]) * across, (y + kept[1]) * down)
         resized = image.resize(kept, resample, box)
         left, top = min(left, 0), min(top, 0)
-    fill = [round(255 * value) for value in preprocessing["mean"]] if mode == "border" else [0] * len(image.getbands())
+    fill = [round(255 * min(max(m, 0), 1)) if mode == "border" else 0 for m in preprocessing["mean"]]
     canvas = Image.new(image.mode, (crop_width, crop_height), tuple(fill))
     canvas.paste(resized, (-left, -top))
     return canvas
@@ -131,12 +102,3 @@ def _resized(size: tuple[int, int], crop: tuple[int, int], crop_pct: float, mode
 def _offset(length: int, crop: int) -> int:
     """Return where the crop of one axis starts; below 0 where it is to be filled."""
     return -((crop - length) // 2) if crop > length else round((length - crop) / 2)
-
-
-def _numbers(values: Any, count: int, kind: type | tuple[type, ...]) -> bool:
-    return (
-        isinstance(values, (list, tuple))
-        and len(values) == count
-        # Neither NaN nor infinity is below 1e9, nor an integer that no float can hold.
-        and all(isinstance(value, kind) and not isinstance(value, bool) and abs(value) < 1e9 for value in values)
-    )
