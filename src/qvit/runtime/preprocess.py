@@ -29,8 +29,8 @@ def preprocess(image: Image.Image, preprocessing: Mapping[str, Any]) -> NDArray[
         image: of any size and of any mode that :func:`qvit.images.to_mode` converts.
         preprocessing: as a packed file holds it: ``input_size`` [channels, height, width], ``interpolation``, ``mean``
             and ``std`` (a number a channel, of values from 0 to 1), ``crop_pct`` (edge of the crop to that of the
-            resized image) and ``crop_mode``: ``"center"`` (shorter edge resized, the rest cut off), ``"squash"`` (both edges resized) or
-            ``"border"`` (longer edge resized, the rest filled with the mean).
+            resized image) and ``crop_mode``: ``"center"`` (shorter edge resized, the rest cut off), ``"squash"`` (both
+            edges resized) or ``"border"`` (longer edge resized, the rest filled with the mean).
 
     Returns:
         float32, ``(C, H, W)``.
