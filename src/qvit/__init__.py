@@ -16,18 +16,37 @@ if TYPE_CHECKING:
     from qvit.calibration import calibrate
     from qvit.convert import quantize
     from qvit.distill import DistillationLoss
+    from qvit.exporting import export
+    from qvit.runtime.engine import Engine, load
 
 __version__ = "0.1.0"
-__all__ = ["DistillationLoss", "QuantConfig", "QvitError", "calibrate", "errors", "quantize"]
+__all__ = [
+    "DistillationLoss",
+    "Engine",
+    "QuantConfig",
+    "QvitError",
+    "calibrate",
+    "errors",
+    "export",
+    "load",
+    "quantize",
+]
 
-_TRAINING_WING = {"quantize": "convert", "calibrate": "calibration", "DistillationLoss": "distill"}
+_HOMES = {
+    "Engine": "runtime.engine",
+    "load": "runtime.engine",
+    "quantize": "convert",
+    "calibrate": "calibration",
+    "export": "exporting",
+    "DistillationLoss": "distill",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _TRAINING_WING:
+    if name not in _HOMES:
         raise AttributeError(f"module 'qvit' has no attribute {name!r}")
     try:
-        module = importlib.import_module(f"qvit.{_TRAINING_WING[name]}")
+        module = importlib.import_module(f"qvit.{_HOMES[name]}")
     except ModuleNotFoundError as missing:
         raise errors.MissingExtraError(
             f"qvit.{name} needs {missing.name}, part of the training extra: pip install 'qvit[train]'."
