@@ -1,0 +1,358 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from timm.data import ImageNetInfo
+from timm.layers import GatedMlp, GluMlp, LayerNormFp32, RmsNorm, SimpleNorm, SwiGLU, SwiGLUPacked
+from timm.models.vision_transformer import ParallelThingsBlock, ResPostBlock
+from torch import Tensor, nn
+
+import qvit
+from qvit import QuantConfig, quantize
+from qvit.errors import ConfigError, PackedFileError, UncalibratedError, UnsupportedModelError
+from qvit.nn.linear import QuantConv2d, QuantLinear
+from qvit.nn.quantizer import Quantizer
+from qvit.nn.rectify import Rectifier
+from qvit.packed import PackedModel, read_packed
+from qvit.runtime.reference import ReferenceEngine
+
+VIT, DEIT, DISTILLED = "vit_tiny_patch16_224", "deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"
+CLASSES = [f"class {n}" for n in range(10)]
+MEMBERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "deit": (DEIT, {}),
+    "distilled": (DISTILLED, {}),
+    "distilled_with_unused_parts": (DISTILLED, {"reg_tokens": 2, "fc_norm": True, "depth": 1}),
+    "average_pool": (VIT, {"global_pool": "avg"}),
+    "average_pool_with_prefix": (VIT, {"global_pool": "avg", "pool_include_prefix": True}),
+    "largest_pool": (VIT, {"global_pool": "max", "fc_norm": False}),
+    "both_pools": (VIT, {"global_pool": "avgmax", "reg_tokens": 1}),
+    "token_with_pool_norm": (VIT, {"fc_norm": True}),
+    "no_final_norm": (VIT, {"final_norm": False}),
+    "layer_scale": (VIT, {"init_values": 0.5}),
+    "qk_norm": (VIT, {"qk_norm": True}),
+    "register_tokens": (VIT, {"reg_tokens": 4}),
+    "patches_embedded_alone": (VIT, {"no_embed_class": True, "reg_tokens": 2}),
+    "no_position_embedding": (VIT, {"pos_embed": "none"}),
+    "no_class_token": (VIT, {"class_token": False, "global_pool": "avg"}),
+    "not_square": (VIT, {"img_size": (16, 24), "patch_size": (4, 8)}),
+    "partial_patches": (VIT, {"img_size": (18, 19)}),
+    "dynamic_size": (VIT, {"dynamic_img_size": True}),
+    "dynamic_size_padded": (VIT, {"dynamic_img_size": True, "dynamic_img_pad": True, "reg_tokens": 1}),
+    "swiglu": (VIT, {"mlp_layer": SwiGLU}),
+    "packed_swiglu": (VIT, {"mlp_layer": SwiGLUPacked, "act_layer": "silu"}),
+    "glu_gate_last": (VIT, {"mlp_layer": GluMlp}),
+    "pre_norm": (VIT, {"pre_norm": True}),
+    "patch_norm": (VIT, {"embed_norm_layer": "layernorm"}),
+    "post_norm": (VIT, {"block_fn": ResPostBlock, "init_values": 0.5}),
+    "parallel": (VIT, {"block_fn": ParallelThingsBlock, "init_values": 0.5}),
+    "three_parallel": (VIT, {"block_fn": partial(ParallelThingsBlock, num_parallel=3), "depth": 1, "qk_norm": True}),
+    "attention_norm": (VIT, {"scale_attn_norm": True, "scale_mlp_norm": True}),
+    "glu_with_norm": (VIT, {"mlp_layer": GluMlp, "scale_mlp_norm": True}),
+    "swiglu_with_norm": (VIT, {"mlp_layer": SwiGLU, "scale_mlp_norm": True}),
+    "rms_norm": (VIT, {"norm_layer": nn.RMSNorm, "qk_norm": True}),
+    "rms_norm_eps": (VIT, {"norm_layer": partial(nn.RMSNorm, eps=1e-2)}),
+    "other_eps": (VIT, {"norm_layer": partial(LayerNormFp32, eps=1e-2), "qk_norm": True}),
+    "no_affine_norm": (VIT, {"norm_layer": partial(RmsNorm, affine=False), "qk_norm": True}),
+    "one_head": (VIT, {"num_heads": 1}),
+    "no_bias": (VIT, {"qkv_bias": False, "proj_bias": False}),
+    "gelu_tanh": (VIT, {"act_layer": "gelu_tanh"}),
+    "torch_gelu_tanh": (VIT, {"act_layer": partial(nn.GELU, approximate="tanh")}),
+    "quick_gelu": (VIT, {"act_layer": "quick_gelu"}),
+    "silu": (VIT, {"act_layer": "silu"}),
+    "relu": (VIT, {"act_layer": "relu"}),
+    "one_channel": (VIT, {"in_chans": 1}),
+}
+SIZES = {"not_square": (16, 24), "partial_patches": (18, 19), "dynamic_size": (24, 20), "dynamic_size_padded": (12, 16)}
+
+
+def preprocessing(size: tuple[int, ...] = (3, 16, 16)) -> dict[str, Any]:
+    return {
+        "input_size": list(size),
+        "mean": [0.5] * size[0],
+        "std": [0.25] * size[0],
+        "crop_pct": 0.9,
+        "crop_mode": "center",
+        "interpolation": "bicubic",
+    }
+
+
+def images_for(channels: int, size: tuple[int, int]) -> Tensor:
+    return torch.randn(8, channels, *size, generator=torch.Generator().manual_seed(1))
+
+
+def scramble(student: nn.Module) -> None:
+    """Give every part that export folds or stores a value of its own, of either sign, as training might."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for module in student.modules():
+            if isinstance(module, Rectifier):
+                module.gamma.mul_(torch.empty_like(module.gamma).uniform_(0.8, 1.25, generator=generator))
+                module.gamma[0, 0, 0].neg_()
+                module.beta.add_(torch.empty_like(module.beta).normal_(std=0.1, generator=generator))
+            elif type(module).__name__ == "LayerScale":
+                module.gamma.copy_(torch.empty_like(module.gamma).normal_(std=0.7, generator=generator))
+            elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+                module.weight.mul_(torch.empty_like(module.weight).uniform_(0.7, 1.3, generator=generator))
+
+
+def student_of(teacher: nn.Module, images: Tensor, config: QuantConfig) -> nn.Module:
+    """Return a student with the scales of the data's whole range: quicker than calibration, and as good here."""
+    student = quantize(teacher, config).eval()
+    with torch.no_grad():
+        for module in student.modules():
+            if isinstance(module, Rectifier):
+                module.register_forward_pre_hook(lambda rectifier, args: rectifier.fit(args[0]))
+            elif isinstance(module, Quantizer) and module.batched:
+                module.enabled = False
+                module.register_forward_pre_hook(cover)
+            elif isinstance(module, (QuantLinear, QuantConv2d)):
+                quantizer, weight = module.weight_quantizer, module.weight.flatten(1)
+                quantizer.set(weight.abs().amax(1).clamp(min=1e-3) / -quantizer.low)
+        student(images)
+    for module in student.modules():
+        module._forward_pre_hooks.clear()
+        if isinstance(module, Quantizer):
+            module.enabled = True
+    scramble(student)
+    return student
+
+
+def cover(quantizer: Quantizer, args: tuple[Tensor]) -> None:
+    rows = (
+        args[0].movedim(1, 0).reshape(quantizer.log_scale.numel(), -1)
+        if quantizer.log_scale.ndim
+        else args[0].reshape(1, -1)
+    )
+    low = rows.amin(1) if quantizer.offset is not None else torch.zeros(len(rows))
+    scale = (rows.amax(1) - low).clamp(min=1e-3) / (quantizer.high - quantizer.low)
+    quantizer.set(scale, low - scale * quantizer.low)
+
+
+def packed(student: nn.Module, path: Path, images: Tensor, **kwargs: Any) -> PackedModel:
+    qvit.export(student, path, preprocessing=preprocessing(tuple(images.shape[1:])), classes=CLASSES, **kwargs)
+    return read_packed(path)
+
+
+def fake_quantized_codes(student: nn.Module, images: Tensor) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Return logits and the codes of every activation quantizer, by the name that it has in the packed file."""
+    codes: dict[str, np.ndarray] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: Quantizer, args: tuple[Tensor]) -> None:
+            codes[name] = module.codes(args[0]).numpy()
+
+        return hook
+
+    hooks = []
+    for name, module in student.named_modules():
+        if isinstance(module, Quantizer) and module.batched:
+            short = name.removesuffix(".input_quantizer").removesuffix("_quantizer")
+            hooks.append(module.register_forward_pre_hook(watch(short)))
+    with torch.no_grad():
+        logits = student(images).numpy()
+    for hook in hooks:
+        hook.remove()
+    return logits, codes
+
+
+def compare(student: nn.Module, model: PackedModel, images: Tensor) -> tuple[float, float, float]:
+    """Return relative distance of the logits, top-1 agreement, and the share of codes that differ."""
+    seen: dict[str, np.ndarray] = {}
+    got = ReferenceEngine(model, seen.__setitem__)(images.numpy())
+    expected, codes = fake_quantized_codes(student, images)
+    assert got.dtype == np.float32
+    assert seen.keys() == codes.keys()
+    differ = total = 0
+    for name, wanted in codes.items():
+        if name == "patch_embed.proj":  # an image of codes in the model, patches of them in the reference
+            continue
+        differ += int((seen[name].reshape(wanted.shape) != wanted).sum())
+        total += wanted.size
+    distance = float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
+    return distance, float((got.argmax(1) == expected.argmax(1)).mean()), differ / total
+
+
+@pytest.mark.parametrize(("bits", "rectify"), [(8, "token"), (4, "head"), (3, None)])
+@pytest.mark.parametrize("member", MEMBERS)
+def test_exported_member_computes_what_the_fake_quantized_model_does(
+    make_model, tmp_path: Path, member: str, bits: int, rectify: Any
+) -> None:
+    name, kwargs = MEMBERS[member]
+    images = images_for(kwargs.get("in_chans", 3), SIZES.get(member, (16, 16)))
+    student = student_of(make_model(name, **kwargs), images, QuantConfig(bits, bits, rectify))
+    distance, agreement, flipped = compare(student, packed(student, tmp_path / "m.safetensors", images), images)
+    # A value in the middle between two codes may fall to either side; then the rest of its image differs a little.
+    assert flipped < 0.02
+    assert agreement >= 0.8
+    assert distance < (1e-5 if flipped == 0 else 0.02 if bits == 8 else 0.3)
+
+
+def test_every_layer_and_operand_keeps_its_own_bits(vit: nn.Module, tmp_path: Path, images: Tensor) -> None:
+    overrides: dict[str, int | tuple[int, int]] = {
+        "patch_embed.proj": (5, 6),
+        "blocks.0.attn.qkv": (2, 7),
+        "blocks.0.attn.query_quantizer": 3,
+        "blocks.0.attn.attention_quantizer": 8,
+        "blocks.1.mlp.fc2": (6, 5),
+        "head": (7, 3),
+    }
+    student = student_of(vit, images, QuantConfig(3, 4, "head", overrides))
+    model = packed(student, tmp_path / "m.safetensors", images)
+    assert model.bits["patch_embed.proj"] == (5, 6)
+    assert model.bits["blocks.0.attn.qkv"] == (2, 7)
+    assert model.bits["blocks.0.attn.query"] == (3, 3)
+    assert model.bits["blocks.0.attn.key"] == (4, 4)
+    assert model.bits["blocks.0.attn.attention"] == (8, 8)
+    assert model.bits["blocks.1.mlp.fc1"] == (3, 4)
+    assert model.bits["blocks.1.mlp.fc2"] == (6, 5)
+    assert model.bits["head"] == (7, 3)
+    distance, agreement, flipped = compare(student, model, images)
+    assert flipped < 0.02
+    assert agreement >= 0.8
+    assert distance < (1e-5 if flipped == 0 else 0.1)
+
+
+def test_weight_codes_and_scales_are_the_quantizers(vit: nn.Module, tmp_path: Path, images: Tensor) -> None:
+    student = student_of(vit, images, QuantConfig(3, 3))
+    model = packed(student, tmp_path / "m.safetensors", images)
+    for name in ("blocks.1.mlp.fc1", "head", "patch_embed.proj"):
+        layer, quantizer = model.layer(name), student.get_submodule(f"{name}.weight_quantizer")
+        weight = student.get_submodule(name).weight
+        np.testing.assert_array_equal(layer.codes, quantizer.codes(weight).flatten(1).numpy())
+        np.testing.assert_array_equal(layer.scale, quantizer.scale.detach().flatten().numpy())
+
+
+def test_training_mode_exports_the_model_of_evaluation(vit: nn.Module, tmp_path: Path, images: Tensor) -> None:
+    student = student_of(vit, images, QuantConfig())
+    packed(student, tmp_path / "eval.safetensors", images)
+    packed(student.train(), tmp_path / "train.safetensors", images)
+    assert student.training
+    assert (tmp_path / "eval.safetensors").read_bytes() == (tmp_path / "train.safetensors").read_bytes()
+
+
+def test_header_says_what_was_given(vit: nn.Module, tmp_path: Path, images: Tensor) -> None:
+    student = student_of(vit, images, QuantConfig())
+    model = packed(student, tmp_path / "m.safetensors", images, origin={"method": "q-vit", "metrics": {"top1": 80.5}})
+    assert model.classes == CLASSES
+    assert model.origin == {"method": "q-vit", "metrics": {"top1": 80.5}}
+    assert model.preprocessing == preprocessing()
+    assert model.architecture.name == VIT
+    assert model.architecture.rectify == "head"
+    assert (model.architecture.depth, model.architecture.embed_dim, model.architecture.tokens) == (2, 24, 17)
+
+
+@pytest.mark.parametrize(("bits", "limit"), [(4, 12_100_000), (2, 6_800_000)])
+def test_deit_small_is_as_small_as_promised(tmp_path: Path, bits: int, limit: int) -> None:
+    # A real one of 22 million weights: the promise is about bytes on disk, class names included.
+    names = ImageNetInfo().label_descriptions()
+    teacher = timm.create_model("deit_small_patch16_224")
+    student = quantize(teacher, QuantConfig(bits, bits))
+    for module in student.modules():
+        if isinstance(module, Quantizer):
+            module.set(torch.full_like(module.log_scale, 0.02))
+    settings = timm.data.resolve_model_data_config(teacher)
+    qvit.export(student, tmp_path / "s.safetensors", preprocessing=settings, classes=names)
+    size = (tmp_path / "s.safetensors").stat().st_size
+    assert 0.9 * limit < size <= limit
+
+
+def refused(student: nn.Module, path: Path, error: type[Exception], match: str, **kwargs: Any) -> None:
+    given = {"preprocessing": preprocessing(), "classes": CLASSES, **kwargs}
+    with pytest.raises(error, match=match):
+        qvit.export(student, path, **given)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "match"),
+    [
+        ({"act_layer": "hard_swish"}, r"blocks\.0\.mlp\.act \(Hardswish\): a packed file knows the activations gelu,"),
+        ({"mlp_layer": GatedMlp}, r"blocks\.0\.mlp \(GatedMlp\): a packed file knows Mlp, GluMlp, SwiGLU"),
+        ({"num_classes": 0}, r"head \(Identity\): a packed file holds a classifier"),
+        ({"global_pool": ""}, r"the model \(VisionTransformer\): it pools by ''"),
+        ({"norm_layer": nn.Identity}, r"blocks\.0\.norm1? \(Identity\): a block needs its norms"),
+        ({"norm_layer": partial(SimpleNorm, affine=False)}, r"norm \(SimpleNorm\): it is no LayerNorm"),
+    ],
+)
+def test_what_a_file_cannot_say_is_refused_by_name(
+    make_model, tmp_path: Path, images: Tensor, kwargs: dict[str, Any], match: str
+) -> None:
+    student = student_of(make_model(**kwargs), images, QuantConfig())
+    refused(student, tmp_path / "m.safetensors", UnsupportedModelError, match)
+
+
+def test_blocks_that_differ_are_refused(make_model, tmp_path: Path, images: Tensor) -> None:
+    model = make_model()
+    model.blocks[1].mlp.act = nn.ReLU()
+    student = student_of(model, images, QuantConfig())
+    refused(student, tmp_path / "m.safetensors", UnsupportedModelError, r"blocks\.1 .*activation is relu")
+
+
+def test_another_class_with_its_own_forward_is_refused(vit: nn.Module, tmp_path: Path, images: Tensor) -> None:
+    class Other(type(vit)):  # type: ignore[misc]
+        pass
+
+    student = student_of(vit, images, QuantConfig())
+    student.__class__ = Other
+    refused(student, tmp_path / "m.safetensors", UnsupportedModelError, r"the model \(Other\)")
+
+
+def test_float_model_is_refused(vit: nn.Module, tmp_path: Path) -> None:
+    refused(vit, tmp_path / "m.safetensors", UnsupportedModelError, "pass what qvit.quantize returned")
+
+
+def test_uncalibrated_model_is_refused(vit: nn.Module, tmp_path: Path) -> None:
+    refused(quantize(vit), tmp_path / "m.safetensors", UncalibratedError, "patch_embed.proj.* has no scale")
+
+
+def test_switched_off_quantizer_is_refused(vit: nn.Module, tmp_path: Path, images: Tensor) -> None:
+    student = student_of(vit, images, QuantConfig())
+    student.blocks[1].mlp.fc1.input_quantizer.enabled = False
+    refused(student, tmp_path / "m.safetensors", UnsupportedModelError, r"blocks\.1\.mlp\.fc1\.input_quantizer")
+
+
+@pytest.mark.parametrize(("rectify", "error"), [("head", UnsupportedModelError), ("token", PackedFileError)])
+def test_rectifier_that_divides_by_zero_is_refused(
+    vit: nn.Module, tmp_path: Path, images: Tensor, rectify: Any, error: type[Exception]
+) -> None:
+    student = student_of(vit, images, QuantConfig(rectify=rectify))
+    with torch.no_grad():
+        student.blocks[0].attn.key_rectifier.gamma[1, 0, 2] = 0
+    refused(student, tmp_path / "m.safetensors", error, r"blocks\.0\.attn\.key_rectifier.* holds a 0")
+
+
+def test_weights_that_are_not_numbers_are_refused(vit: nn.Module, tmp_path: Path, images: Tensor) -> None:
+    student = student_of(vit, images, QuantConfig())
+    with torch.no_grad():
+        student.blocks[0].norm2.bias[3] = torch.inf
+    refused(student, tmp_path / "m.safetensors", PackedFileError, r"blocks\.0\.norm2\.bias holds a NaN or an infinity")
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"classes": ["one"]}, "classes has 1 names, the model has 10 logits"),
+        ({"classes": list(range(10))}, "classes must be a list of names"),
+        ({"preprocessing": {}}, "input_size must be channels, height and width"),
+        ({"preprocessing": {**preprocessing(), "mean": [0.5]}}, "preprocessing.mean must be 3 numbers"),
+        ({"preprocessing": {**preprocessing(), "input_size": [3, 32, 32]}}, "not the model's image size"),
+        ({"preprocessing": {**preprocessing(), "input_size": [1, 16, 16]}}, r"must be \[3, 16, 16\]"),
+    ],
+)
+def test_wrong_description_is_refused(
+    vit: nn.Module, tmp_path: Path, images: Tensor, change: dict[str, Any], match: str
+) -> None:
+    refused(student_of(vit, images, QuantConfig()), tmp_path / "m.safetensors", ConfigError, match, **change)
+
+
+def test_image_size_that_cuts_a_patch_is_refused(make_model, tmp_path: Path, images: Tensor) -> None:
+    student = student_of(make_model(dynamic_img_size=True), images, QuantConfig())
+    settings = {"preprocessing": preprocessing((3, 18, 16))}
+    refused(student, tmp_path / "m.safetensors", ConfigError, "whole patches", **settings)
