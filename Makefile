@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 install: $(INSTALLED)
 
 # uv installs PyTorch's gigabytes in a fraction of pip's time; where there is no uv for the platform, pip does it.
-$(INSTALLED): pyproject.toml
+$(INSTALLED): pyproject.toml CMakeLists.txt $(wildcard src/qvit/kernels/*)
 	test -x $(BIN)/python || python3 -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv || true
 	if $(BIN)/python -m uv --version >/dev/null 2>&1; \

@@ -1,0 +1,178 @@
+// AVX-512 with VNNI, and with VBMI for 2 bits.
+#include "simd_avx512.h"
+
+#include "products.h"
+#include "row_ops.h"
+
+namespace {
+
+// A tile of Rows x 16 Panels sums: one vpdpbusd does 64 multiply-adds, exactly.
+template <int Rows, int Panels>
+void dense_tile(const uint8_t* a, size_t stride, const uint8_t* w, size_t k, int32_t* out, size_t out_stride) {
+    __m512i sums[Rows][Panels];
+    for (auto& row : sums)
+        for (auto& sum : row) sum = _mm512_setzero_si512();
+    const size_t panel = kChannels * k;
+    for (size_t at = 0; at < k; at += kDepth) {
+        __m512i weights[Panels];
+        for (int p = 0; p < Panels; ++p) weights[p] = _mm512_loadu_si512(w + p * panel + at * kChannels);
+        for (int r = 0; r < Rows; ++r) {
+            const __m512i codes = _mm512_set1_epi32(load_word(a + r * stride + at));
+            for (int p = 0; p < Panels; ++p) sums[r][p] = _mm512_dpbusd_epi32(sums[r][p], codes, weights[p]);
+        }
+    }
+    for (int r = 0; r < Rows; ++r)
+        for (int p = 0; p < Panels; ++p) _mm512_storeu_si512(out + r * out_stride + p * kChannels, sums[r][p]);
+}
+
+using Tile = void (*)(const uint8_t*, size_t, const uint8_t*, size_t, int32_t*, size_t);
+
+constexpr int kRows = 6, kPanels = 4;  // 24 of the 32 registers hold sums
+
+template <int Panels>
+constexpr Tile kTiles[kRows] = {dense_tile<1, Panels>, dense_tile<2, Panels>, dense_tile<3, Panels>,
+                                dense_tile<4, Panels>, dense_tile<5, Panels>, dense_tile<6, Panels>};
+constexpr const Tile* kDenseTiles[kPanels] = {kTiles<1>, kTiles<2>, kTiles<3>, kTiles<4>};
+
+void run_dense(const uint8_t* rows, size_t stride, size_t count, const uint8_t* packed, size_t, size_t k, size_t first,
+               size_t last, int32_t* out, size_t out_stride) {
+    for (size_t channel = first; channel < last; channel += kPanels * kChannels) {
+        const size_t panels = std::min<size_t>(kPanels, (last - channel) / kChannels);
+        for (size_t r = 0; r < count; r += kRows) {
+            const size_t height = std::min<size_t>(kRows, count - r);
+            kDenseTiles[panels - 1][height - 1](rows + r * stride, stride, packed + channel * k, k,
+                                                out + r * out_stride + channel - first, out_stride);
+        }
+    }
+}
+
+// 2 bits x 2 bits: three codes of a channel are 6 bits, and so are three codes of a row. So a row's triple chooses one of
+// 64 constant tables of 64 bytes, in which vpermb looks up 64 channels' triples at once: 192 multiply-adds by one
+// vpermb and one vpaddb. A table holds a . w + 18 (0..27), so that nine of them fit into an unsigned byte.
+//
+// Layout: [n / 64 groups][k / 3 triples][64 channels], a byte a triple w0 + 4 w1 + 16 w2 of the codes modulo 4. A
+// triple is (i, i + T, i + 2 T) with T = ceil(k / 3), so that a row is packed by whole vectors. Byte 2 i of a group is
+// channel i, byte 2 i + 1 channel 32 + i: even and odd bytes then widen into vectors in order.
+constexpr size_t kGroup = 64, kTriple = 3;
+constexpr int kShift = 18;
+constexpr size_t kBeforeWidening = 9;
+constexpr size_t kTriplesAtOnce = 65535 / 27;  // what a 16-bit sum holds
+
+struct Tables {
+    alignas(64) uint8_t bytes[64][64];
+    Tables() {
+        for (int a = 0; a < 64; ++a)
+            for (int w = 0; w < 64; ++w) {
+                int sum = kShift;
+                for (int i = 0; i < 3; ++i) {
+                    const int code = (w >> (2 * i)) & 3;
+                    sum += ((a >> (2 * i)) & 3) * (code < 2 ? code : code - 4);
+                }
+                bytes[a][w] = static_cast<uint8_t>(sum);
+            }
+    }
+};
+const Tables kTables;
+
+size_t triples(size_t k) { return (k + kTriple - 1) / kTriple; }
+
+size_t lookup_weight_bytes(size_t n, size_t k) { return n * triples(k); }
+
+void lookup_pack_channel(uint8_t* packed, size_t k, size_t channel, const int8_t* codes) {
+    const size_t count = triples(k), lane = channel % kGroup;
+    uint8_t* at = packed + channel / kGroup * count * kGroup + 2 * (lane % 32) + lane / 32;
+    for (size_t i = 0; i < k; ++i)
+        at[i % count * kGroup] |= static_cast<uint8_t>((codes[i] & 3) << (2 * (i / count)));
+}
+
+size_t lookup_row_bytes(size_t k) { return round_up(triples(k), 64); }
+
+void lookup_pack_rows(const uint8_t* codes, size_t stride, size_t rows, size_t k, uint8_t* out, size_t out_stride) {
+    const size_t count = triples(k), third = k - 2 * count;
+    for (size_t r = 0; r < rows; ++r) {
+        const uint8_t* a = codes + r * stride;
+        uint8_t* to = out + r * out_stride;
+        for (size_t i = 0; i < third; ++i)
+            to[i] = static_cast<uint8_t>(a[i] | a[i + count] << 2 | a[i + 2 * count] << 4);
+        for (size_t i = third; i < count; ++i) to[i] = static_cast<uint8_t>(a[i] | a[i + count] << 2);
+    }
+}
+
+template <int Rows, int Groups>
+void lookup_tile(const uint8_t* a, size_t stride, const uint8_t* w, size_t group_bytes, size_t count, bool first,
+                 int32_t* out, size_t out_stride) {
+    // Sums of the 16-bit words as they are, and of their high bytes: the low bytes' sum is the difference.
+    __m512i words[Rows][Groups], highs[Rows][Groups];
+    for (int r = 0; r < Rows; ++r)
+        for (int g = 0; g < Groups; ++g) words[r][g] = highs[r][g] = _mm512_setzero_si512();
+    for (size_t at = 0; at < count;) {
+        __m512i bytes[Rows][Groups];
+        for (auto& row : bytes)
+            for (auto& sum : row) sum = _mm512_setzero_si512();
+        const size_t until = std::min(at + kBeforeWidening, count);
+        for (; at < until; ++at) {
+            __m512i channels[Groups];
+            for (int g = 0; g < Groups; ++g) channels[g] = _mm512_loadu_si512(w + g * group_bytes + at * kGroup);
+            for (int r = 0; r < Rows; ++r) {
+                const __m512i table = _mm512_load_si512(kTables.bytes[a[r * stride + at]]);
+                for (int g = 0; g < Groups; ++g)
+                    bytes[r][g] = _mm512_add_epi8(bytes[r][g], _mm512_permutexvar_epi8(channels[g], table));
+            }
+        }
+        for (int r = 0; r < Rows; ++r)
+            for (int g = 0; g < Groups; ++g) {
+                words[r][g] = _mm512_add_epi16(words[r][g], bytes[r][g]);
+                highs[r][g] = _mm512_add_epi16(highs[r][g], _mm512_srli_epi16(bytes[r][g], 8));
+            }
+    }
+    const __m512i shift = _mm512_set1_epi32(static_cast<int>(kShift * count));
+    for (int r = 0; r < Rows; ++r)
+        for (int g = 0; g < Groups; ++g) {
+            const __m512i lows = _mm512_sub_epi16(words[r][g], _mm512_slli_epi16(highs[r][g], 8));
+            const __m256i parts[4] = {_mm512_castsi512_si256(lows), _mm512_extracti64x4_epi64(lows, 1),
+                                      _mm512_castsi512_si256(highs[r][g]),
+                                      _mm512_extracti64x4_epi64(highs[r][g], 1)};
+            for (int p = 0; p < 4; ++p) {
+                int32_t* to = out + r * out_stride + g * kGroup + p * 16;
+                __m512i sum = _mm512_sub_epi32(_mm512_cvtepu16_epi32(parts[p]), shift);
+                if (!first) sum = _mm512_add_epi32(sum, _mm512_loadu_si512(to));
+                _mm512_storeu_si512(to, sum);
+            }
+        }
+}
+
+using LookupTile = void (*)(const uint8_t*, size_t, const uint8_t*, size_t, size_t, bool, int32_t*, size_t);
+
+constexpr int kLookupRows = 3, kLookupGroups = 3;
+
+template <int Groups>
+constexpr LookupTile kLookups[kLookupRows] = {lookup_tile<1, Groups>, lookup_tile<2, Groups>, lookup_tile<3, Groups>};
+constexpr const LookupTile* kLookupTiles[kLookupGroups] = {kLookups<1>, kLookups<2>, kLookups<3>};
+
+void run_lookup(const uint8_t* rows, size_t stride, size_t count, const uint8_t* packed, size_t, size_t k, size_t first,
+                size_t last, int32_t* out, size_t out_stride) {
+    const size_t all = triples(k);
+    for (size_t start = 0; start < all; start += kTriplesAtOnce) {
+        const size_t some = std::min(kTriplesAtOnce, all - start);
+        for (size_t channel = first; channel < last; channel += kLookupGroups * kGroup) {
+            const size_t groups = std::min<size_t>(kLookupGroups, (last - channel) / kGroup);
+            for (size_t r = 0; r < count; r += kLookupRows) {
+                const size_t height = std::min<size_t>(kLookupRows, count - r);
+                kLookupTiles[groups - 1][height - 1](rows + r * stride + start, stride,
+                                                     packed + channel * all + start * kGroup, all * kGroup, some,
+                                                     start == 0, out + r * out_stride + channel - first, out_stride);
+            }
+        }
+    }
+}
+
+constexpr Product kLookup = {"lookup", 2, 2, kGroup, 192, lookup_weight_bytes, lookup_pack_channel, lookup_row_bytes,
+                             lookup_pack_rows, run_lookup};
+constexpr Product kDense = {"vnni", 8, 8, kChannels, 64, dense_weight_bytes, dense_pack_channel, byte_row, nullptr, run_dense};
+constexpr Product kProducts[] = {kLookup, kDense};
+
+}  // namespace
+
+namespace qvit {
+extern const Isa kAvx512 = {"avx512-vnni-vbmi", kProducts, 2, kProducts + 1, 1, kRowOps};
+}

@@ -1,0 +1,118 @@
+// The narrow interface between the model and an instruction set: what a product of codes and a row operation are.
+//
+// Every instruction set fills one Isa. `portable.cpp` says in plain C++ what each function means; the others must give
+// the same products bit for bit, and the same row operations up to the last places of float arithmetic.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace qvit {
+
+// Channels and reduction lengths are padded with zeros to these, so that no kernel has a tail.
+constexpr size_t kChannels = 16;
+constexpr size_t kDepth = 4;
+
+constexpr size_t round_up(size_t value, size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// The dense layout of a right-hand side with n channels (rows of w) and reduction length k:
+// [n / 16 panels][k / 4][16 channels][4 k], int8.
+inline size_t dense_index(size_t channel, size_t k, size_t depth) {
+    return (channel / kChannels) * kChannels * depth + (k / kDepth) * kChannels * kDepth +
+           (channel % kChannels) * kDepth + k % kDepth;
+}
+
+// out[m][n] = sum_k a[m][k] * w[n][k], exactly: unsigned codes on the left, signed codes on the right.
+struct Product {
+    const char* name;
+    // Widest codes that it takes on either side.
+    int left_bits, right_bits;
+    // Channels are processed in groups of this many; weights are padded to a whole number of groups.
+    size_t group;
+    // Columns worth computing at once, a multiple of `group`: the caller's tile of sums stays in the first caches.
+    size_t tile;
+    // Bytes of `n` packed channels of reduction length `k`, both padded.
+    size_t (*weight_bytes)(size_t n, size_t k);
+    // Put the k codes of one channel into zeroed packed memory.
+    void (*pack_channel)(uint8_t* packed, size_t k, size_t channel, const int8_t* codes);
+    // Bytes of one left-hand row in the form that `run` reads.
+    size_t (*row_bytes)(size_t k);
+    // Bring rows of k codes, one byte each, into that form; null if it is the bytes themselves.
+    void (*pack_rows)(const uint8_t* codes, size_t stride, size_t rows, size_t k, uint8_t* out, size_t out_stride);
+    // Sums of `rows` left-hand rows with channels [first, last), multiples of `group`: out[row][channel - first].
+    void (*run)(const uint8_t* rows, size_t stride, size_t count, const uint8_t* packed, size_t n, size_t k,
+                size_t first, size_t last, int32_t* out, size_t out_stride);
+};
+
+enum class Activation : int { gelu, gelu_tanh, quick_gelu, silu, relu, none };
+
+// A quantizer folded into one multiply-add: code = clamp(round(value * scale + shift), 0, top), unsigned.
+struct Quantize {
+    float scale, shift, top;
+};
+
+// LayerNorm or RMSNorm over the first `width` of `padded` values, and a token rectifier, which divides beta by the
+// deviation too: ((x - mean) * weight + inner) / deviation + bias.
+struct Normalize {
+    bool rms;
+    float eps;
+    size_t width, padded;
+    const float* weight;
+    const float* bias;
+    const float* inner;  // null for none
+};
+
+// Operations on tiles of sums and rows of floats. Widths are multiples of 16; padding is zero and stays finite.
+struct RowOps {
+    // codes = clamp(round(sums * scale[c] + shift[c]), 0, top)
+    void (*quantize_sums)(const int32_t* sums, size_t stride, size_t rows, size_t width, const float* scale,
+                          const float* shift, float top, uint8_t* out, size_t out_stride);
+    // codes = clamp(round(sums * scale + shift[row]), 0, top)
+    void (*quantize_head)(const int32_t* sums, size_t stride, size_t rows, size_t width, float scale,
+                          const float* shift, float top, uint8_t* out, size_t out_stride);
+    // codes = quantize(activation(sums * scale[c] + shift[c]))
+    void (*activate_sums)(const int32_t* sums, size_t stride, size_t rows, size_t width, const float* scale,
+                          const float* shift, Activation activation, Quantize quantize, uint8_t* out,
+                          size_t out_stride);
+    // out = sums * scale[c] + shift[c]
+    void (*store_sums)(const int32_t* sums, size_t stride, size_t rows, size_t width, const float* scale,
+                       const float* shift, float* out, size_t out_stride);
+    // out += sums * scale[c] + shift[c]
+    void (*add_sums)(const int32_t* sums, size_t stride, size_t rows, size_t width, const float* scale,
+                     const float* shift, float* out, size_t out_stride);
+    // Rows of logits (log2 e included) = sums * scale + shift[column]; softmax over them; codes =
+    // min(round(p * inverse), top). totals[row] = sum of the row's codes.
+    void (*softmax_codes)(const int32_t* sums, size_t stride, size_t rows, size_t width, float scale,
+                          const float* shift, float inverse, float top, uint8_t* out, size_t out_stride,
+                          float* totals);
+    // codes = clamp(round(normalized)), with the quantizer already inside weight and bias
+    void (*normalize_codes)(const float* x, size_t stride, size_t rows, const Normalize& norm, float top,
+                            uint8_t* out, size_t out_stride);
+    void (*normalize)(const float* x, size_t stride, size_t rows, const Normalize& norm, float* out,
+                      size_t out_stride);
+    // codes = quantize(x)
+    void (*quantize)(const float* x, size_t stride, size_t rows, size_t width, Quantize quantize, uint8_t* out,
+                     size_t out_stride);
+    // x = activation(x)
+    void (*activate)(float* x, size_t count, Activation activation);
+};
+
+struct Isa {
+    const char* name;
+    const Product* products;  // the first that takes the codes is the best
+    size_t product_count;
+    const Product* dense;  // the same, for right-hand sides in the dense layout (keys and values)
+    size_t dense_count;
+    RowOps ops;
+};
+
+// The instruction sets that this build and this processor have, best first; portable is always the last.
+const Isa* const* available_isas(size_t* count);
+
+inline const Product& choose(const Product* products, size_t count, int left_bits, int right_bits) {
+    for (size_t i = 0; i + 1 < count; ++i)
+        if (left_bits <= products[i].left_bits && right_bits <= products[i].right_bits) return products[i];
+    return products[count - 1];
+}
+
+}  // namespace qvit

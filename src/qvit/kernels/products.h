@@ -1,0 +1,28 @@
+// What the products of all instruction sets share: the dense layout, and the choice of a tile by its size.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "isa.h"
+
+namespace {
+
+using namespace qvit;
+
+size_t dense_weight_bytes(size_t n, size_t k) { return n * k; }
+
+void dense_pack_channel(uint8_t* packed, size_t k, size_t channel, const int8_t* codes) {
+    for (size_t at = 0; at < k; at += kDepth) std::memcpy(packed + dense_index(channel, at, k), codes + at, kDepth);
+}
+
+size_t byte_row(size_t k) { return k; }
+
+// Four codes as one 32-bit word, to be broadcast.
+inline int32_t load_word(const uint8_t* p) {
+    int32_t word;
+    std::memcpy(&word, p, sizeof word);
+    return word;
+}
+
+}  // namespace

@@ -1,0 +1,44 @@
+// Sixteen lanes of AVX-512.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace {
+namespace simd {
+
+constexpr size_t kWidth = 16;
+using Float = __m512;
+
+inline Float set(float x) { return _mm512_set1_ps(x); }
+inline Float load(const float* p) { return _mm512_loadu_ps(p); }
+inline void store(float* p, Float x) { _mm512_storeu_ps(p, x); }
+inline Float load_sums(const int32_t* p) { return _mm512_cvtepi32_ps(_mm512_loadu_si512(p)); }
+inline Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
+inline Float sub(Float a, Float b) { return _mm512_sub_ps(a, b); }
+inline Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
+inline Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
+inline Float min(Float a, Float b) { return _mm512_min_ps(a, b); }
+inline Float max(Float a, Float b) { return _mm512_max_ps(a, b); }
+inline Float round(Float x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline Float reciprocal(Float x) {
+    const Float r = _mm512_rcp14_ps(x);  // one Newton step doubles its 14 bits
+    return _mm512_mul_ps(r, _mm512_fnmadd_ps(x, r, _mm512_set1_ps(2.0f)));
+}
+inline Float power_of_two(Float n) { return _mm512_scalef_ps(_mm512_set1_ps(1.0f), n); }
+inline Float copy_sign(Float size, Float sign) {
+    const __m512i bit = _mm512_set1_epi32(INT32_MIN);
+    return _mm512_castsi512_ps(
+        _mm512_or_si512(_mm512_castps_si512(size), _mm512_and_si512(_mm512_castps_si512(sign), bit)));
+}
+inline Float absolute(Float x) { return _mm512_abs_ps(x); }
+inline float reduce_add(Float x) { return _mm512_reduce_add_ps(x); }
+inline float reduce_max(Float x) { return _mm512_reduce_max_ps(x); }
+inline void store_codes(uint8_t* p, Float x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)));
+}
+
+}  // namespace simd
+}  // namespace
