@@ -20,14 +20,16 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, ParallelThingsBlock, ResPostBlock
 from torch import Tensor, nn
 
+from qvit import __version__
 from qvit.architecture import Architecture, Branch, Norm
 from qvit.config import Bits
-from qvit.errors import ConfigError, PackedFileError, UncalibratedError, UnsupportedModelError
+from qvit.errors import CheckpointError, ConfigError, PackedFileError, UncalibratedError, UnsupportedModelError
 from qvit.nn.attention import QuantAttention
 from qvit.nn.linear import QuantConv2d, QuantLinear
 from qvit.nn.quantizer import Quantizer
 from qvit.nn.rectify import EPS, HeadRectifier, TokenRectifier
 from qvit.packed import PackedModel, check_classes, check_preprocessing, pack_codes, write_packed
+from qvit.train.checkpoint import load_checkpoint
 
 _BLOCKS: dict[type, str] = {Block: "pre", ResPostBlock: "post", ParallelThingsBlock: "parallel"}
 _NORMS: dict[type, str] = {
@@ -95,6 +97,23 @@ def export(
         bits, tensors = _Folding(student, architecture).run()
     model = PackedModel(architecture, bits, settings, list(classes), dict(origin or {}), tensors)
     write_packed(path, model)
+
+
+def export_checkpoint(checkpoint: str | Path, path: str | Path) -> None:
+    """Write the quantized model of a checkpoint as a packed file, with its preprocessing, classes and origin.
+
+    Raises:
+        CheckpointError: if the checkpoint cannot be read or holds a float model.
+        QvitError: as :func:`export`.
+    """
+    model, card = load_checkpoint(checkpoint)
+    if card.quant_config is None:
+        raise CheckpointError(
+            f"{checkpoint} holds a float model: quantize it first, qvit train {card.name} --bits 4 --teacher "
+            f"{checkpoint} ..."
+        )
+    origin = {"qvit": __version__, "method": card.method, "metrics": card.metrics, "quantization": card.quant_config}
+    export(model, path, preprocessing=card.preprocessing, classes=card.classes, origin=origin)
 
 
 def _refuse(name: str, module: object, why: str) -> NoReturn:

@@ -194,9 +194,8 @@ def write_packed(path: str | Path, model: PackedModel) -> None:
         raise PackedFileError(f"{path} cannot be written: {first_line(error)}") from error
     text = text.replace(f'"checksum":"{_NO_CHECKSUM}"', f'"checksum":"{checksum:08x}"', 1)
     tensors = {name: np.ascontiguousarray(model.tensors[name]) for name in expected}
-    write_atomically(
-        Path(path), lambda temporary: safetensors.numpy.save_file(tensors, temporary, metadata={"qvit": text})
-    )
+    data = safetensors.numpy.save(tensors, {"qvit": text})
+    write_atomically(Path(path), lambda temporary: temporary.write_bytes(data))
 
 
 def read_packed(path: str | Path) -> PackedModel:
