@@ -22,6 +22,8 @@ _SHARES = tuple(0.84**k for k in range(13))
 _FINE_SHARES = tuple(0.95**k for k in range(44))
 """How much of the data's range the fit tries to cover: each side of the mean, or both sides of zero."""
 _ROUNDS = 12
+_COARSE = 2**13
+"""Values a row on which the ranges are tried; the refinement that follows sees all of them."""
 
 
 def calibrate(model: nn.Module, batches: Iterable[Any], *, rectify_start: Start = "teacher") -> None:
@@ -75,10 +77,10 @@ def minimum_error_scale(
 ) -> tuple[Tensor, Tensor]:
     """Return scale and offset ``(G,)`` that minimise the squared error of quantizing each row of ``x (G, n)``.
 
-    Takes the best of a coarse grid of ranges, whose two ends move independently if there is an offset, and then
-    alternates between two exact steps: the codes for the present scale and offset (rounding), and the scale and offset
-    for the present codes (least squares: a line through the pairs of code and value). Each step can only lower the
-    error.
+    Takes the best of a coarse grid of ranges (on an even share of the values, where there are many), whose two ends
+    move independently if there is an offset, and then alternates between two exact steps: the codes for the present
+    scale and offset (rounding), and the scale and offset for the present codes (least squares: a line through the
+    pairs of code and value). Each step can only lower the error.
     """
     smallest, largest = x.amin(dim=1, keepdim=True), x.amax(dim=1, keepdim=True)
     zero = torch.zeros_like(smallest)
@@ -92,6 +94,7 @@ def minimum_error_scale(
         step = torch.maximum(largest / max(high, 1), smallest / min(low, -1))
         starts = [(share * step * low, share * step * high) for share in _FINE_SHARES]
 
+    some = x[:, :: max(1, x.shape[1] // _COARSE)]
     best_error = torch.full_like(zero, torch.inf)
     best_scale, best_offset = torch.ones_like(zero), zero
     # A row of one value only: any positive scale is right (with an offset, the value itself, at code 0), and the
@@ -101,7 +104,8 @@ def minimum_error_scale(
         constant = last <= first
         scale = torch.where(constant, size, last - first) / (high - low)
         offset = torch.where(constant, x_mean, first - scale * low) if with_offset else zero
-        error = (x - from_codes(to_codes(x, scale, offset, low, high), scale, offset)).square().mean(1, keepdim=True)
+        values = from_codes(to_codes(some, scale, offset, low, high), scale, offset)
+        error = (some - values).square().mean(1, keepdim=True)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scale = torch.where(better, scale, best_scale)

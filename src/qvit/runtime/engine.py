@@ -61,7 +61,7 @@ class Engine:
     def __init__(self, packed: PackedModel, *, threads: int | None = None, instruction_set: str | None = None) -> None:
         self.architecture: Architecture = packed.architecture
         self.bits, self.classes, self.preprocessing = packed.bits, packed.classes, packed.preprocessing
-        self.threads = _processors() if threads is None else threads
+        self.threads = processors() if threads is None else threads
         if not isinstance(self.threads, int) or self.threads < 1:
             raise ConfigError(f"threads must be a whole number from 1 up, not {threads!r}.")
         known = instruction_sets()
@@ -111,7 +111,7 @@ class Engine:
         return [[(self.classes[c], float(row[c])) for c in best] for best, row in zip(ranked, shares, strict=True)]
 
     def profile(self, images: NDArray[np.float32], repeats: int = 10) -> dict[str, float]:
-        """Return the seconds of each kind of work in one call on ``images``, summed over threads, mean over ``repeats``.
+        """Return the seconds of each kind of work in a call on ``images``, summed over threads, mean over ``repeats``.
 
         Reading the clock between them costs some percent.
         """
@@ -126,8 +126,8 @@ class Engine:
         return {name: seconds / repeats for name, seconds in self._model.profile()}
 
 
-def _processors() -> int:
-    # What this process may use: a container or taskset may allow fewer than the machine has.
+def processors() -> int:
+    """Return how many processors this process may use: a container or taskset may allow fewer than there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
