@@ -58,7 +58,7 @@ def rows_named(names: str | None) -> list[Row]:
     """Return the rows of a comma-separated list of their names; all of them for ``None``.
 
     Raises:
-        ConfigError: for an unknown name, listing the known ones.
+        ConfigError: for an unknown name, listing the known ones, or no name at all.
     """
     if names is None:
         return ROWS
@@ -67,6 +67,8 @@ def rows_named(names: str | None) -> list[Row]:
     for name in chosen:
         if name not in known:
             raise ConfigError(f"There is no row {name!r}: the rows are {', '.join(known)}.")
+    if not chosen:
+        raise ConfigError(f"--rows names no row: the rows are {', '.join(known)}.")
     return [known[name] for name in chosen]
 
 
@@ -129,11 +131,10 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     for path in folder.glob("*-bit/*/seed-*/result.json"):
         try:
             record = json.loads(path.read_text())
-            records.append(record | {"order": order[record["row"]]})
+            records.append((-record["bits"], order[record["row"]], record["seed"], record))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path} is damaged: remove it, and that cell is made again.") from error
-    records.sort(key=lambda r: (-r["bits"], r["order"], r["seed"]))
-    return records
+    return [record for *_, record in sorted(records, key=lambda r: r[:3])]
 
 
 def summarise(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
