@@ -48,5 +48,9 @@ class NonFiniteLossError(QvitError, ArithmeticError):
     """Training produced a NaN or an infinity."""
 
 
+class TrainingStopped(QvitError):  # noqa: N818  # no error: the commands print it and exit with status 0
+    """Training was told to stop (SIGTERM), and has saved where it is."""
+
+
 class MissingExtraError(QvitError, ImportError):
     """Something of the training wing was asked for without its dependencies installed."""

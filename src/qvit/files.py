@@ -9,8 +9,13 @@ from pathlib import Path
 from qvit.errors import OutputError
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object], previous: Path | None = None) -> None:
     """Call ``write(temporary path)`` beside ``path``, flush to disk and rename into place.
+
+    Args:
+        path: file to write.
+        write: writes a file of the name it is given.
+        previous: where to keep what was at ``path`` before; ``None`` to replace it.
 
     Raises:
         OutputError: if that fails; what was at ``path`` is still there.
@@ -21,7 +26,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
+        _flush_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         raise OutputError(f"Cannot write {path}: {first_line(error)} What was there before is untouched.") from error
     finally:
@@ -38,6 +46,18 @@ def first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     text = (lines[0] if lines else type(error).__name__)[:200].rstrip()
     return text if text.endswith(".") else f"{text}."
+
+
+def _flush_folder(folder: Path) -> None:
+    """Flush the names in a folder to disk, without which a crash of the machine could undo a rename."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:  # Windows opens no folders, and its file systems need no such flush
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _discard(temporary: Path) -> None:

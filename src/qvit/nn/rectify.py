@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from qvit.nn.quantizer import Float32Module
+from qvit.nn.recompute import recomputed
 
 EPS = 1e-6
 MOMENTUM = 0.1
@@ -48,9 +49,13 @@ class Rectifier(Float32Module):
         """Rectify queries or keys ``(B, H, N, D)``; float32 inside, the input's dtype outside."""
         if not self.enabled:
             return x
-        wide = x if x.dtype == torch.float64 else x.float()
-        mean, variance = self.statistics(wide)
-        return ((wide - mean + self.beta) / (self.gamma * torch.sqrt(variance + EPS))).to(x.dtype)
+        mean, variance = self.statistics(_wide(x))
+        return recomputed(self._rectify, x, mean, variance)
+
+    def _rectify(self, x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+        # What is small comes first: with ``head`` statistics the large tensor then meets one shift and one factor a
+        # channel, and the gradients of mean, variance, gamma and beta come from two sums over it.
+        return ((_wide(x) - (mean - self.beta)) * (torch.rsqrt(variance + EPS) / self.gamma)).to(x.dtype)
 
     def extra_repr(self) -> str:
         """Say the shape of gamma and beta."""
@@ -131,13 +136,17 @@ class HeadRectifier(Rectifier):
         self.beta.copy_(mean[0].expand_as(self.beta))
 
 
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def _across_processes(mean: Tensor, variance: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return mean and biased variance over all processes' images, ``count`` of them in this one; differentiable."""
-    from torch.distributed.nn.functional import all_reduce
+    from torch.distributed._functional_collectives import all_reduce
 
     weight = torch.full_like(mean, count)
     moments = torch.stack([weight, weight * mean, weight * (variance + mean * mean)])
-    total, first, second = all_reduce(moments).unbind(0)
+    total, first, second = all_reduce(moments, "sum", dist.group.WORLD).unbind(0)  # type: ignore[arg-type]
     mean = first / total
     return mean, second / total - mean * mean
 

@@ -130,14 +130,21 @@ def _load_weights(model: nn.Module, weights: Mapping[str, Any], complaint: str) 
     model.load_state_dict(weights)
 
 
-def save_checkpoint(path: Path, card: ModelCard, model: nn.Module, training: Mapping[str, Any] | None = None) -> None:
+def save_checkpoint(
+    path: Path,
+    card: ModelCard,
+    model: nn.Module | Mapping[str, Any],
+    training: Mapping[str, Any] | None = None,
+    previous: Path | None = None,
+) -> None:
     """Write a checkpoint, replacing ``path`` only once the new file is complete on disk.
 
     Args:
         path: file to write.
         card: what the model is.
-        model: its weights are taken.
-        training: optimizer, scheduler and the like, for resuming; plain data and tensors.
+        model: its weights are taken; or they themselves.
+        training: optimizer, progress and the like, for going on; plain data and tensors.
+        previous: where to keep what was at ``path`` before; ``None`` to replace it.
 
     Raises:
         OutputError: if it cannot be written; what was at ``path`` is still there.
@@ -146,10 +153,10 @@ def save_checkpoint(path: Path, card: ModelCard, model: nn.Module, training: Map
         "format": FORMAT,
         "version": VERSION,
         "card": dataclasses.asdict(card),
-        "weights": model.state_dict(),
+        "weights": model.state_dict() if isinstance(model, nn.Module) else dict(model),
         "training": dict(training) if training is not None else None,
     }
-    write_atomically(path, lambda temporary: torch.save(content, temporary))
+    write_atomically(path, lambda temporary: torch.save(content, temporary), previous)
 
 
 def read_checkpoint(path: str | Path) -> tuple[ModelCard, dict[str, Any], dict[str, Any] | None]:

@@ -1,9 +1,9 @@
-"""Images and labels: the digits, image folders, and whatever timm's ``create_dataset`` opens."""
+"""Images and labels: the digits, image folders, tar shards, and the map-style data sets that timm opens."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,15 +12,17 @@ import numpy as np
 import timm.data
 import torch
 from PIL import Image
-from timm.data.distributed_sampler import RepeatAugSampler
 from timm.data.readers.reader_image_folder import find_images_and_targets
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from qvit.errors import CorruptImageError, DataError
 from qvit.images import Mode, open_image
+from qvit.train.order import ALONE, EvaluationOrder, Sample, Share, TrainOrder
+from qvit.train.randomness import seeded
+from qvit.train.shards import ShardFile, class_names, find_shards, read_shards
 
-TIMM_SOURCES = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
+TIMM_SOURCES = ("torch/", "hfds/")
 VAL_FOLDERS = ("val", "validation", "test")
 HOLDOUT = 0.1
 """Share of each class's images held out for validation where a data set comes in one piece."""
@@ -47,26 +49,26 @@ class Images(Dataset[Any]):
     """Images with labels, decoded when asked for.
 
     Args:
-        sources: file paths, or the images themselves.
+        sources: file paths, files inside tar shards, or the images themselves.
         labels: class numbers.
         mode: ``"RGB"`` or ``"L"``.
     """
 
-    def __init__(self, sources: Sequence[str | Image.Image], labels: Sequence[int], mode: Mode) -> None:
+    def __init__(self, sources: Sequence[str | ShardFile | Image.Image], labels: Sequence[int], mode: Mode) -> None:
         self.sources, self.labels, self.mode = sources, labels, mode
-        self.transform: Transform | None = None
 
     def __len__(self) -> int:
         return len(self.sources)
 
-    def __getitem__(self, index: int) -> tuple[Any, int] | Unreadable:
+    def __getitem__(self, index: int) -> tuple[Image.Image, int] | Unreadable:
         source = self.sources[index]
         try:
-            image = source if isinstance(source, Image.Image) else open_image(source, self.mode)
+            if isinstance(source, ShardFile):
+                return source.open(self.mode), self.labels[index]
+            return (source if isinstance(source, Image.Image) else open_image(source, self.mode)), self.labels[index]
         except CorruptImageError as error:
             # Returned, not raised: it may happen in a worker process, and the loop decides whether to go on.
             return Unreadable(str(error))
-        return (image if self.transform is None else self.transform(image)), self.labels[index]
 
     def split(self, share: float) -> tuple[Images, Images]:
         """Return the images without and with a held-out ``share`` of each class, always the same ones."""
@@ -99,17 +101,20 @@ def open_data(
 
     Args:
         source: ``"digits"``; a folder with ``train/`` and ``val/`` (or ``validation/``, ``test/``), each with a folder
-            a class; a folder of class folders, of which a tenth is held out; or a name that
-            :func:`timm.data.create_dataset` knows (``torch/cifar10``, ``hfds/...``, ``wds/...``).
+            a class or with WebDataset shards; a folder of class folders or of shards, of which a tenth is held out;
+            ``"wds/"``, shards of both splits in one folder; or a name that :func:`timm.data.create_dataset` knows
+            (``torch/cifar10``, ``hfds/...``).
         mode: ``"RGB"``, or ``"L"`` for a model with one input channel.
-        root: folder of a timm data set.
-        splits: names of the training and validation split of a timm data set.
+        root: folder of a timm data set or of ``"wds/"``.
+        splits: names of the training and validation split of a timm data set, or parts of the names of the shards.
 
     Raises:
         DataError: naming what is absent or does not fit.
     """
     if source == "digits":
         return _digits(mode)
+    if source.startswith("wds/"):
+        return _shards_in_one_folder(_existing(root or source.removeprefix("wds/")), splits, mode)
     if source.startswith(TIMM_SOURCES):
         return _timm(source, root, splits, mode)
     folder = _existing(source)
@@ -132,7 +137,7 @@ def open_validation(
         DataError: naming what is absent, or if the classes are not ``classes``.
     """
     folder = Path(source)
-    if source != "digits" and not source.startswith(TIMM_SOURCES):
+    if source != "digits" and not source.startswith(("wds/", *TIMM_SOURCES)):
         _existing(source)
         inner = next((folder / name for name in VAL_FOLDERS if (folder / name).is_dir()), folder)
         return _folder(inner, mode, classes)[0]
@@ -169,6 +174,31 @@ def make_transform(preprocessing: Mapping[str, Any], augmentation: Mapping[str, 
     return training
 
 
+class Prepared(Dataset[Any]):
+    """Images by a transform, each with randomness of its own, so that it does not matter which process draws it.
+
+    Args:
+        images: gives (image, label) pairs or :class:`Unreadable`.
+        transform: from :func:`make_transform`.
+        substitute: whether the next readable image stands in for an unreadable one, so that batches stay whole.
+    """
+
+    def __init__(self, images: Dataset[Any], transform: Transform, *, substitute: bool) -> None:
+        self.images, self.transform, self.substitute = images, transform, substitute
+
+    def __getitem__(self, sample: Sample) -> tuple[Tensor | None, int, list[Unreadable]]:
+        """Return the transformed image or ``None``, its label, and what could not be read in its place."""
+        unreadable: list[Unreadable] = []
+        tries = len(self.images) if self.substitute else 1  # type: ignore[arg-type]
+        for step in range(tries):
+            item = self.images[(sample.image + step) % len(self.images)]  # type: ignore[arg-type]
+            if not isinstance(item, Unreadable):
+                with seeded(sample.seed):
+                    return self.transform(item[0]), int(item[1]), unreadable
+            unreadable = unreadable or [item]
+        return None, -1, unreadable
+
+
 def make_loader(
     dataset: Dataset[Any],
     transform: Transform,
@@ -178,59 +208,69 @@ def make_loader(
     workers: int = 0,
     repeats: int = 0,
     device: torch.device | None = None,
+    seed: int = 0,
+    accumulate: int = 1,
+    share: Share = ALONE,
 ) -> DataLoader[Batch]:
     """Return a loader of :class:`Batch`.
 
     Args:
         dataset: of :class:`ImageSets`.
         transform: from :func:`make_transform`.
-        batch_size: images a batch; the last one may be smaller, except in training.
-        shuffle: whether this is training: a new order an epoch, no smaller batch at the end.
+        batch_size: in training images an optimizer step, over all processes; otherwise images a batch of this process.
+        shuffle: whether this is training: the loader's ``batch_sampler`` is then a :class:`TrainOrder`.
         workers: processes that decode; 0 to decode in this one.
         repeats: copies of an image a batch (repeated augmentation); 0 for none.
         device: where the batches go, to pin memory for a GPU.
+        seed: of order and augmentation, in training.
+        accumulate: batches an optimizer step, in training.
+        share: which of the processes that share the images this is.
+
+    Raises:
+        ConfigError: if a training batch cannot be divided evenly.
     """
-    dataset = copy.copy(dataset)  # another loader may show the same images by another transform
-    dataset.transform = transform  # type: ignore[attr-defined]
-    sampler: Sampler[int] | None = None
-    if shuffle and not isinstance(dataset, IterableDataset):
-        if repeats:
-            # selected_round: timm would otherwise cut an epoch to a multiple of 256 images.
-            sampler = RepeatAugSampler(
-                dataset, num_replicas=1, rank=0, shuffle=True, num_repeats=repeats, selected_round=0
-            )
-        else:
-            sampler = RandomSampler(dataset)  # type: ignore[arg-type]
-    large_enough = isinstance(dataset, IterableDataset) or len(dataset) >= batch_size  # type: ignore[arg-type]
+    images: int = len(dataset)  # type: ignore[arg-type]
+    order: TrainOrder | EvaluationOrder = EvaluationOrder(images, batch_size, share)
+    if shuffle:
+        order = TrainOrder(images, batch_size, seed, repeats=repeats, accumulate=accumulate, share=share)
     return DataLoader(
-        dataset,
-        batch_size=batch_size,
-        sampler=sampler,
+        Prepared(dataset, transform, substitute=shuffle),
+        batch_sampler=order,
         num_workers=workers,
         collate_fn=_collate,
-        drop_last=shuffle and large_enough,
         pin_memory=device is not None and device.type == "cuda",
         persistent_workers=workers > 0,
+        worker_init_fn=_ignore_sigterm,
+        # Without one, every new iterator would draw a seed for its workers from the generator of the training.
+        generator=torch.Generator().manual_seed(seed),
     )
 
 
 def readable(loader: DataLoader[Batch], *, skip_corrupt: bool) -> Iterator[Batch]:
-    """Yield the batches of ``loader``, each with at least one image.
+    """Yield the batches of ``loader``; in evaluation one may be empty, all of its images being unreadable.
 
     Raises:
-        CorruptImageError: naming the first unreadable image and the way out, unless ``skip_corrupt``.
+        CorruptImageError: naming the first unreadable image and the way out, unless ``skip_corrupt``; in training also
+            if no image can be read.
     """
     for batch in loader:
         if batch.unreadable and not skip_corrupt:
             raise CorruptImageError(f"{batch.unreadable[0].message} Mend or remove it, or go on with --skip-corrupt.")
+        if not len(batch.labels) and isinstance(loader.batch_sampler, TrainOrder):
+            raise CorruptImageError(f"{batch.unreadable[0].message} Nor can any other training image be read.")
         yield batch
 
 
-def _collate(samples: Sequence[tuple[Tensor, int] | Unreadable]) -> Batch:
-    unreadable = [sample for sample in samples if isinstance(sample, Unreadable)]
-    good = [sample for sample in samples if not isinstance(sample, Unreadable)]
-    images = torch.stack([image for image, _ in good]) if good else torch.empty(0)
-    return Batch(images, torch.tensor([int(label) for _, label in good], dtype=torch.int64), unreadable)
+def _collate(samples: Sequence[tuple[Tensor | None, int, list[Unreadable]]]) -> Batch:
+    unreadable = [one for _, _, those in samples for one in those]
+    images = [image for image, _, _ in samples if image is not None]
+    labels = [label for image, label, _ in samples if image is not None]
+    return Batch(torch.stack(images) if images else torch.empty(0), torch.tensor(labels, dtype=torch.int64), unreadable)
+
+
+def _ignore_sigterm(worker: int) -> None:
+    """Where a scheduler signals every process, leave it to the training one, which saves and then ends its workers."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _digits(mode: Mode) -> ImageSets:
@@ -246,18 +286,24 @@ def _existing(source: str) -> Path:
     folder = Path(source)
     if not folder.is_dir():
         raise DataError(
-            f"There is no folder {source}: --data takes digits, an image folder, or a timm data set "
-            f"({', '.join(TIMM_SOURCES)}NAME)."
+            f"There is no folder {source}: --data takes digits, a folder of images or shards, wds/FOLDER, or a timm "
+            f"data set ({'NAME, '.join(TIMM_SOURCES)}NAME)."
         )
     return folder
 
 
 def _folder(folder: Path, mode: Mode, classes: list[str] | None = None) -> tuple[Images, list[str]]:
-    """Open one folder of class folders; with ``classes``, check that it has the same."""
+    """Open one folder of class folders or of shards; with ``classes``, check that it has the same."""
+    shards = find_shards(folder)
+    if shards:
+        return _shards(shards, mode, classes)
     found, class_to_index = find_images_and_targets(str(folder))
     names = sorted(class_to_index, key=lambda name: class_to_index[name])
     if not found:
-        raise DataError(f"{folder} holds no images: expected one folder a class with .jpg, .png or .webp files in it.")
+        raise DataError(
+            f"{folder} holds no images: expected one folder a class with .jpg, .png or .webp files in it, or shards "
+            "(.tar)."
+        )
     if classes is None:
         if len(names) < 2:
             raise DataError(f"{folder} has images of one class only: expected one folder a class.")
@@ -265,6 +311,27 @@ def _folder(folder: Path, mode: Mode, classes: list[str] | None = None) -> tuple
     else:
         check_classes(str(folder), names, "the training images or checkpoint", classes)
     return Images([path for path, _ in found], [label for _, label in found], mode), classes
+
+
+def _shards(files: Sequence[Path], mode: Mode, classes: list[str] | None = None) -> tuple[Images, list[str]]:
+    """Open some shards of one folder; with ``classes``, check that there is one for every label."""
+    images, labels = read_shards(files)
+    if not images:
+        raise DataError(f"{files[0].parent} holds shards without images: expected .jpg, .png or .webp files in them.")
+    names = class_names(files[0].parent, labels)
+    if classes is not None and max(labels) >= len(classes):
+        raise DataError(f"{files[0].parent} has an image of class {max(labels)}, and there are {len(classes)} classes.")
+    return Images(images, labels, mode), classes or names
+
+
+def _shards_in_one_folder(folder: Path, splits: str, mode: Mode) -> ImageSets:
+    parts = splits.split(",")[:2]
+    files = [find_shards(folder, part) for part in parts]
+    for part, found in zip(parts, files, strict=True):
+        if not found:
+            raise DataError(f"{folder} has no shard with {part!r} in its name: give --splits TRAINING,VALIDATION.")
+    train, classes = _shards(files[0], mode)
+    return ImageSets(train, _shards(files[-1], mode, classes)[0], classes)
 
 
 def _timm(source: str, root: str | None, splits: str, mode: Mode) -> ImageSets:
@@ -277,6 +344,8 @@ def _timm(source: str, root: str | None, splits: str, mode: Mode) -> ImageSets:
     except Exception as error:  # whatever the library behind the name raises: the user asked for it by name
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"timm cannot open {source} (root {root}, splits {splits}): {reason}") from error
+    if isinstance(train, IterableDataset) or isinstance(val, IterableDataset):
+        raise DataError(f"{source} is a stream: qvit needs images that it can fetch by number, once each an epoch.")
     return ImageSets(train, val, _class_names(train))
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
 import json
 import math
-import os
 import time
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,16 +24,24 @@ from timm.models import VisionTransformer
 from timm.optim import create_optimizer_v2
 from timm.optim._param_groups import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
-from qvit.errors import CheckpointError, ConfigError, NonFiniteLossError
+from qvit.errors import NonFiniteLossError, TrainingStopped
 from qvit.files import write_text
 from qvit.nn.quantizer import Float32Module
-from qvit.train.checkpoint import ModelCard, build, read_checkpoint, save_checkpoint
+from qvit.train.checkpoint import ModelCard
 from qvit.train.data import Batch, readable
+from qvit.train.distributed import clip_gradients, is_sharded, shard, spread, sum_over_processes
+from qvit.train.measure import Part, means, together
+from qvit.train.nonfinite import first_non_finite
+from qvit.train.order import Share, TrainOrder
+from qvit.train.oscillation import Oscillation
+from qvit.train.preemption import Sigterm
 from qvit.train.recipe import Schedule
+from qvit.train.run import TEN_MINUTES, Run, SaveEvery, non_finite_message, read_last, tidy
 
 
 class Loss(Protocol):
@@ -71,17 +81,20 @@ class Accuracy:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How a run is carried out, beside its recipe.
+    """How a run is carried out, beside its recipe; the same recipe gives the same training whatever stands here.
 
     Args:
-        out: folder for ``metrics.jsonl``, TensorBoard's files, ``last.pt`` and ``best.pt``.
+        out: folder for ``metrics.jsonl``, TensorBoard's files, ``last.pt``, ``previous.pt`` and ``best.pt``.
         seed: of weights, order and augmentation.
-        workers: processes that decode images.
+        workers: processes that decode images, for each process that trains.
         precision: ``"no"`` for float32, ``"bf16"`` for autocast.
         compile: whether to ``torch.compile`` the model and the teacher.
         skip_corrupt: go on without images that cannot be read, and count them.
         resume: go on from ``last.pt``.
         cpu: do not use a GPU.
+        accumulate: parts in which a batch is computed, one after the other, where it would not fit in memory.
+        fsdp: shard weights, gradients and optimizer over the processes (FSDP2) instead of copying them (DDP).
+        save_every: how often to save inside an epoch; it is saved after each epoch anyway.
     """
 
     out: Path
@@ -92,35 +105,52 @@ class Options:
     skip_corrupt: bool = False
     resume: bool = False
     cpu: bool = False
+    accumulate: int = 1
+    fsdp: bool = False
+    save_every: SaveEvery = TEN_MINUTES
 
 
 def make_accelerator(options: Options) -> Accelerator:
-    """Return the device and precision of a run.
+    """Return the processes, device, precision and accumulation of a run.
 
-    Raises:
-        ConfigError: under a multi-process launcher, which the loop does not support.
+    Under ``torchrun`` or ``accelerate launch`` it joins the other processes.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("qvit trains in one process: start it without torchrun or accelerate launch.")
     # Accelerate keeps the first precision for the life of the process; runs that follow one another may differ.
     AcceleratorState._reset_state()
-    return Accelerator(mixed_precision=options.precision, cpu=options.cpu)
+    return Accelerator(
+        mixed_precision=options.precision, cpu=options.cpu, gradient_accumulation_steps=options.accumulate
+    )
+
+
+def share_of(accelerator: Accelerator) -> Share:
+    """Return which part of the images this process takes."""
+    return Share(accelerator.process_index, accelerator.num_processes)
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: DataLoader[Batch], device: torch.device, *, skip_corrupt: bool = False
+    model: nn.Module,
+    loader: DataLoader[Batch],
+    device: torch.device,
+    *,
+    skip_corrupt: bool = False,
+    sigterm: Sigterm | None = None,
 ) -> Accuracy:
-    """Return the accuracy of ``model`` over all images of ``loader``.
+    """Return the accuracy of ``model`` over all images of ``loader``, those of the other processes included.
+
+    Processes that share the images (:class:`qvit.train.order.EvaluationOrder`) count each of them once.
 
     Raises:
         CorruptImageError: naming the first image that cannot be read, unless ``skip_corrupt``.
+        TrainingStopped: in all processes, if ``sigterm`` was received in one.
     """
     was_training = model.training
     model.eval()
     first = fifth = images = unreadable = 0
     start = time.perf_counter()
     for batch in readable(loader, skip_corrupt=skip_corrupt):
+        if sigterm is not None and sigterm.received:
+            break
         unreadable += len(batch.unreadable)
         if len(batch.labels) == 0:
             continue
@@ -130,6 +160,10 @@ def evaluate(
         fifth += int(ranked.any(dim=1).sum())
         images += len(batch.labels)
     model.train(was_training)
+    counts = [first, fifth, images, unreadable, sigterm is not None and sigterm.received]
+    first, fifth, images, unreadable, stopped = map(int, sum_over_processes(counts, device))
+    if stopped:
+        raise TrainingStopped("Stopped in the middle of an evaluation.")
     share = 100.0 / max(images, 1)
     return Accuracy(first * share, fifth * share, images, unreadable, time.perf_counter() - start)
 
@@ -143,40 +177,59 @@ def fit(
     card: ModelCard,
     options: Options,
     console: Console,
-) -> list[dict[str, float]]:
-    """Train ``model`` in place and return one record an epoch, as ``metrics.jsonl`` holds them.
+) -> tuple[VisionTransformer, list[dict[str, float]]]:
+    """Train ``model``; return it with the weights last evaluated, and a record an epoch, as ``metrics.jsonl`` has them.
 
-    Randomness is drawn anew from ``(seed, epoch)`` at the start of every epoch, so a run that is resumed from
-    ``last.pt`` goes on exactly as it would have.
+    A run that was killed goes on from ``last.pt`` as it would have without that: what an epoch shows is a function of
+    the seed (see :mod:`qvit.train.order`), and everything else is in the checkpoint (see :mod:`qvit.train.run`).
 
     Args:
-        model: a float model, or a calibrated quantized one; ends with its last weights, ``best.pt`` holds the best.
+        model: a float model, or a calibrated quantized one; it is trained in place.
         loss_fn: see :class:`Loss`.
-        train: training batches.
-        val: validation batches, evaluated after each epoch.
+        train: this process's share of the training batches, from :func:`qvit.train.data.make_loader`.
+        val: this process's share of the validation batches, evaluated after each epoch.
         schedule: budget and optimizer.
         card: what goes into the checkpoints.
         options: folder, seed, precision, ....
         console: where progress is shown.
 
     Raises:
-        NonFiniteLossError: at the first NaN or infinity; the checkpoints of the epochs before are kept.
+        NonFiniteLossError: at the first NaN or infinity, naming the layer; the last good checkpoint is kept.
+        TrainingStopped: after SIGTERM, once everything is saved.
         CorruptImageError: see :func:`qvit.train.data.readable`.
         CheckpointError: if ``resume`` finds no checkpoint that fits.
         OutputError: if a file cannot be written; what was there before is kept.
     """
+    # What trains: the model, its average, its optimizer, spread over the processes.
     accelerator = make_accelerator(options)
-    device, steps = accelerator.device, len(train)
+    device, is_main = accelerator.device, accelerator.is_main_process
+    console = console if is_main else Console(quiet=True)
+    saved = read_last(options.out, card, console) if options.resume else None
+    if saved is not None:
+        model.load_state_dict(saved.training["trained"] or saved.weights)
     model.to(device)
     if isinstance(loss_fn, nn.Module):
         loss_fn.to(device)
-    optimizer = create_optimizer_v2(
-        parameter_groups(model, schedule),
-        opt=schedule.optimizer,
-        lr=schedule.lr,
-        weight_decay=schedule.weight_decay,
-        **schedule.optimizer_args,
-    )
+    ema = ModelEmaV3(model, schedule.ema_decay, foreach=not options.fsdp) if schedule.ema_decay else None
+    if ema is not None and saved is not None:
+        ema.module.load_state_dict(saved.weights)
+    evaluated: VisionTransformer = model if ema is None else ema.module
+    if options.compile:
+        model.compile()
+        teacher = getattr(loss_fn, "teacher", None)
+        if teacher is not None:
+            teacher.compile()
+    if options.fsdp and accelerator.num_processes > 1:
+        evaluated = copy.deepcopy(evaluated)  # a whole model, for evaluation alone
+        if ema is not None:
+            shard(ema.module)
+    student = spread(model, accelerator, fsdp=options.fsdp)
+    optimizer, clip = make_optimizer(model, schedule)
+
+    # Where it stands: from the start, or from a checkpoint.
+    order = train.batch_sampler
+    assert isinstance(order, TrainOrder)
+    steps = order.steps
     scheduler = CosineLRScheduler(
         optimizer,
         t_initial=schedule.epochs * steps,
@@ -185,86 +238,117 @@ def fit(
         warmup_prefix=False,
         t_in_epochs=False,
     )
-    history: list[dict[str, float]] = []
-    if options.resume:
-        history = _resume(model, optimizer, card, options.out)
-        scheduler.step_update(len(history) * steps)
-    _write_metrics(options.out, history)
-    if options.compile:
-        model.compile()
-        teacher = getattr(loss_fn, "teacher", None)
-        if teacher is not None:
-            teacher.compile()
-    best = max((record["val_top1"] for record in history), default=-math.inf)
+    oscillation = Oscillation(model, schedule.freeze_oscillating) if card.quant_config is not None else None
+    run = Run(options.out, card, student, optimizer, order, accelerator, oscillation, ema)
+    set_seed(options.seed * 100_003 + accelerator.process_index)
+    if saved is not None:
+        run.restore(saved)
+        card.metrics = _metrics(run.progress.history[-1]) if run.progress.history else {}
+        scheduler.step_update(run.progress.epoch * steps + run.progress.step)
+        console.print(f"Going on from {saved.path.name}: {run.progress}.", highlight=False)
+    progress, history = run.progress, run.progress.history
+    accelerator.wait_for_everyone()  # until all have read the checkpoint
+    if is_main:
+        if saved is not None:
+            tidy(options.out, saved)
+        _write_metrics(options.out, history)
 
-    with (
-        SummaryWriter(str(options.out / "tensorboard"), purge_step=len(history)) as board,
-        _progress(console) as progress,
-    ):
-        task = progress.add_task("", total=schedule.epochs * steps, completed=len(history) * steps, rate=0.0)
-        for epoch in range(len(history), schedule.epochs):
-            set_seed(options.seed * 100_003 + epoch)
-            if hasattr(train.sampler, "set_epoch"):
-                train.sampler.set_epoch(options.seed * 100_003 + epoch)
+    with Sigterm() as sigterm, _board(options.out, len(history), is_main) as board, _progress(console) as bar:
+        done = progress.epoch * steps + progress.step
+        task = bar.add_task("", total=schedule.epochs * steps, completed=done)
+        for epoch in range(progress.epoch, schedule.epochs):
+            order.begin(epoch, progress.step)
             model.train()
-            totals: dict[str, float] = {}
-            seen = correct = skipped = 0
-            start = time.perf_counter()
-            for step, batch in enumerate(readable(train, skip_corrupt=options.skip_corrupt)):
-                skipped += len(batch.unreadable)
-                if len(batch.labels) == 0:
+            start, seconds_before = time.perf_counter(), progress.seconds
+            parts: list[Part] = []
+            for batch in readable(train, skip_corrupt=options.skip_corrupt):
+                with accelerator.accumulate(student):
+                    images, labels = (x.to(device, non_blocking=True) for x in (batch.images, batch.labels))
+                    with accelerator.autocast():
+                        loss = loss_fn(student, images, labels)
+                    accelerator.backward(loss)
+                measured = means(loss, loss_fn.last_parts, labels)
+                parts.append(Part(images, labels, len(batch.unreadable), measured))
+                if not accelerator.sync_gradients:
                     continue
-                images, labels = (x.to(device, non_blocking=True) for x in (batch.images, batch.labels))
-                with accelerator.autocast():
-                    loss = loss_fn(model, images, labels)
-                value = float(loss.detach())
-                if not math.isfinite(value):
-                    raise NonFiniteLossError(_non_finite(epoch, step, options.out, history))
-                optimizer.zero_grad(set_to_none=True)
-                accelerator.backward(loss)
-                optimizer.step()
-                scheduler.step_update(epoch * steps + step + 1)
 
-                parts = {name: float(part) for name, part in loss_fn.last_parts.items() if part.ndim == 0}
-                for name, part in {"train_loss": value, **parts}.items():
-                    totals[name] = totals.get(name, 0.0) + part * len(labels)
-                correct += int((loss_fn.last_parts["logits"].argmax(dim=-1) == labels).sum())
-                seen += len(labels)
-                rate = seen / (time.perf_counter() - start)
-                progress.update(
-                    task,
-                    advance=1,
-                    description=f"epoch {epoch + 1}/{schedule.epochs}  loss {totals['train_loss'] / seen:.3f}  "
-                    f"top-1 {100 * correct / seen:.1f}  {rate:.0f} images/s",
-                )
-            seconds = time.perf_counter() - start
-            if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
-                raise NonFiniteLossError(_non_finite(epoch, steps - 1, options.out, history))
-            accuracy = evaluate(model, val, device, skip_corrupt=options.skip_corrupt)
+                # All parts of the batch are done, in this process and in the others.
+                step = together(parts, device, stop=sigterm.received, save=run.is_due(options.save_every))
+                if not math.isfinite(step.sums["train_loss"]):
+                    where = first_non_finite(model, partial(_again, accelerator, loss_fn, student, parts))
+                    raise NonFiniteLossError(non_finite_message(run, where))
+                if clip:
+                    clip_gradients(list(model.parameters()), clip)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                if oscillation is not None:
+                    oscillation.update()
+                if ema is not None:
+                    ema.update(model)
+                parts = []
+
+                progress.step += 1
+                progress.images += step.images
+                progress.unreadable += step.unreadable
+                progress.seconds = seconds_before + time.perf_counter() - start
+                for name, value in step.sums.items():
+                    progress.sums[name] = progress.sums.get(name, 0.0) + value
+                scheduler.step_update(epoch * steps + progress.step)
+                if step.save or step.stop:
+                    run.save()
+                if step.stop:
+                    raise TrainingStopped(_stopped(run))
+                bar.update(task, advance=1, description=_step_line(run, schedule.epochs))
+
+            if options.fsdp and accelerator.num_processes > 1:
+                evaluated.load_state_dict(run.weights())
+            try:
+                accuracy = evaluate(evaluated, val, device, skip_corrupt=options.skip_corrupt, sigterm=sigterm)
+            except TrainingStopped:
+                run.save()
+                raise TrainingStopped(_stopped(run)) from None
             record = {
                 "epoch": epoch + 1,
-                **{name: total / max(seen, 1) for name, total in totals.items()},
-                "train_top1": 100 * correct / max(seen, 1),
+                **{name: total / progress.images for name, total in progress.sums.items()},
                 "val_top1": accuracy.top1,
                 "val_top5": accuracy.top5,
                 "val_images": accuracy.images,
-                "unreadable": skipped + accuracy.unreadable,
+                "unreadable": progress.unreadable + accuracy.unreadable,
                 "lr": optimizer.param_groups[0]["lr"],
-                "images_per_second": seen / seconds,
-                "seconds": seconds + accuracy.seconds,
+                **(oscillation.shares() if oscillation is not None else {}),
+                "images_per_second": progress.images / progress.seconds,
+                "seconds": progress.seconds + accuracy.seconds,
             }
-            history.append(record)
-            for name, scalar in record.items():
-                board.add_scalar(name, scalar, epoch + 1)
-            card.metrics = {"val_top1": accuracy.top1, "val_top5": accuracy.top5, "val_images": accuracy.images}
-            if accuracy.top1 > best:
-                best = accuracy.top1
-                save_checkpoint(options.out / "best.pt", card, model)
-            training = {"optimizer": optimizer.state_dict(), "history": history}
-            save_checkpoint(options.out / "last.pt", card, model, training)
-            _write_metrics(options.out, history)
-            progress.console.print(_epoch_line(record, schedule.epochs), highlight=False)
-    return history
+            best = accuracy.top1 > max((record["val_top1"] for record in history), default=-math.inf)
+            card.metrics = _metrics(record)
+            progress.next_epoch(record)
+            run.save(best=best)
+            if board is not None:
+                for name, scalar in record.items():
+                    board.add_scalar(name, scalar, epoch + 1)
+                _write_metrics(options.out, history)
+                bar.console.print(_epoch_line(record, schedule.epochs), highlight=False)
+            if sum_over_processes([sigterm.received], device)[0]:
+                raise TrainingStopped(_stopped(run))
+    return evaluated, history
+
+
+def make_optimizer(model: VisionTransformer, schedule: Schedule) -> tuple[torch.optim.Optimizer, float]:
+    """Return the optimizer of a model, sharded or not, and the norm to which its gradients have to be clipped."""
+    arguments, clip = dict(schedule.optimizer_args), schedule.clip_grad
+    if is_sharded(model) and schedule.optimizer == "lamb":
+        # timm's LAMB clips by itself, to 1 unless told otherwise, but not where some gradients are sharded.
+        own = arguments.pop("max_grad_norm", 1.0)
+        arguments["max_grad_norm"] = None
+        clip = min(clip or math.inf, own or math.inf)
+    optimizer = create_optimizer_v2(
+        parameter_groups(model, schedule),
+        opt=schedule.optimizer,
+        lr=schedule.lr,
+        weight_decay=schedule.weight_decay,
+        **arguments,
+    )
+    return optimizer, clip
 
 
 def parameter_groups(model: VisionTransformer, schedule: Schedule) -> list[dict[str, Any]]:
@@ -296,34 +380,25 @@ def _write_metrics(folder: Path, history: Iterable[Mapping[str, float]]) -> None
     write_text(folder / "metrics.jsonl", lines)
 
 
-def _resume(
-    model: VisionTransformer, optimizer: torch.optim.Optimizer, card: ModelCard, folder: Path
-) -> list[dict[str, float]]:
-    """Put model and optimizer where ``last.pt`` left them; return the records until then."""
-    path = folder / "last.pt"
-    saved, weights, training = read_checkpoint(path)
-    if training is None or (saved.name, saved.quant_config, saved.model_args, saved.classes) != (
-        card.name,
-        card.quant_config,
-        card.model_args,
-        card.classes,
-    ):
-        raise CheckpointError(f"{path} is of another model or another run: give the same arguments, or another --out.")
-    model.load_state_dict(build(saved, weights, str(path)).state_dict())
-    try:
-        optimizer.load_state_dict(training["optimizer"])
-        history = [dict(record) for record in training["history"]]
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} does not fit this recipe: {error}.") from error
-    return history
+def _metrics(record: Mapping[str, float]) -> dict[str, float]:
+    return {name: record[name] for name in ("val_top1", "val_top5", "val_images")}
 
 
-def _non_finite(epoch: int, step: int, folder: Path, history: list[dict[str, float]]) -> str:
-    kept = f"{folder / 'last.pt'} holds epoch {len(history)}" if history else "no epoch was finished before"
-    return (
-        f"The loss became NaN or infinite in epoch {epoch + 1}, step {step + 1}; {kept}. "
-        "Lower the learning rate (--set quantized.lr=...) and go on with --resume, or start anew."
-    )
+def _again(accelerator: Accelerator, loss_fn: Loss, student: nn.Module, parts: list[Part]) -> None:
+    with accelerator.autocast():
+        for part in parts:
+            loss_fn(student, part.images, part.labels)
+
+
+def _stopped(run: Run) -> str:
+    return f"Stopped by SIGTERM at {run.progress}; {run.folder / 'last.pt'} is saved, go on with --resume."
+
+
+def _step_line(run: Run, epochs: int) -> str:
+    progress = run.progress
+    loss, top1 = (progress.sums[name] / progress.images for name in ("train_loss", "train_top1"))
+    rate = progress.images / progress.seconds
+    return f"epoch {progress.epoch + 1}/{epochs}  loss {loss:.3f}  top-1 {top1:.1f}  {rate:.0f} images/s"
 
 
 def _epoch_line(record: Mapping[str, float], epochs: int) -> str:
@@ -333,6 +408,13 @@ def _epoch_line(record: Mapping[str, float], epochs: int) -> str:
         f"val {record['val_top1']:5.2f} (top-5 {record['val_top5']:5.2f})  {record['images_per_second']:.0f} images/s"
         f"{unreadable}"
     )
+
+
+def _board(folder: Path, epochs: int, is_main: bool) -> contextlib.AbstractContextManager[SummaryWriter | None]:
+    if not is_main:
+        return contextlib.nullcontext()
+    board: SummaryWriter = SummaryWriter(str(folder / "tensorboard"), purge_step=epochs)
+    return board
 
 
 def _progress(console: Console) -> Progress:

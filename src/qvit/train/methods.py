@@ -22,7 +22,7 @@ from qvit.distill import DistillationLoss, check_guidance
 from qvit.errors import ConfigError, TeacherMismatchError
 from qvit.train.checkpoint import ModelCard, create_model, save_checkpoint
 from qvit.train.data import Batch, ImageSets, make_loader, make_transform, readable
-from qvit.train.loop import Accuracy, LabelLoss, Loss, Options, evaluate, fit, make_accelerator
+from qvit.train.loop import Accuracy, LabelLoss, Loss, Options, evaluate, fit, make_accelerator, share_of
 from qvit.train.recipe import Recipe, Schedule
 
 
@@ -56,7 +56,7 @@ class Result:
     """What a run made and measured.
 
     Args:
-        model: the trained model, with its last weights.
+        model: the trained model, with its last weights, or their average if the recipe has an ``ema_decay``.
         card: what it is.
         accuracy: on the validation images, of these weights.
         history: one record an epoch; empty for post-training quantization.
@@ -127,9 +127,11 @@ def train_quantized(
         student.set_distilled_training(teacher is not None)
     calibrate(student, calibration_images(data, card, schedule, options))
     if not chosen.trained:
-        accuracy = evaluate(student, _validation(data, card, schedule, options), device)
+        val = _validation(data, card, schedule, options)
+        accuracy = evaluate(student, val, device, skip_corrupt=options.skip_corrupt)
         card.metrics = _metrics(accuracy)
-        save_checkpoint(options.out / "best.pt", card, student)
+        if make_accelerator(options).is_main_process:
+            save_checkpoint(options.out / "best.pt", card, student)
         return Result(student, card, accuracy, [])
     loss: Loss = LabelLoss()
     if teacher is not None:
@@ -139,10 +141,18 @@ def train_quantized(
 
 
 def calibration_images(data: ImageSets, card: ModelCard, schedule: Schedule, options: Options) -> list[torch.Tensor]:
-    """Return ``schedule.calibration_images`` training images in batches, prepared as for evaluation."""
+    """Return ``schedule.calibration_images`` training images in batches, prepared as for evaluation.
+
+    Every process gets the same.
+    """
     batch_size = min(schedule.calibration_images, 128)
     loader = make_loader(
-        data.train, make_transform(card.preprocessing), batch_size, shuffle=True, workers=options.workers
+        data.train,
+        make_transform(card.preprocessing),
+        batch_size,
+        shuffle=True,
+        workers=options.workers,
+        seed=options.seed,
     )
     batches = itertools.islice(
         readable(loader, skip_corrupt=options.skip_corrupt), -(-schedule.calibration_images // batch_size)
@@ -160,6 +170,7 @@ def _fit(
     options: Options,
     console: Console,
 ) -> Result:
+    accelerator = make_accelerator(options)
     train = make_loader(
         data.train,
         make_transform(card.preprocessing, recipe.augmentation),
@@ -167,18 +178,30 @@ def _fit(
         shuffle=True,
         workers=options.workers,
         repeats=schedule.repeated_augmentation,
-        device=make_accelerator(options).device,
+        device=accelerator.device,
+        seed=options.seed,
+        accumulate=options.accumulate,
+        share=share_of(accelerator),
     )
     val = _validation(data, card, schedule, options)
-    history = fit(model, loss, train, val, schedule, card, options, console)
+    trained, history = fit(model, loss, train, val, schedule, card, options, console)
     last = history[-1]
     accuracy = Accuracy(last["val_top1"], last["val_top5"], int(last["val_images"]), int(last["unreadable"]))
-    return Result(model.eval(), card, accuracy, history)
+    return Result(trained.eval(), card, accuracy, history)
 
 
 def _validation(data: ImageSets, card: ModelCard, schedule: Schedule, options: Options) -> DataLoader[Batch]:
     transform = make_transform(card.preprocessing)
-    return make_loader(data.val, transform, schedule.batch_size, shuffle=False, workers=options.workers)
+    accelerator = make_accelerator(options)
+    return make_loader(
+        data.val,
+        transform,
+        -(-schedule.batch_size // accelerator.num_processes),
+        shuffle=False,
+        workers=options.workers,
+        device=accelerator.device,
+        share=share_of(accelerator),
+    )
 
 
 def _metrics(accuracy: Accuracy) -> dict[str, float]:

@@ -33,7 +33,7 @@ class Schedule:
 
     Args:
         epochs: passes over the training images.
-        batch_size: images a step.
+        batch_size: images an optimizer step, over all processes and accumulated parts.
         lr: learning rate at the start of the cosine decay to 0, after ``warmup_epochs`` of linear warm-up.
         optimizer: a name that :func:`timm.optim.create_optimizer_v2` knows.
         optimizer_args: further arguments of that optimizer (``eps``, ``betas``).
@@ -44,6 +44,11 @@ class Schedule:
         scale_lr: learning rate of scales, offsets, gamma and beta, as a multiple of ``lr``.
         guided_weight: lambda of :class:`qvit.DistillationLoss`.
         calibration_images: training images that set the quantizers' start.
+        clip_grad: largest norm of all gradients together; 0 for none (LAMB clips to 1 by itself: ``max_grad_norm``).
+        ema_decay: share of the old values in the running average of the weights, which is then what is evaluated and
+            what ``best.pt`` and ``last.pt`` hold; 0 for none.
+        freeze_oscillating: weights that change code back and forth more often than this are frozen
+            (:class:`qvit.train.oscillation.Oscillation`; Nagel et al. use 0.01 to 0.04); 0 for none.
     """
 
     epochs: int
@@ -58,16 +63,23 @@ class Schedule:
     scale_lr: float = 1.0
     guided_weight: float = GUIDED_WEIGHT
     calibration_images: int = 512
+    clip_grad: float = 0.0
+    ema_decay: float = 0.0
+    freeze_oscillating: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "calibration_images"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} must be a whole number above 0, not {value!r}.")
-        for name in ("lr", "weight_decay", "warmup_epochs", "label_smoothing", "scale_lr", "guided_weight"):
+        numbers = [field.name for field in dataclasses.fields(self) if field.type == "float"]
+        for name in numbers:
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < float("inf"):
                 raise ConfigError(f"{name} must be a number from 0 up, not {value!r}.")
+        for name in ("ema_decay", "freeze_oscillating"):
+            if getattr(self, name) >= 1:
+                raise ConfigError(f"{name} must be below 1, not {getattr(self, name)!r}.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,101 @@
+"""One model on several processes: DDP, or FSDP2 where the optimizer's state would not fit on each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from timm.models import VisionTransformer
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate
+from torch.nn.parallel import DistributedDataParallel
+
+from qvit.nn.quantizer import Float32Module
+
+
+def spread(model: VisionTransformer, accelerator: Accelerator, *, fsdp: bool) -> nn.Module:
+    """Return ``model`` as the processes train it together: itself, wrapped for DDP, or sharded in place by FSDP2.
+
+    All processes start from the first one's weights.
+    """
+    if accelerator.num_processes == 1:
+        return model
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            dist.broadcast(tensor, 0)
+    if fsdp:
+        shard(model)
+        return model
+    devices = None if accelerator.device.type == "cpu" else [accelerator.device]
+    # No broadcast of buffers at every step: the rectifiers compute their statistics over all processes.
+    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+
+
+def shard(model: VisionTransformer) -> None:
+    """Shard weights, gradients and optimizer state of ``model`` over all processes, block by block (FSDP2).
+
+    Scales, offsets, gamma and beta stay whole on every process: some have no dimension that could be cut, and
+    all together they are less than a hundredth of the model. Their gradients are averaged here.
+    """
+    whole = {p for m in model.modules() if isinstance(m, Float32Module) for p in m.parameters(recurse=False)}
+    mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, ignored_params=whole)
+    fully_shard(model, mesh=mesh, ignored_params=whole)
+    for parameter in whole:
+        parameter.register_post_accumulate_grad_hook(_average)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Say whether FSDP2 holds the weights of ``model`` in parts."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def whole_weights(model: nn.Module) -> dict[str, Any]:
+    """Return the state dict under the plain model's names, the same in every process; all of them must call it."""
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor that may be sharded as a plain one; all processes must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def beside(tensor: Tensor, weight: Tensor) -> Tensor:
+    """Return ``tensor``, equal in all processes, so that it can be computed with ``weight``, which may be sharded."""
+    if not isinstance(weight, DTensor):
+        return tensor
+    return DTensor.from_local(tensor, weight.device_mesh, [Replicate()] * weight.device_mesh.ndim)
+
+
+def clip_gradients(parameters: Sequence[Tensor], limit: float) -> float:
+    """Scale all gradients down so that their total norm is at most ``limit``; return the norm before."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    # PyTorch's own clip_grad_norm_ takes sharded or whole gradients, not both at once.
+    norms = torch.stack([whole(torch.linalg.vector_norm(gradient.float())) for gradient in gradients])
+    total = float(torch.linalg.vector_norm(norms))
+    if total > limit:
+        torch._foreach_mul_([g.to_local() if isinstance(g, DTensor) else g for g in gradients], limit / total)
+    return total
+
+
+def sum_over_processes(values: Sequence[float], device: torch.device) -> list[float]:
+    """Return the sums of ``values`` over all processes; every process must give as many."""
+    if not dist.is_initialized():
+        return list(values)
+    sums = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+@torch.no_grad()
+def _average(parameter: Tensor) -> None:
+    if parameter.grad is not None:
+        dist.all_reduce(parameter.grad)
+        parameter.grad /= dist.get_world_size()

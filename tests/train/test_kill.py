@@ -1,0 +1,152 @@
+"""Real processes, really killed, and what is left of them."""
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import jobs
+import pytest
+import torch
+
+from qvit.errors import CheckpointError, OutputError
+from qvit.train.checkpoint import load_checkpoint, read_checkpoint
+from qvit.train.loop import read_metrics
+from qvit.train.run import SaveEvery
+
+# Everything that a run carries from step to step: averages, frozen weights, dropout, repeated augmentation.
+CHANGES = [
+    "quantized.epochs=2",
+    "quantized.batch_size=128",
+    "quantized.ema_decay=0.9",
+    "quantized.freeze_oscillating=0.02",
+    "quantized.repeated_augmentation=2",
+    "quantized.clip_grad=1.0",
+    "model_args.proj_drop_rate=0.1",
+]
+STEPS = 2 * (1438 // 128)
+
+
+def identical(a: object, b: object) -> bool:
+    """Say whether two checkpoints' contents are equal to the last bit, times aside."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        timeless = {name for name in a if "second" not in str(name)}
+        return isinstance(b, dict) and a.keys() == b.keys() and all(identical(a[name], b[name]) for name in timeless)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(identical, a, b))  # type: ignore[arg-type]
+    return a == b
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of the uninterrupted run."""
+    out = tmp_path_factory.mktemp("whole")
+    process = jobs.start(jobs.quantized, out, CHANGES, save_every=SaveEvery(steps=3))
+    process.join()
+    assert process.exitcode == 0
+    return out
+
+
+def test_killed_again_and_again_it_ends_with_the_same_bits(tmp_path: Path, whole: Path) -> None:
+    draw, kills = random.Random(0), 0
+    # The first attempts die at random steps, one of them half-way through a save; the last one may finish.
+    deaths = [(draw.randint(5, 9), None), (None, 2), (draw.randint(4, 9), None)]
+    for step, save in deaths:
+        resume = (tmp_path / "last.pt").exists()
+        process = jobs.start(
+            jobs.killed, jobs.quantized, step, save, tmp_path, CHANGES, save_every=SaveEvery(steps=3), resume=resume
+        )
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        kills += 1
+    process = jobs.start(jobs.quantized, tmp_path, CHANGES, save_every=SaveEvery(steps=3), resume=True)
+    process.join()
+    assert process.exitcode == 0
+    assert kills == len(deaths)
+    assert identical(read_checkpoint(whole / "last.pt")[1:], read_checkpoint(tmp_path / "last.pt")[1:])
+    assert identical(read_checkpoint(whole / "best.pt")[1:], read_checkpoint(tmp_path / "best.pt")[1:])
+    assert identical(read_metrics(whole), read_metrics(tmp_path))
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_average_of_the_weights_is_what_is_saved_and_measured(whole: Path) -> None:
+    _, weights, training = read_checkpoint(whole / "last.pt")
+    assert training is not None
+    assert not torch.equal(weights["head.weight"], training["trained"]["head.weight"])
+    frozen = torch.cat([state["frozen"].flatten() for state in training["oscillation"].values()])
+    assert 100 * frozen.double().mean().item() == pytest.approx(read_metrics(whole)[-1]["frozen"])
+
+
+def test_damaged_last_checkpoint_gives_way_to_the_one_before(tmp_path: Path, whole: Path) -> None:
+    content = (whole / "last.pt").read_bytes()
+    (tmp_path / "last.pt").write_bytes(content[: len(content) // 2])
+    (tmp_path / "previous.pt").write_bytes((whole / "previous.pt").read_bytes())
+    said = tmp_path / "said"
+    process = jobs.start(_resume_and_note, tmp_path, said)
+    process.join()
+    assert process.exitcode == 0
+    assert "last.pt cannot be read" in said.read_text()
+    assert "Going on from previous.pt" in said.read_text().splitlines()[0]
+    assert identical(read_checkpoint(whole / "last.pt")[1:], read_checkpoint(tmp_path / "last.pt")[1:])
+    assert (tmp_path / "damaged.pt").stat().st_size == len(content) // 2
+
+
+def _resume_and_note(out: Path, said: Path) -> None:
+    from rich.console import Console
+
+    with said.open("w") as file:
+        jobs.Console = lambda **_: Console(file=file, width=200)  # type: ignore[assignment, misc]
+        jobs.quantized(out, CHANGES, save_every=SaveEvery(steps=3), resume=True)
+
+
+def test_resume_refuses_another_seed(tmp_path: Path, whole: Path) -> None:
+    (tmp_path / "last.pt").write_bytes((whole / "last.pt").read_bytes())
+    with pytest.raises(CheckpointError, match="seed 0, this one has 1"):
+        jobs.quantized(tmp_path, CHANGES, resume=True, seed=1)
+
+
+def test_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saves, save = 0, torch.save
+
+    def fills_up(content: object, path: Path) -> None:
+        nonlocal saves
+        saves += 1
+        save(content, path if saves < 3 else "/dev/full")
+
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    monkeypatch.setattr(torch, "save", fills_up)
+    with pytest.raises(OutputError, match="Cannot write .*last.pt"):
+        jobs.full_precision(tmp_path, ["full_precision.batch_size=256"], save_every=SaveEvery(steps=1))
+    _, _, training = read_checkpoint(tmp_path / "last.pt")
+    assert training is not None
+    assert training["progress"]["step"] == 2
+    load_checkpoint(tmp_path / "previous.pt")
+
+
+def test_sigterm_saves_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
+    process = jobs.start(_train_for_long, tmp_path)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "last.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join()
+    assert process.exitcode == 0
+    said = (tmp_path / "said").read_text()
+    assert "Stopped by SIGTERM at epoch" in said
+    _, _, training = read_checkpoint(tmp_path / "last.pt")
+    assert training is not None
+    progress = training["progress"]
+    assert f"epoch {progress['epoch'] + 1}, step {progress['step']};" in said or "the end of epoch" in said
+
+
+def _train_for_long(out: Path) -> None:
+    from qvit.errors import TrainingStopped
+
+    try:
+        jobs.full_precision(out, ["full_precision.epochs=10000"], save_every=SaveEvery(steps=4))
+    except TrainingStopped as stopped:
+        (out / "said").write_text(str(stopped))
