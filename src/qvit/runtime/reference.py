@@ -128,7 +128,7 @@ class ReferenceEngine:
         """Return logits ``(B, classes)`` of preprocessed images ``(B, C, H, W)``, both float32.
 
         Raises:
-            DataError: for images of another shape.
+            DataError: for images of another shape, or with a NaN or an infinity.
         """
         net = self.architecture
         expected = (net.channels, *net.image_size)
@@ -136,6 +136,8 @@ class ReferenceEngine:
             raise DataError(
                 f"{net.name} takes images of shape (B, {', '.join(map(str, expected))}), not {images.shape}."
             )
+        if not np.isfinite(images).all():
+            raise DataError("The images hold a NaN or an infinity.")
         x = self._embed(images.astype(np.float32))
         for block in range(net.depth):
             for stage in net.stages(block):
