@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
 from torch import nn
+
+import qvit
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
@@ -46,6 +49,24 @@ def vit() -> nn.Module:
 @pytest.fixture
 def make_model() -> Callable[..., nn.Module]:
     return make_vit
+
+
+@pytest.fixture(scope="session")
+def packed_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a packed file of :func:`make_vit`, 4 bits; classes are called ``class 0`` to ``class 9``."""
+    model = qvit.quantize(make_vit(), qvit.QuantConfig(4))
+    qvit.calibrate(model, [torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(1))])
+    path = tmp_path_factory.mktemp("packed") / "tiny.safetensors"
+    preprocessing = {
+        "input_size": [3, 16, 16],
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.5, 0.5, 0.5],
+        "crop_pct": 0.9,
+        "crop_mode": "center",
+        "interpolation": "bicubic",
+    }
+    qvit.export(model, path, preprocessing=preprocessing, classes=[f"class {n}" for n in range(10)])
+    return path
 
 
 @pytest.fixture

@@ -9,16 +9,29 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qvit.errors import ConfigError, MissingExtraError, QvitError
+from qvit.errors import ConfigError, CorruptImageError, QvitError
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from torch import nn
 
     from qvit.train.checkpoint import ModelCard
     from qvit.train.data import ImageSets
-    from qvit.train.loop import Options
+    from qvit.train.loop import Accuracy, Options
     from qvit.train.methods import FloatModel
     from qvit.train.recipe import Recipe
+
+TRAINING_PACKAGES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "accelerate",
+    "sklearn",
+    "matplotlib",
+    "tensorboard",
+    "yaml",
+    "jinja2",
+)
 
 app = typer.Typer(
     help="Vision transformers at 4, 3 and 2 bits: train them with Q-ViT, fully quantized, and measure them.",
@@ -29,6 +42,7 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="timm's name of a vision transformer (vit_*, deit_*).")]
+Packed = Annotated[Path, typer.Argument(metavar="MODEL", help="What qvit export wrote: a .safetensors file.")]
 Data = Annotated[
     str,
     typer.Option(
@@ -146,11 +160,12 @@ def train(
         highlight=False,
         soft_wrap=True,
     )
+    _say_skipped(accuracy)
 
 
 @app.command()
 def eval(
-    checkpoint: Annotated[Path, typer.Argument(help="What qvit train wrote: best.pt or last.pt.")],
+    checkpoint: Annotated[Path, typer.Argument(help="What qvit train or qvit export wrote: .pt or .safetensors.")],
     data: Data,
     data_root: DataRoot = None,
     splits: Splits = "train,validation",
@@ -159,21 +174,24 @@ def eval(
     skip_corrupt: SkipCorrupt = False,
     cpu: Cpu = False,
 ) -> None:
-    """Measure a checkpoint's top-1 and top-5 on the validation images.
+    """Measure top-1 and top-5 of a checkpoint, or of a packed model in the engine, on the validation images.
 
     Of a folder: val/ (or validation/, test/) inside it if there is one, else all of its images.
 
-    Example:
+    Examples:
       qvit eval runs/q4/best.pt --data digits
+      qvit eval model.safetensors --data digits
     """
     from rich.table import Table
 
     from qvit.train.checkpoint import load_checkpoint
     from qvit.train.data import make_loader, make_transform, open_validation
     from qvit.train.loop import evaluate, make_accelerator
+    from qvit.train.packed_model import load_packed
 
     options = _options(Path(), 0, workers, "no", False, skip_corrupt, False, cpu, data)
-    model, card = load_checkpoint(checkpoint)
+    model: nn.Module
+    model, card = load_packed(checkpoint) if checkpoint.suffix == ".safetensors" else load_checkpoint(checkpoint)
     images = open_validation(data, card.classes, mode=card.mode, root=data_root, splits=splits)
     loader = make_loader(images, make_transform(card.preprocessing), batch_size, shuffle=False, workers=options.workers)
     device = make_accelerator(options).device
@@ -191,8 +209,126 @@ def eval(
         f"{accuracy.images / max(accuracy.seconds, 1e-9):.0f}",
     )
     console().print(table)
-    if accuracy.unreadable:
-        console().print(f"{accuracy.unreadable} unreadable images were skipped.", highlight=False)
+    _say_skipped(accuracy)
+
+
+@app.command()
+def predict(
+    model: Packed,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
+    top_k: Annotated[int, typer.Option(help="Classes an image.", min=1)] = 5,
+    threads: Annotated[int | None, typer.Option(help="Threads [default: all processors].", min=1)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Classify images with a packed model. Needs no PyTorch.
+
+    Images that cannot be read are named, the others are classified all the same, and the status is then 2.
+
+    Example:
+      qvit predict model.safetensors cat.jpg dog.png --top-k 3
+    """
+    import json
+
+    from qvit.runtime.engine import load
+
+    engine = load(model, threads=threads)
+    results: list[dict[str, Any]] = []
+    for image in images:
+        try:
+            best = engine.predict(image, top_k)[0]
+        except CorruptImageError as error:
+            sys.stdout.flush()
+            print(f"qvit: {error}", file=sys.stderr)
+            results.append({"image": str(image), "error": str(error)})
+            continue
+        results.append({"image": str(image), "classes": [{"name": n, "probability": p} for n, p in best]})
+        if not as_json:  # plain text: the import of rich takes as long as the model does
+            print(image, *(f"  {probability:7.2%}  {name}" for name, probability in best), sep="\n")
+    if as_json:
+        print(json.dumps(results, indent=2, ensure_ascii=False))
+    if any("error" in result for result in results):
+        raise typer.Exit(2)
+
+
+@app.command()
+def bench(
+    model: Packed,
+    batch: Annotated[str, typer.Option(help="Images an inference, comma-separated.")] = "1,8",
+    threads: Annotated[str | None, typer.Option(help="Comma-separated [default: all processors].")] = None,
+    peers: Annotated[
+        str | None,
+        typer.Option(
+            help="What to compare with, comma-separated, or none: torch, torch-compile, onnxruntime, "
+            "onnxruntime-dynamic, onnxruntime-static, openvino, openvino-int8 [default: all that are installed]."
+        ),
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Times each runtime is timed; the median counts.", min=1)] = 20,
+    figure: Annotated[Path | None, typer.Option(help="Write a bar chart there (PNG).")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write every figure there (JSON).")] = None,
+) -> None:
+    """Time a packed model beside PyTorch, ONNX Runtime and OpenVINO, whichever are installed, in one run.
+
+    They run the float model of the same architecture, and int8 versions of it, with random weights.
+
+    Example:
+      qvit bench model.safetensors --batch 1,8 --threads 2 --figure speed.png --json speed.json
+    """
+    import json
+
+    from qvit.bench import compare
+    from qvit.files import write_atomically, write_text
+    from qvit.peers import PEERS
+    from qvit.runtime.engine import processors
+
+    if figure is not None:
+        from qvit.analysis.figures import latency_bars, png
+    chosen = list(PEERS) if peers is None else [name for name in peers.split(",") if name and name != "none"]
+    comparison = compare(
+        {f"qvit, {model.name}": model},
+        _numbers("--batch", batch),
+        [processors()] if threads is None else _numbers("--threads", threads),
+        peers=chosen,
+        rounds=rounds,
+        report=lambda message: console().print(message, style="dim", highlight=False),
+    )
+    console().print(comparison.table(f"{model}, {comparison.machine['cpu']}"))
+    for line in comparison.notes():
+        console().print(line, highlight=False)
+    if figure is not None:
+        data = png(latency_bars(comparison.panels(), comparison.packed))
+        write_atomically(figure, lambda temporary: temporary.write_bytes(data))
+    if json_file is not None:
+        write_text(json_file, json.dumps(comparison.to_dict(), indent=1))
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="What qvit train wrote: best.pt or last.pt of a quantized model.")],
+    out: Annotated[Path, typer.Argument(metavar="MODEL", help="File to write, e.g. model.safetensors.")],
+) -> None:
+    """Write a quantized checkpoint as one small file, which runs without PyTorch.
+
+    Example:
+      qvit export runs/q4/best.pt model.safetensors
+    """
+    from qvit.exporting import export_checkpoint
+
+    export_checkpoint(checkpoint, out)
+    size = out.stat().st_size / 1e6
+    console().print(f"{out}: {size:.2f} MB; qvit info {out} says what is in it.", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def info(model: Packed) -> None:
+    """Print what a packed model is: architecture, bits, size by part, preprocessing. Needs no PyTorch.
+
+    Example:
+      qvit info model.safetensors
+    """
+    from qvit.info import info_tables
+
+    for table in info_tables(model):
+        console().print(table)
 
 
 @app.command()
@@ -238,8 +374,8 @@ def ablate(
         _check_bits(width, None)
     numbers = _numbers("--seeds", seeds)
     which = list(range(numbers[0])) if len(numbers) == 1 and "," not in seeds else numbers
-    if not which:
-        raise ConfigError("--seeds must be at least 1.")
+    if not which or min(which) < 0:
+        raise ConfigError(f"--seeds must be at least 1, or a list of seeds from 0 up, not {seeds!r}.")
     sets, card = _open(model, settings, data, data_root, splits)
     guide = _float_model(teacher, card, "teacher")
     if (guide.card.name, guide.card.model_args) != (card.name, card.model_args):
@@ -311,14 +447,9 @@ def _options(
     cpu: bool,
     data: str,
 ) -> Options:
-    try:
-        import torch
+    import torch
 
-        from qvit.train.loop import Options
-    except ModuleNotFoundError as missing:
-        raise MissingExtraError(
-            f"This command needs {missing.name}, part of the training extra: pip install 'qvit[train]'."
-        ) from missing
+    from qvit.train.loop import Options
 
     if precision not in ("no", "bf16"):
         raise ConfigError(f"--precision must be no or bf16, not {precision!r}.")
@@ -326,6 +457,11 @@ def _options(
         # Decoding beside training pays where a GPU trains; on the CPU the cores are the model's.
         workers = min(8, torch.get_num_threads()) if torch.cuda.is_available() and data != "digits" else 0
     return Options(out, seed, workers, precision, compile_models, skip_corrupt, resume, cpu)
+
+
+def _say_skipped(accuracy: Accuracy) -> None:
+    if accuracy.unreadable:
+        console().print(f"Unreadable images skipped: {accuracy.unreadable}.", highlight=False)
 
 
 def _fresh(options: Options) -> None:
@@ -357,9 +493,12 @@ def _overrides(items: list[str] | None) -> dict[str, int | tuple[int, int]]:
 
 def _numbers(option: str, text: str) -> list[int]:
     try:
-        return [int(part) for part in text.split(",") if part.strip()]
+        numbers = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise ConfigError(f"{option} takes whole numbers separated by commas, not {text!r}.") from None
+        numbers = []
+    if not numbers:
+        raise ConfigError(f"{option} takes whole numbers separated by commas, not {text!r}.")
+    return numbers
 
 
 def main() -> None:
@@ -369,6 +508,11 @@ def main() -> None:
     except QvitError as error:
         sys.stdout.flush()
         print(f"qvit: {error}", file=sys.stderr)
+        sys.exit(2)
+    except ModuleNotFoundError as missing:
+        if (missing.name or "").partition(".")[0] not in TRAINING_PACKAGES:
+            raise
+        print(f"qvit: This command needs {missing.name}: pip install 'qvit[train]' brings it.", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         print(f"qvit: {error.strerror or error}: {error.filename or 'the output'}.", file=sys.stderr)

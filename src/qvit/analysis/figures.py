@@ -73,6 +73,9 @@ def query_histograms(rows: Mapping[str, Sequence[QueryKeyStatistics]], layers: S
 def training_curves(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
     """Draw training loss and validation top-1 over the epochs of several runs.
 
+    Top-1 is drawn from a round number well below the worst run's best epoch, which the axis names: how a run came up
+    from nothing matters less than where it ended.
+
     Args:
         curves: for each run, by its name, a record an epoch with ``epoch``, ``train_loss`` and ``val_top1`` (percent).
     """
@@ -90,7 +93,11 @@ def training_curves(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> Figu
                     linewidth=1.8,
                     marker="o" if len(records) == 1 else None,
                 )
-        for axes, title in ((loss, "training loss"), (top1, "validation top-1 (%)")):
+        best = [max(record["val_top1"] for record in records) for records in curves.values() if records]
+        bottom = max(0, math.floor((min(best, default=0.0) - 15) / 10) * 10)
+        top1.set_ylim(bottom=bottom)
+        named = f"validation top-1 (%), axis from {bottom}" if bottom else "validation top-1 (%)"
+        for axes, title in ((loss, "training loss"), (top1, named)):
             axes.set_title(title)
             axes.set_xlabel("epoch")
             axes.xaxis.get_major_locator().set_params(integer=True)
@@ -163,6 +170,46 @@ def ablation_bars(records: Sequence[Mapping[str, Any]]) -> Figure:
             for n, m in enumerate(methods)
         ]
         figure.legend(handles=handles, loc="outside upper center", ncols=min(3, len(methods)), frameon=False)
+    return figure
+
+
+def latency_bars(panels: Mapping[str, Mapping[str, float]], highlighted: Sequence[str]) -> Figure:
+    """Draw how long runtimes take: a panel a case, a bar a runtime, shorter is faster.
+
+    Args:
+        panels: milliseconds by runtime, by the title of the case.
+        highlighted: runtimes that are drawn in colour.
+
+    Raises:
+        ConfigError: if there is nothing to draw.
+    """
+    if not panels:
+        raise ConfigError("There are no timings to draw.")
+    runtimes = list(dict.fromkeys(runtime for panel in panels.values() for runtime in panel))
+    places = {runtime: place for place, runtime in enumerate(runtimes)}
+    with rc_context(_STYLE):
+        figure = _figure(2.6 + 3.4 * len(panels), 1.1 + 0.36 * len(runtimes))
+        for axes, (title, panel) in zip(
+            figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items(), strict=True
+        ):
+            for runtime, milliseconds in panel.items():
+                ours = runtime in highlighted
+                axes.barh(places[runtime], milliseconds, color=_COLOURS[0 if ours else -1], alpha=1.0 if ours else 0.5)
+                axes.annotate(
+                    f"{milliseconds:.3g}",
+                    (milliseconds, places[runtime]),
+                    (3, 0),
+                    textcoords="offset points",
+                    va="center",
+                    fontsize=9,
+                )
+            axes.set_title(title)
+            axes.set_xlabel("milliseconds")
+            axes.margins(x=0.15)
+            axes.grid(axis="x", color=_FAINT, linewidth=0.8)
+            axes.set_axisbelow(True)
+        axes.set_yticks(range(len(runtimes)), runtimes)
+        axes.invert_yaxis()
     return figure
 
 
