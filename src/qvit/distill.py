@@ -23,7 +23,7 @@ def guided_distance(teacher: Tensor, student: Tensor) -> Tensor:
 
         ||G_T - G||_F^2 = 2 - 2 ||A^T B||_F^2 / (||A^T A||_F ||B^T B||_F)
 
-    which costs O(N D^2) time and O(N D + D^2) memory. The root is that of the square plus the precision of the dtype,
+    which costs O(N D^2) time and O(D^2) memory beside its arguments. The root is that of the square plus the precision of the dtype,
     less the root of that precision: the distance is exactly 0 and its gradient finite where student and teacher
     agree.
 
@@ -36,21 +36,24 @@ def guided_distance(teacher: Tensor, student: Tensor) -> Tensor:
     """
     a, b = (x if x.dtype == torch.float64 else x.float() for x in (teacher, student))
     with torch.autocast(a.device.type, enabled=False):
-        # Unit mean square first, so that the fourth powers stay in range. The distance does not depend on the size of
-        # its arguments, so neither does the gradient flow through it.
-        a, b = (x * _inverse_size(x) for x in (a, b))
-        cross, aa, bb = ((x.transpose(-2, -1) @ y).square().sum(dim=(-2, -1)) for x, y in ((a, b), (a, a), (b, b)))
-        # The root of the product, not the product of the roots: exactly `cross` where a is b. Of unit mean square
-        # both factors are at least 1; below that is only an argument that is all zero, at distance sqrt(2).
+        products = [x.transpose(-2, -1) @ y for x, y in ((a, b), (a, a), (b, b))]
+        # Their size is taken out before they are squared, so that the fourth powers stay in range. The distance does
+        # not depend on the size of its arguments, so neither does the gradient flow through it.
+        size_a, size_b = (_inverse_size(x) for x in products[1:])
+        scales = (size_a * size_b, size_a * size_a, size_b * size_b)
+        cross, aa, bb = ((x * s).square().sum(dim=(-2, -1)) for x, s in zip(products, scales, strict=True))
+        # The root of the product, not the product of the roots: exactly `cross` where a is b. With traces of D, both
+        # factors are at least 1; below that is only an argument that is all zero, at distance sqrt(2).
         squared = (2 - 2 * cross / torch.sqrt((aa * bb).clamp(min=0.25))).clamp(min=0)
         eps = torch.finfo(squared.dtype).eps
         return torch.sqrt(squared + eps) - eps**0.5
 
 
 @torch.no_grad()
-def _inverse_size(x: Tensor) -> Tensor:
-    """Return 1 / root mean square of the last two dimensions."""
-    return torch.rsqrt(x.square().mean(dim=(-2, -1), keepdim=True) + torch.finfo(x.dtype).tiny)
+def _inverse_size(gram: Tensor) -> Tensor:
+    """Return what ``x`` is to be multiplied with for the trace of its ``x^T x (..., D, D)`` to be D."""
+    mean = gram.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[..., None, None]
+    return torch.rsqrt(mean + torch.finfo(gram.dtype).tiny)
 
 
 class DistillationLoss(nn.Module):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from timm.layers import Attention, maybe_add_mask, resolve_self_attn_mask
 from torch import Tensor, nn
 
 from qvit.config import QuantConfig
 from qvit.nn.quantizer import Quantizer
+from qvit.nn.recompute import recomputed
 from qvit.nn.rectify import make_rectifier
 
 
@@ -47,14 +49,41 @@ class QuantAttention(nn.Module):
         """Attend ``(B, N, C)`` to itself; the same signature and result shape as timm's ``Attention``."""
         B, N, _ = x.shape
         q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        q = self.query_quantizer(self.query_rectifier(self.q_norm(q)))
-        k = self.key_quantizer(self.key_rectifier(self.k_norm(k)))
-        logits = (q @ k.transpose(-2, -1)) * self.scale
-        logits = maybe_add_mask(logits, resolve_self_attn_mask(N, logits, attn_mask, is_causal))
-        attention = self.attn_drop(self.attention_quantizer(logits.softmax(dim=-1)))
-        out = (attention @ self.value_quantizer(v)).transpose(1, 2).reshape(B, N, self.num_heads * self.head_dim)
+        q, k = self.query_rectifier(self.q_norm(q)), self.key_rectifier(self.k_norm(k))
+
+        def products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            # The factor goes to the queries, of which there are fewer than logits.
+            logits = _ProductOfRows.apply(self.query_quantizer(q) * self.scale, self.key_quantizer(k))
+            logits = maybe_add_mask(logits, resolve_self_attn_mask(N, logits, attn_mask, is_causal))
+            attention = self.attn_drop(self.attention_quantizer(logits.softmax(dim=-1)))
+            result: Tensor = attention @ self.value_quantizer(v)
+            return result
+
+        drops = self.training and self.attn_drop.p > 0
+        out = recomputed(products, q, k, v, random=drops).transpose(1, 2)
+        out = out.reshape(B, N, self.num_heads * self.head_dim)
         projected: Tensor = self.proj_drop(self.proj(self.norm(out)))
         return projected
+
+
+class _ProductOfRows(torch.autograd.Function):
+    """``q k^T``; the gradient of ``k`` comes in rows too, not transposed as that of a matrix product's second factor.
+
+    What follows in the backward pass then reads it in order.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor) -> Tensor:
+        product = q @ k.transpose(-2, -1)
+        # Autocast may have narrowed the operands of the product, and is off in the backward pass.
+        ctx.save_for_backward(q.to(product.dtype), k.to(product.dtype))
+        return product
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        (grad,) = grads
+        q, k = ctx.saved_tensors
+        return grad @ k, grad.transpose(-2, -1) @ q
 
 
 def attention_layers(model: nn.Module) -> list[Any]:

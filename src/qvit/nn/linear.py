@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from qvit.config import Bits
 from qvit.nn.quantizer import Quantizer
+from qvit.nn.recompute import recomputed
 
 
 class QuantLinear(nn.Linear):
@@ -24,6 +25,9 @@ class QuantLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map ``(..., in_features)`` to ``(..., out_features)``."""
+        return recomputed(self._product, input)
+
+    def _product(self, input: Tensor) -> Tensor:
         return F.linear(self.input_quantizer(input), self.weight_quantizer(self.weight), self.bias)
 
     def extra_repr(self) -> str:
@@ -53,7 +57,18 @@ class QuantConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map ``(B, C, H, W)`` to ``(B, out_channels, H', W')``."""
-        return self._conv_forward(self.input_quantizer(input), self.weight_quantizer(self.weight), self.bias)
+        return recomputed(self._product, input)
+
+    def _product(self, input: Tensor) -> Tensor:
+        x, weight = self.input_quantizer(input), self.weight_quantizer(self.weight)
+        if self.kernel_size != self.stride or self.padding != (0, 0) or self.groups > 1 or max(self.dilation) > 1:
+            return self._conv_forward(x, weight, self.bias)
+        # Patches that do not overlap make a matrix product. The scale of the images is trained, so the backward pass
+        # needs the gradient of the images too, for which the library's convolution takes ten times as long.
+        B, C, (p, q) = len(x), self.in_channels, self.kernel_size
+        rows, columns = x.shape[-2] // p, x.shape[-1] // q
+        patches = x[..., : rows * p, : columns * q].reshape(B, C, rows, p, columns, q).permute(0, 2, 4, 1, 3, 5)
+        return F.linear(patches.reshape(B, rows, columns, -1), weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
     def extra_repr(self) -> str:
         """Say the sizes and the bits."""

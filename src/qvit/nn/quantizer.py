@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qvit.errors import UncalibratedError
+from qvit.nn.recompute import recomputed_when_compiled
 
 
 def code_range(bits: int, *, signed: bool = True) -> tuple[int, int]:
@@ -57,11 +58,18 @@ class _FakeQuantize(torch.autograd.Function):
         grad_x = torch.where(inside, grad, 0)
         # d x_hat / d scale is round(v) - v where the value passes, and the code itself where it was clipped.
         step = torch.round(clipped) - torch.where(inside, v, 0)
-        grad_scale = (grad * step).sum_to_size(scale.shape) * ctx.gradient_scale
+        grad_scale = _sum_to(grad * step, scale.shape) * ctx.gradient_scale
         grad_offset = None
         if offset is not None:
-            grad_offset = (grad - grad_x).sum_to_size(offset.shape) * ctx.gradient_scale
+            grad_offset = _sum_to(grad - grad_x, offset.shape) * ctx.gradient_scale
         return grad_x, grad_scale, grad_offset, None, None, None
+
+
+def _sum_to(x: Tensor, shape: torch.Size) -> Tensor:
+    """Return ``x.sum_to_size(shape)``, row by row first: vectors along a row, threads across rows, in one pass."""
+    if x.ndim and (not shape or shape[-1] == 1):
+        x = x.sum(dim=-1, keepdim=True)
+    return x.sum_to_size(shape)
 
 
 def fake_quantize(
@@ -159,6 +167,10 @@ class Quantizer(Float32Module):
                 "This model's quantizers have no scales yet: call qvit.calibrate(model, batches), or load a trained "
                 "state dict, before running it."
             )
+        # Left alone, the compiler would keep the input and the result of every quantizer for the backward pass.
+        return recomputed_when_compiled(self._quantize, x)
+
+    def _quantize(self, x: Tensor) -> Tensor:
         wide = x if x.dtype == torch.float64 else x.float()
         return fake_quantize(wide, self.scale, self.offset, self.low, self.high, self._gradient_scale(x)).to(x.dtype)
 
