@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,15 +14,19 @@ from timm.data import ImageNetInfo
 from timm.layers import GatedMlp, GluMlp, LayerNormFp32, RmsNorm, SimpleNorm, SwiGLU, SwiGLUPacked
 from timm.models.vision_transformer import ParallelThingsBlock, ResPostBlock
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 import qvit
 from qvit import QuantConfig, quantize
-from qvit.errors import ConfigError, PackedFileError, UncalibratedError, UnsupportedModelError
+from qvit.cli import app
+from qvit.errors import CheckpointError, ConfigError, PackedFileError, UncalibratedError, UnsupportedModelError
+from qvit.exporting import export_checkpoint
 from qvit.nn.linear import QuantConv2d, QuantLinear
 from qvit.nn.quantizer import Quantizer
 from qvit.nn.rectify import Rectifier
 from qvit.packed import PackedModel, read_packed
 from qvit.runtime.reference import ReferenceEngine
+from qvit.train.checkpoint import describe, save_checkpoint
 
 VIT, DEIT, DISTILLED = "vit_tiny_patch16_224", "deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"
 CLASSES = [f"class {n}" for n in range(10)]
@@ -356,3 +361,43 @@ def test_image_size_that_cuts_a_patch_is_refused(make_model, tmp_path: Path, ima
     student = student_of(make_model(dynamic_img_size=True), images, QuantConfig())
     settings = {"preprocessing": preprocessing((3, 18, 16))}
     refused(student, tmp_path / "m.safetensors", ConfigError, "whole patches", **settings)
+
+
+def test_checkpoint_becomes_a_file_that_says_where_it_came_from(make_model, tmp_path: Path, images: Tensor) -> None:
+    arguments = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    card = describe(VIT, arguments, CLASSES, {})
+    config = QuantConfig(3, 4)
+    student = student_of(make_model(), images, config)
+    quantized = dataclasses.replace(card, quant_config=config.to_dict(), method="q-vit", metrics={"val_top1": 80.5})
+    save_checkpoint(tmp_path / "q.pt", quantized, student)
+    export_checkpoint(tmp_path / "q.pt", tmp_path / "m.safetensors")
+    model = read_packed(tmp_path / "m.safetensors")
+    assert model.classes == CLASSES
+    assert model.preprocessing == card.preprocessing
+    assert model.origin["method"] == "q-vit"
+    assert model.origin["metrics"] == {"val_top1": 80.5}
+    assert model.origin["quantization"]["weight_bits"] == 3
+    distance, _, flipped = compare(student, model, images)
+    assert distance < (1e-5 if flipped == 0 else 0.3)
+
+
+def test_float_checkpoint_is_refused_with_the_way_out(make_model, tmp_path: Path) -> None:
+    arguments = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    save_checkpoint(tmp_path / "f.pt", describe(VIT, arguments, CLASSES, {}), make_model())
+    with pytest.raises(CheckpointError, match="holds a float model: quantize it first, qvit train"):
+        export_checkpoint(tmp_path / "f.pt", tmp_path / "m.safetensors")
+
+
+def test_command_exports_and_informs(make_model, tmp_path: Path, images: Tensor) -> None:
+    arguments = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    card = describe(VIT, arguments, CLASSES, {})
+    student = student_of(make_model(), images, QuantConfig())
+    save_checkpoint(tmp_path / "q.pt", dataclasses.replace(card, quant_config=QuantConfig().to_dict()), student)
+    runner = CliRunner()
+    done = runner.invoke(app, ["export", str(tmp_path / "q.pt"), str(tmp_path / "m.safetensors")])
+    assert done.exit_code == 0, done.output
+    assert "MB" in done.output
+    done = runner.invoke(app, ["info", str(tmp_path / "m.safetensors")])
+    assert done.exit_code == 0, done.output
+    assert VIT in done.output
+    assert "class 0; class 1" in done.output

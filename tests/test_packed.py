@@ -62,7 +62,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "everything": {
         "embed_norm": Norm("rms", 1e-5),
         "pre_norm": Norm("layer", 1e-5),
-        "pool_norm": Norm("layer", 0.0),
+        "pool_norm": Norm("layer", 1e-12),
         "qk_norm": Norm("rms", 1e-6),
         "attention_norm": Norm("layer", 1e-6),
         "mlp_norm": Norm("layer", 1e-6),
@@ -200,7 +200,7 @@ def test_model_that_could_not_be_read_is_not_written(tmp_path: Path, spoil: Any,
         ({"attention_scale": 0.0}, "attention_scale: it must be positive"),
         ({"norm": None}, "norm: it must be a norm"),
         ({"norm": Norm("batch", 0.1)}, "its kind must be layer or rms, not 'batch'"),
-        ({"norm": Norm("layer", -1.0)}, "eps must be in 0..1"),
+        ({"norm": Norm("layer", -1.0)}, "eps must be between 0 and 1"),
     ],
 )
 def test_architecture_that_cannot_be_is_refused(change: dict[str, Any], match: str) -> None:

@@ -144,7 +144,7 @@ class Architecture:
             ("head_dim", self.attention_dim),
         ):
             _need(value <= MAX_SIZE, what, f"it makes a dot product of {value} codes, the limit is {MAX_SIZE}")
-        _need(self.attention_scale > 0, "attention_scale", "it must be positive")
+        _need(0 < self.attention_scale <= MAX_SIZE, "attention_scale", f"it must be positive and at most {MAX_SIZE}")
         _need(self.parallel == 1 or self.block == "parallel", "parallel", "only a parallel block has branches")
         _need(self.class_token or self.pool != "token", "pool", "'token' needs a class token")
         _need(
@@ -352,7 +352,7 @@ def _check_field(name: str, kind: str, value: Any) -> None:
     elif value is not None or kind == "Norm":
         _need(isinstance(value, Norm), name, f"it must be a norm, not {shown(value)}")
         _need(value.kind in ("layer", "rms"), name, f"its kind must be layer or rms, not {shown(value.kind)}")
-        _need(is_number(value.eps) and 0 <= value.eps < 1, name, f"eps must be in 0..1, not {shown(value.eps)}")
+        _need(is_number(value.eps) and 0 < value.eps < 1, name, f"eps must be between 0 and 1, not {shown(value.eps)}")
 
 
 def _check_size(name: str, value: Any, least: int) -> None:
