@@ -46,8 +46,8 @@ void run_dense(const uint8_t* rows, size_t stride, size_t count, const uint8_t* 
     }
 }
 
-// 2 bits x 2 bits: three codes of a channel are 6 bits, and so are three codes of a row. So a row's triple chooses one of
-// 64 constant tables of 64 bytes, in which vpermb looks up 64 channels' triples at once: 192 multiply-adds by one
+// 2 bits x 2 bits: three codes of a channel are 6 bits, and so are three codes of a row. So a row's triple chooses one
+// of 64 constant tables of 64 bytes, in which vpermb looks up 64 channels' triples at once: 192 multiply-adds by one
 // vpermb and one vpaddb. A table holds a . w + 18 (0..27), so that nine of them fit into an unsigned byte.
 //
 // Layout: [n / 64 groups][k / 3 triples][64 channels], a byte a triple w0 + 4 w1 + 16 w2 of the codes modulo 4. A
@@ -78,11 +78,38 @@ size_t triples(size_t k) { return (k + kTriple - 1) / kTriple; }
 
 size_t lookup_weight_bytes(size_t n, size_t k) { return n * triples(k); }
 
+size_t lookup_lane(size_t channel) { return 2 * (channel % 32) + channel % kGroup / 32; }
+
 void lookup_pack_channel(uint8_t* packed, size_t k, size_t channel, const int8_t* codes) {
-    const size_t count = triples(k), lane = channel % kGroup;
-    uint8_t* at = packed + channel / kGroup * count * kGroup + 2 * (lane % 32) + lane / 32;
-    for (size_t i = 0; i < k; ++i)
-        at[i % count * kGroup] |= static_cast<uint8_t>((codes[i] & 3) << (2 * (i / count)));
+    const size_t count = triples(k);
+    uint8_t* at = packed + channel / kGroup * count * kGroup + lookup_lane(channel);
+    for (size_t i = 0; i < count; ++i) {
+        unsigned triple = 0;
+        for (size_t part = 0; part < kTriple; ++part)
+            if (i + part * count < k) triple |= static_cast<unsigned>(codes[i + part * count] & 3) << (2 * part);
+        at[i * kGroup] = static_cast<uint8_t>(triple);
+    }
+}
+
+void lookup_pack_columns(const uint8_t* codes, size_t stride, size_t k, size_t width, int low, uint8_t* packed) {
+    const size_t count = triples(k);
+    static const uint8_t nothing[kGroup] = {};  // what is beyond k: multiplied by zeros, whatever it is
+    for (size_t channel = 0; channel < width; channel += kGroup)
+        for (size_t i = 0; i < count; ++i) {
+            const size_t some = std::min(kGroup, width - channel);
+            const uint8_t* parts[kTriple];
+            for (size_t part = 0; part < kTriple; ++part)
+                parts[part] = i + part * count < k ? codes + (i + part * count) * stride + channel : nothing;
+            alignas(64) uint8_t triple[kGroup] = {};
+            for (size_t c = 0; c < some; ++c)
+                triple[c] = static_cast<uint8_t>(((parts[0][c] - low) & 3) | ((parts[1][c] - low) & 3) << 2 |
+                                                 ((parts[2][c] - low) & 3) << 4);
+            uint8_t* to = packed + (channel * count) + i * kGroup;
+            for (size_t c = 0; c < 32; ++c) {
+                to[2 * c] = triple[c];
+                to[2 * c + 1] = triple[c + 32];
+            }
+        }
 }
 
 size_t lookup_row_bytes(size_t k) { return round_up(triples(k), 64); }
@@ -166,13 +193,14 @@ void run_lookup(const uint8_t* rows, size_t stride, size_t count, const uint8_t*
     }
 }
 
-constexpr Product kLookup = {"lookup", 2, 2, kGroup, 192, lookup_weight_bytes, lookup_pack_channel, lookup_row_bytes,
-                             lookup_pack_rows, run_lookup};
-constexpr Product kDense = {"vnni", 8, 8, kChannels, 64, dense_weight_bytes, dense_pack_channel, byte_row, nullptr, run_dense};
+constexpr Product kLookup = {"lookup", 2, 2, kGroup, 192, lookup_weight_bytes, lookup_pack_channel,
+                             lookup_row_bytes, lookup_pack_rows, run_lookup, lookup_pack_columns};
+constexpr Product kDense = {"vnni", 8, 8, kChannels, 64, dense_weight_bytes, dense_pack_channel, byte_row,
+                            nullptr, run_dense};
 constexpr Product kProducts[] = {kLookup, kDense};
 
 }  // namespace
 
 namespace qvit {
-extern const Isa kAvx512 = {"avx512-vnni-vbmi", kProducts, 2, kProducts + 1, 1, kRowOps};
+extern const Isa kAvx512 = {"avx512-vnni-vbmi", kProducts, 2, kProducts, 2, kRowOps};
 }

@@ -11,11 +11,11 @@ namespace qvit {
 namespace {
 
 constexpr double kLog2E = 1.4426950408889634;
-constexpr size_t kBlockRows = 64;     // rows that one task takes through a block: their codes stay in the second cache
+constexpr size_t kBlockRows = 60;     // rows that one task takes through a block: their codes stay in the second cache
+constexpr size_t kRowUnit = 6;         // tasks begin at multiples of it, for whole tiles; kBlockRows is one
 constexpr size_t kAttentionRows = 12; // query rows whose logits are in the first cache together
-constexpr size_t kRowUnit = 4;        // tasks begin at multiples of it: four tokens share a word of packed values
 constexpr size_t kImagesAtOnce = 8;
-constexpr size_t kLargestTile = 192;  // of any product
+constexpr size_t kLargestTile = 192, kLargestGroup = 64;  // of any product
 
 // What the time of a pass goes to.
 enum Work : size_t { kProducts, kAttentionProducts, kSoftmax, kNorms, kActivation, kEpilogues, kRest, kWorks };
@@ -120,17 +120,20 @@ struct Model::Scratch {
     // row: the widest row of any layer; head: the padded head dimension; tokens: padded.
     Scratch(size_t row, size_t head, size_t tokens)
         : codes(kBlockRows * row),
-          packed(kBlockRows * round_up(row, 64)),
+          packed(kBlockRows * round_up(std::max(row, tokens), 64)),
           hidden(kBlockRows * row),
           map(kAttentionRows * tokens),
-          sums(std::max(kBlockRows * kLargestTile, kAttentionRows * head)),
-          scores(kAttentionRows * tokens),
+          values(round_up(head, kLargestGroup) * tokens),
+          key(head),
+          sums(std::max(kBlockRows * kLargestTile, kAttentionRows * round_up(head, kLargestGroup))),
+          scores(kAttentionRows * round_up(tokens, kLargestGroup)),
           first(kBlockRows * row),
           second(kBlockRows * row),
           normed(kBlockRows * row),
           totals(kBlockRows) {}
 
-    Buffer<uint8_t> codes, packed, hidden, map;
+    Buffer<uint8_t> codes, packed, hidden, map, values;
+    Buffer<int8_t> key;
     Buffer<int32_t> sums, scores;
     Buffer<float> first, second, normed, totals;
     std::array<double, kWorks> seconds{};
@@ -157,18 +160,34 @@ class Clock {
     std::chrono::steady_clock::time_point last_;
 };
 
-// Bring rows of codes into the form that the layer's product reads.
+// Rows of codes in the form that a product reads.
 struct Operand {
     const uint8_t* rows;
     size_t stride;
 };
 
-Operand operand(const Linear& layer, const uint8_t* codes, size_t stride, size_t rows, uint8_t* packed) {
-    const Product& product = *layer.product;
+Operand operand(const Product& product, const uint8_t* codes, size_t stride, size_t rows, size_t k, uint8_t* packed) {
     if (product.pack_rows == nullptr) return {codes, stride};
-    const size_t bytes = product.row_bytes(layer.inputs);
-    product.pack_rows(codes, stride, rows, layer.inputs, packed, bytes);
+    const size_t bytes = product.row_bytes(k);
+    product.pack_rows(codes, stride, rows, k, packed, bytes);
     return {packed, bytes};
+}
+
+Operand operand(const Linear& layer, const uint8_t* codes, size_t stride, size_t rows, uint8_t* packed) {
+    return operand(*layer.product, codes, stride, rows, layer.inputs, packed);
+}
+
+// Values are a right-hand side whose channels are the head's and whose sum runs over tokens.
+void pack_columns(const Product& product, const uint8_t* codes, size_t stride, size_t k, size_t width, int low,
+                  uint8_t* packed) {
+    if (product.pack_columns != nullptr) return product.pack_columns(codes, stride, k, width, low, packed);
+    for (size_t channel = 0; channel < width; channel += kChannels)
+        for (size_t at = 0; at < k; at += kDepth) {
+            const uint8_t* from = codes + at * stride + channel;
+            uint8_t* to = packed + dense_index(channel, at, k);
+            for (size_t c = 0; c < kChannels; ++c)
+                for (size_t i = 0; i < kDepth; ++i) to[c * kDepth + i] = static_cast<uint8_t>(from[i * stride + c] - low);
+        }
 }
 
 // Call use(first, last) for every tile of a layer's channels, its sums being in `sums` with the tile's stride.
@@ -200,12 +219,13 @@ struct Model::Pass {
         : batch(batch_),
           padded_tokens(round_up(model.tokens_, kChannels)),
           branch_bytes(padded_tokens * model.head_width_),
+          key_bytes(round_up(model.tokens_, kLargestGroup) * model.head_width_ / model.shape_.heads),
           residual(batch * model.tokens_ * model.width_) {
         const size_t side = batch * model.branches_;
         const float nothing = -std::numeric_limits<float>::infinity();
         for (auto& half : halves) {
             half.query = Buffer<uint8_t>(side * branch_bytes);
-            half.key = Buffer<uint8_t>(side * branch_bytes);
+            half.key = Buffer<uint8_t>(side * model.shape_.heads * key_bytes);
             half.value = Buffer<uint8_t>(side * branch_bytes);
             half.bias = Buffer<float>(side * model.shape_.heads * padded_tokens);
             for (size_t i = 0; i < half.bias.size(); ++i)
@@ -214,11 +234,11 @@ struct Model::Pass {
     }
 
     struct Half {
-        Buffer<uint8_t> query, key, value;
+        Buffer<uint8_t> query, key, value;  // keys packed for their product, the others one byte a code
         Buffer<float> bias;  // of the logits, a key each; -infinity for padding
     };
 
-    size_t batch, padded_tokens, branch_bytes;
+    size_t batch, padded_tokens, branch_bytes, key_bytes;
     Buffer<float> residual;
     std::array<Half, 2> halves;
     const float* images = nullptr;
@@ -271,8 +291,8 @@ void Model::finish(Attention& a) const {
         a.query.back().fold(a.query_quantizer);
         a.key.back().fold(a.key_quantizer);
     }
-    a.scores = &choose(isa_.dense, isa_.dense_count, a.query_quantizer[0].bits, a.key_quantizer[0].bits);
-    a.mix = &choose(isa_.dense, isa_.dense_count, a.map_quantizer[0].bits, a.value_quantizer[0].bits);
+    a.scores = &choose(isa_.moving, isa_.moving_count, a.query_quantizer[0].bits, a.key_quantizer[0].bits);
+    a.mix = &choose(isa_.moving, isa_.moving_count, a.map_quantizer[0].bits, a.value_quantizer[0].bits);
     const double factor = shape_.attention_scale * kLog2E;
     const Quantize next = a.proj.input.folded();
     const bool codes = !a.inner.present;
@@ -404,39 +424,25 @@ void Model::project(Pass& pass, Scratch& s, const Rows& rows, size_t index) cons
 
         const size_t which = (rows.image * branches_ + branch);
         uint8_t* query = half.query.data() + which * pass.branch_bytes;
-        uint8_t* key = half.key.data() + which * pass.branch_bytes;
+        uint8_t* key = half.key.data() + which * heads.count * pass.key_bytes;
         uint8_t* value = half.value.data() + which * pass.branch_bytes;
-        const int key_low = 1 << (a.key_quantizer[0].bits - 1), value_low = 1 << (a.value_quantizer[0].bits - 1);
+        const int key_low = 1 << (a.key_quantizer[0].bits - 1);
         for (size_t head = 0; head < heads.count; ++head) {
             const uint8_t* q = s.hidden.data() + head * padded;
             const uint8_t* k = q + head_width_;
             const uint8_t* v = k + head_width_;
             float* bias = half.bias.data() + (which * heads.count + head) * depth;
-            uint8_t* keys = key + head * padded * depth;
-            uint8_t* values = value + head * padded * depth;
             for (size_t r = 0; r < count; ++r) {
-                const size_t token = rows.begin + r;
-                std::memcpy(query + (head * depth + token) * padded, q + r * stride, padded);
-                const uint8_t* from = k + r * stride;
-                for (size_t i = 0; i < padded; i += kDepth)
-                    for (size_t j = 0; j < kDepth; ++j)
-                        keys[dense_index(token, i, padded) + j] = static_cast<uint8_t>(from[i + j] - key_low);
-                int total = -key_low * static_cast<int>(heads.size);
-                for (size_t i = 0; i < heads.size; ++i) total += from[i];
-                bias[token] = a.key_bias[head] * static_cast<float>(total);
-            }
-            // Values are the right-hand side with channels as channels and tokens summed over.
-            for (size_t r = 0; r < count; r += kRowUnit) {
-                uint8_t four[kRowUnit][16] = {};
-                const size_t some = std::min(kRowUnit, count - r);
-                for (size_t i = 0; i < padded; i += kChannels) {
-                    for (size_t t = 0; t < some; ++t)
-                        for (size_t c = 0; c < kChannels; ++c)
-                            four[t][c] = static_cast<uint8_t>(v[(r + t) * stride + i + c] - value_low);
-                    uint8_t* to = values + dense_index(i, rows.begin + r, depth);
-                    for (size_t c = 0; c < kChannels; ++c)
-                        for (size_t t = 0; t < kRowUnit; ++t) to[c * kDepth + t] = four[t][c];
+                const size_t token = rows.begin + r, at = (head * depth + token) * padded;
+                std::memcpy(query + at, q + r * stride, padded);
+                std::memcpy(value + at, v + r * stride, padded);
+                int total = 0;
+                for (size_t i = 0; i < padded; ++i) {
+                    s.key[i] = static_cast<int8_t>(k[r * stride + i] - key_low);
+                    total += i < heads.size ? s.key[i] : 0;
                 }
+                a.scores->pack_channel(key + head * pass.key_bytes, padded, token, s.key.data());
+                bias[token] = a.key_bias[head] * static_cast<float>(total);
             }
         }
         clock.lap(kRest);
@@ -455,33 +461,40 @@ void Model::attend(Pass& pass, Scratch& s, const Rows& rows, size_t index) const
         const Attention& a = block.attentions[branch];
         const size_t which = rows.image * branches_ + branch;
         const float top = a.map_quantizer[0].top;
+        const int value_low = 1 << (a.value_quantizer[0].bits - 1);
         const Quantize next = a.proj.input.folded();
         for (size_t head = 0; head < heads.count; ++head) {
             const size_t base = which * pass.branch_bytes + head * padded * depth;
             const uint8_t* query = half.query.data() + base;
-            const uint8_t* keys = half.key.data() + base;
-            const uint8_t* values = half.value.data() + base;
+            const uint8_t* keys = half.key.data() + (which * heads.count + head) * pass.key_bytes;
+            const size_t score_width = round_up(depth, a.scores->group), mix_width = round_up(padded, a.mix->group);
+            pack_columns(*a.mix, half.value.data() + base, padded, depth, padded, value_low, s.values.data());
+            clock.lap(kRest);
             const float* bias = half.bias.data() + (which * heads.count + head) * depth;
             for (size_t r = 0; r < count; r += kAttentionRows) {
                 const size_t some = std::min(kAttentionRows, count - r);
-                a.scores->run(query + (rows.begin + r) * padded, padded, some, keys, depth, padded, 0, depth,
-                              s.scores.data(), depth);
+                const Operand left = operand(*a.scores, query + (rows.begin + r) * padded, padded, some, padded,
+                                             s.packed.data());
+                a.scores->run(left.rows, left.stride, some, keys, score_width, padded, 0, score_width,
+                              s.scores.data(), score_width);
                 clock.lap(kAttentionProducts);
-                isa_.ops.softmax_codes(s.scores.data(), depth, some, depth, a.logit_scale[head], bias,
+                isa_.ops.softmax_codes(s.scores.data(), score_width, some, depth, a.logit_scale[head], bias,
                                        a.map_inverse[head], top, s.map.data(), depth, s.totals.data());
                 clock.lap(kSoftmax);
-                a.mix->run(s.map.data(), depth, some, values, padded, depth, 0, padded, s.sums.data(), padded);
+                const Operand map = operand(*a.mix, s.map.data(), depth, some, depth, s.packed.data());
+                a.mix->run(map.rows, map.stride, some, s.values.data(), mix_width, depth, 0, mix_width,
+                           s.sums.data(), mix_width);
                 clock.lap(kAttentionProducts);
                 if (!a.inner.present) {
                     for (size_t i = 0; i < some; ++i)
                         s.totals[i] = s.totals[i] * a.out_total[head] + next.shift;
-                    isa_.ops.quantize_head(s.sums.data(), padded, some, padded, a.out_scale[head], s.totals.data(),
+                    isa_.ops.quantize_head(s.sums.data(), mix_width, some, padded, a.out_scale[head], s.totals.data(),
                                            next.top, s.codes.data() + r * head_width_ + head * padded, head_width_);
                 } else {
                     for (size_t i = 0; i < some; ++i)
                         for (size_t c = 0; c < heads.size; ++c)
                             s.first[(r + i) * head_width_ + head * padded + c] =
-                                static_cast<float>(s.sums[i * padded + c]) * a.out_scale[head] +
+                                static_cast<float>(s.sums[i * mix_width + c]) * a.out_scale[head] +
                                 s.totals[i] * a.out_total[head];
                 }
                 clock.lap(kEpilogues);
