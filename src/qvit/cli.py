@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qvit.errors import ConfigError, CorruptImageError, QvitError
+from qvit.errors import ConfigError, CorruptImageError, QvitError, TrainingStopped
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,12 +47,14 @@ Packed = Annotated[Path, typer.Argument(metavar="MODEL", help="What qvit export 
 Data = Annotated[
     str,
     typer.Option(
-        help="digits; a folder with train/ and val/, or of class folders (a tenth is held out); or a timm data set: "
-        "torch/NAME, hfds/NAME, wds/NAME."
+        help="digits; a folder with train/ and val/ of class folders or WebDataset shards; a folder of either (a tenth "
+        "is held out); wds/FOLDER with the shards of both splits; or a timm data set: torch/NAME, hfds/NAME."
     ),
 ]
 DataRoot = Annotated[str | None, typer.Option(help="Folder of a timm data set.")]
-Splits = Annotated[str, typer.Option(help="Names of a timm data set's training and validation split.")]
+Splits = Annotated[
+    str, typer.Option(help="Training and validation split of a timm data set, or parts of the shards' names.")
+]
 RecipeName = Annotated[
     str | None,
     typer.Option("--recipe", help="YAML file or built-in recipe: cifar10, deit_imagenet, digits [default: by --data]."),
@@ -67,6 +70,9 @@ Precision = Annotated[str, typer.Option(help="no (float32) or bf16 (autocast).")
 Compile = Annotated[bool, typer.Option("--compile", help="torch.compile the models: slower to start, faster to run.")]
 SkipCorrupt = Annotated[bool, typer.Option("--skip-corrupt", help="Go on without unreadable images, and count them.")]
 Cpu = Annotated[bool, typer.Option("--cpu", help="Do not use a GPU.")]
+SaveEvery = Annotated[str, typer.Option(help="How often to save inside an epoch: 10m, 30s, or 500 (steps).")]
+Accumulate = Annotated[int, typer.Option(help="Parts in which a batch is computed, to save memory.", min=1)]
+Fsdp = Annotated[bool, typer.Option("--fsdp", help="Under torchrun, shard the training state (FSDP2), not copy it.")]
 
 
 @functools.cache
@@ -74,7 +80,7 @@ def console() -> Console:
     """Return where the commands print; rich is imported here, for ``qvit predict`` is to start quickly."""
     from rich.console import Console
 
-    return Console()
+    return Console(quiet=_rank() > 0)
 
 
 @app.command()
@@ -105,17 +111,25 @@ def train(
     compile_models: Compile = False,
     skip_corrupt: SkipCorrupt = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from OUT/last.pt.")] = False,
+    save_every: SaveEvery = "10m",
+    accumulate: Accumulate = 1,
+    fsdp: Fsdp = False,
     cpu: Cpu = False,
 ) -> None:
     """Train a float model, or quantize one and train that.
 
+    Under torchrun or accelerate launch the processes divide each batch of the recipe between them.
+
     Examples:
       qvit train vit_tiny_patch16_224 --full-precision --data digits --out runs/float
       qvit train vit_tiny_patch16_224 --bits 4 --teacher runs/float/best.pt --data digits --out runs/q4
+      torchrun --nproc-per-node 8 -m qvit.cli train deit_small_patch16_224 --bits 4 --teacher t.pth --data imagenet ...
     """
     from qvit.train import methods
 
-    options = _options(out, seed, workers, precision, compile_models, skip_corrupt, resume, cpu, data)
+    options = _options(
+        out, seed, workers, precision, compile_models, skip_corrupt, resume, cpu, data, save_every, accumulate, fsdp
+    )
     settings = _recipe(recipe, data, change)
     if full_precision:
         if bits is not None or teacher is not None or start is not None:
@@ -186,15 +200,24 @@ def eval(
 
     from qvit.train.checkpoint import load_checkpoint
     from qvit.train.data import make_loader, make_transform, open_validation
-    from qvit.train.loop import evaluate, make_accelerator
+    from qvit.train.loop import evaluate, make_accelerator, share_of
     from qvit.train.packed_model import load_packed
 
     options = _options(Path(), 0, workers, "no", False, skip_corrupt, False, cpu, data)
     model: nn.Module
     model, card = load_packed(checkpoint) if checkpoint.suffix == ".safetensors" else load_checkpoint(checkpoint)
     images = open_validation(data, card.classes, mode=card.mode, root=data_root, splits=splits)
-    loader = make_loader(images, make_transform(card.preprocessing), batch_size, shuffle=False, workers=options.workers)
-    device = make_accelerator(options).device
+    accelerator = make_accelerator(options)
+    device = accelerator.device
+    loader = make_loader(
+        images,
+        make_transform(card.preprocessing),
+        batch_size,
+        shuffle=False,
+        workers=options.workers,
+        device=device,
+        share=share_of(accelerator),
+    )
     accuracy = evaluate(model.to(device), loader, device, skip_corrupt=skip_corrupt)
     table = Table(title=f"{checkpoint} on {data}")
     for column in ("model", "bits", "top-1", "top-5", "images", "images/s"):
@@ -354,6 +377,9 @@ def ablate(
     precision: Precision = "no",
     compile_models: Compile = False,
     skip_corrupt: SkipCorrupt = False,
+    save_every: SaveEvery = "10m",
+    accumulate: Accumulate = 1,
+    fsdp: Fsdp = False,
     cpu: Cpu = False,
 ) -> None:
     """Run the paper's ablation: each method at each number of bits, mean and spread over seeds.
@@ -367,7 +393,9 @@ def ablate(
     from qvit.train.ablation import ablate as run
     from qvit.train.ablation import results_table, rows_named
 
-    options = _options(out, 0, workers, precision, compile_models, skip_corrupt, False, cpu, data)
+    options = _options(
+        out, 0, workers, precision, compile_models, skip_corrupt, False, cpu, data, save_every, accumulate, fsdp
+    )
     settings = _recipe(recipe, data, change)
     widths, chosen = _numbers("--bits", bits), rows_named(rows)
     for width in widths:
@@ -386,7 +414,8 @@ def ablate(
     records = run(guide, sets, settings, options, console(), bits=widths, seeds=which, rows=chosen)
     console().print(results_table(records, guide.card.metrics.get("val_top1")))
     figure = out / "ablation.png"
-    figure.write_bytes(png(ablation_bars(records)))
+    if _rank() == 0:
+        figure.write_bytes(png(ablation_bars(records)))
     console().print(f"Figure in {figure}, records in {out}/*-bit/*/seed-*/result.json", highlight=False, soft_wrap=True)
 
 
@@ -446,17 +475,22 @@ def _options(
     resume: bool,
     cpu: bool,
     data: str,
+    save_every: str = "10m",
+    accumulate: int = 1,
+    fsdp: bool = False,
 ) -> Options:
     import torch
 
     from qvit.train.loop import Options
+    from qvit.train.run import SaveEvery
 
     if precision not in ("no", "bf16"):
         raise ConfigError(f"--precision must be no or bf16, not {precision!r}.")
     if workers is None:
         # Decoding beside training pays where a GPU trains; on the CPU the cores are the model's.
         workers = min(8, torch.get_num_threads()) if torch.cuda.is_available() and data != "digits" else 0
-    return Options(out, seed, workers, precision, compile_models, skip_corrupt, resume, cpu)
+    interval = SaveEvery.parse(save_every)
+    return Options(out, seed, workers, precision, compile_models, skip_corrupt, resume, cpu, accumulate, fsdp, interval)
 
 
 def _say_skipped(accuracy: Accuracy) -> None:
@@ -466,7 +500,9 @@ def _say_skipped(accuracy: Accuracy) -> None:
 
 def _fresh(options: Options) -> None:
     """Refuse to overwrite a run, or to resume none."""
-    exists = (options.out / "last.pt").exists()
+    from qvit.train.run import can_go_on
+
+    exists = can_go_on(options.out)
     if options.resume and not exists:
         raise ConfigError(f"There is no {options.out / 'last.pt'} to resume: leave out --resume to start.")
     if exists and not options.resume:
@@ -501,11 +537,24 @@ def _numbers(option: str, text: str) -> list[int]:
     return numbers
 
 
+def _rank() -> int:
+    """Return which process this is under torchrun or accelerate launch; the others stay silent."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def main() -> None:
     """Run the command line; a user's mistake ends as one sentence and status 2."""
     try:
         app()
+    except TrainingStopped as stopped:
+        console().print(str(stopped), highlight=False, soft_wrap=True)
+    except CorruptImageError as error:  # of this process's share: the first one does not know of it
+        sys.stdout.flush()
+        print(f"qvit: {error}", file=sys.stderr)
+        sys.exit(2)
     except QvitError as error:
+        if _rank() > 0:
+            sys.exit(2)
         sys.stdout.flush()
         print(f"qvit: {error}", file=sys.stderr)
         sys.exit(2)

@@ -25,6 +25,7 @@ from qvit.train.data import ImageSets, make_loader, make_transform, readable
 from qvit.train.loop import Options, make_accelerator
 from qvit.train.methods import METHODS, FloatModel, Result, train_quantized
 from qvit.train.recipe import Recipe
+from qvit.train.run import can_go_on
 
 ANALYSED_IMAGES = 512
 """Validation images for entropy and attention distance; accuracy is over all of them."""
@@ -99,21 +100,26 @@ def ablate(
         CheckpointError: if the folder holds results of another recipe or teacher.
     """
     cells = [(b, row, seed) for seed in seeds for b in bits for row in rows]
-    _check_same_experiment(options.out, recipe, teacher)
+    accelerator = make_accelerator(options)
+    if accelerator.is_main_process:
+        _check_same_experiment(options.out, recipe, teacher)
+    accelerator.wait_for_everyone()
     for number, (b, row, seed) in enumerate(cells, 1):
         folder = options.out / f"{b}-bit" / row.name / f"seed-{seed}"
         result_file = folder / "result.json"
         if result_file.exists():
             continue
         console.print(f"[{number}/{len(cells)}] {b} bits, {row.title}, seed {seed}", highlight=False, markup=False)
-        run = dataclasses.replace(options, out=folder, seed=seed, resume=(folder / "last.pt").exists())
+        run = dataclasses.replace(options, out=folder, seed=seed, resume=can_go_on(folder))
         result = train_quantized(
             teacher, teacher, row.method, (b, b), row.rectify or "head", data, recipe, run, console
         )
         record = {"bits": b, "row": row.name, "title": row.title, "seed": seed}
         record |= {"top1": result.accuracy.top1, "top5": result.accuracy.top5, "images": result.accuracy.images}
         record |= _analyse(teacher, result, data, run)
-        write_text(result_file, json.dumps(record, indent=1) + "\n")
+        if accelerator.is_main_process:
+            write_text(result_file, json.dumps(record, indent=1) + "\n")
+    accelerator.wait_for_everyone()  # until the last result is written
     return read_results(options.out)
 
 

@@ -391,7 +391,7 @@ def _again(accelerator: Accelerator, loss_fn: Loss, student: nn.Module, parts: l
 
 
 def _stopped(run: Run) -> str:
-    return f"Stopped by SIGTERM at {run.progress}; {run.folder / 'last.pt'} is saved, go on with --resume."
+    return f"Stopped by SIGTERM at {run.progress}; {run.folder / 'last.pt'} is saved, and a resumed run goes on there."
 
 
 def _step_line(run: Run, epochs: int) -> str:

@@ -203,6 +203,11 @@ class Run:
         }
 
 
+def can_go_on(folder: Path) -> bool:
+    """Say whether a folder holds a run's checkpoint."""
+    return (folder / LAST).exists() or (folder / PREVIOUS).exists()
+
+
 def read_last(folder: Path, card: ModelCard, console: Console) -> Saved:
     """Return the newest checkpoint of a run that can be read: ``last.pt``, or the one before it, and say so.
 
