@@ -24,11 +24,12 @@ from qvit import __version__
 from qvit.architecture import Architecture, Branch, Norm
 from qvit.config import Bits
 from qvit.errors import CheckpointError, ConfigError, PackedFileError, UncalibratedError, UnsupportedModelError
+from qvit.header import check_classes, check_preprocessing
 from qvit.nn.attention import QuantAttention
 from qvit.nn.linear import QuantConv2d, QuantLinear
 from qvit.nn.quantizer import Quantizer
 from qvit.nn.rectify import EPS, HeadRectifier, TokenRectifier
-from qvit.packed import PackedModel, check_classes, check_preprocessing, pack_codes, write_packed
+from qvit.packed import PackedModel, pack_codes, write_packed
 from qvit.train.checkpoint import load_checkpoint
 
 _BLOCKS: dict[type, str] = {Block: "pre", ResPostBlock: "post", ParallelThingsBlock: "parallel"}

@@ -1,9 +1,7 @@
 """The packed file: a quantized vision transformer as codes at their true width, in one safetensors file.
 
-The metadata entry ``qvit`` is a JSON object: ``version``, ``checksum``, ``architecture``
-(:class:`qvit.architecture.Architecture`), ``bits`` (name to [weight bits, activation bits]), ``preprocessing``,
-``classes`` and ``origin``. The tensors are those of :meth:`Architecture.entries`. Data only: no pickle, no code, and
-nothing of it is used before all of it is checked.
+The metadata entry ``qvit`` is the header (:mod:`qvit.header`), the tensors are those of :meth:`Architecture.entries`.
+Data only: no pickle, no code, and nothing of it is used before all of it is checked.
 
 Weights: ``w_hat = scale * code`` with one scale an output channel; inputs: ``x_hat = input_scale * code +
 input_offset`` (method.md, section 1). LayerScale and a ``head`` rectifier are folded in, so that scales may have either
@@ -16,20 +14,20 @@ import dataclasses
 import functools
 import json
 import os
-import re
 import stat
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from qvit.architecture import OPERANDS, Architecture, is_bits, is_number, shown
+from qvit.architecture import OPERANDS, Architecture, shown
 from qvit.config import Bits
 from qvit.errors import PackedFileError
 from qvit.files import first_line, write_atomically
+from qvit.header import VERSION, check_header, parse
 
 __all__ = [
     "Architecture",
@@ -42,13 +40,8 @@ __all__ = [
     "write_packed",
 ]
 
-VERSION = 1
 MAX_HEADER = 2**22
 """Bytes of the longest header that is read; 20 000 class names and 100 blocks take less than half of it."""
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
-CROP_MODES = ("center", "squash", "border")
-_KEYS = ("version", "checksum", "architecture", "bits", "preprocessing", "classes", "origin")
-_PREPROCESSING = ("input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation")
 _DTYPES: dict[str, np.dtype] = {"U8": np.dtype(np.uint8), "F32": np.dtype("<f4")}
 _NO_CHECKSUM = "0" * 8
 
@@ -145,11 +138,6 @@ class PackedModel:
         )
         return PackedLayer(self.bits[name], self._inputs[name], packed, scale, bias, input_scale[0], input_offset[0])
 
-    def layers(self) -> Iterator[tuple[str, PackedLayer]]:
-        """Yield every linear layer with its name, in the order they run."""
-        for name in self._inputs:
-            yield name, self.layer(name)
-
 
 def expected_entries(
     architecture: Architecture, bits: Mapping[str, Bits]
@@ -179,7 +167,7 @@ def write_packed(path: str | Path, model: PackedModel) -> None:
     expected: dict[str, Any] = {}
     try:
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-        _, bits = _check_header(_parse(text, "the header"), len(model.tensors))
+        _, bits = check_header(parse(text, "the header"), len(model.tensors))
         expected = expected_entries(model.architecture, bits)
         _same_names(expected, model.tensors)
         tails = _tails(model.architecture, bits)
@@ -237,8 +225,8 @@ def _read(file: BufferedReader, size: int) -> PackedModel:
             "short, damaged or no safetensors file."
         )
     text, stored = _read_index(file.read(length))
-    header = _parse(text, "the header")
-    architecture, bits = _check_header(header, len(stored))
+    header = parse(text, "the header")
+    architecture, bits = check_header(header, len(stored))
     _check_layout(stored, size - 8 - length)
 
     # First every entry, then the first byte of data.
@@ -280,7 +268,7 @@ def _read_index(raw: bytes) -> tuple[str, dict[str, _Stored]]:
         raise PackedFileError("its header is no text: it is damaged or no safetensors file.") from None
     if not decoded.startswith("{") or not decoded.endswith("}"):
         raise PackedFileError("its header is no JSON object: it is damaged or no safetensors file.")
-    index = _parse(decoded, "the safetensors header")
+    index = parse(decoded, "the safetensors header")
     metadata = index.pop("__metadata__", None)
     if not isinstance(metadata, dict) or not isinstance(metadata.get("qvit"), str):
         raise PackedFileError("it is no packed model of qvit's: its metadata has no entry 'qvit'.")
@@ -329,121 +317,6 @@ def _check_layout(stored: Mapping[str, _Stored], size: int) -> None:
             raise PackedFileError(f"{shown(name)} is cut short: it ends at byte {at} of the data, the file at {size}.")
     if at != size:
         raise PackedFileError(f"the file goes on for {size - at} bytes after its last entry.")
-
-
-def _parse(text: str, what: str) -> dict[str, Any]:
-    def no_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            names = [name for name, _ in pairs]
-            raise PackedFileError(f"{what} has {shown(next(n for n in names if names.count(n) > 1))} twice.")
-        return result
-
-    def no_constant(constant: str) -> None:
-        raise PackedFileError(f"{what} holds {constant}.")
-
-    try:
-        data = json.loads(text, object_pairs_hook=no_repetition, parse_constant=no_constant)
-    except PackedFileError:
-        raise
-    except RecursionError:
-        raise PackedFileError(f"{what} is nested too deeply.") from None
-    except ValueError as error:
-        raise PackedFileError(f"{what} is no JSON: {first_line(error)}") from None
-    if not isinstance(data, dict):
-        raise PackedFileError(f"{what} must be an object, not {shown(data)}.")
-    try:
-        json.dumps(data, ensure_ascii=False).encode()
-    except UnicodeEncodeError:  # half a surrogate pair, which no terminal can print and no checksum be taken of
-        raise PackedFileError(f"{what} holds text that is no Unicode.") from None
-    return data
-
-
-def _check_header(header: dict[str, Any], entries: int) -> tuple[Architecture, dict[str, Bits]]:
-    version = header.get("version")
-    if type(version) is int and version > VERSION:
-        raise PackedFileError(f"version is {shown(version)}, this qvit reads {VERSION}: update qvit.")
-    if type(version) is not int or version != VERSION:
-        raise PackedFileError(f"version must be {VERSION}, not {shown(version)}.")
-    for name in _KEYS:
-        if name not in header:
-            raise PackedFileError(f"{name} is absent from the header.")
-    for name in header:
-        if name not in _KEYS:
-            raise PackedFileError(f"the header has an unknown entry {shown(name)}.")
-    checksum = header["checksum"]
-    if not isinstance(checksum, str) or not re.fullmatch("[0-9a-f]{8}", checksum):
-        raise PackedFileError(f"checksum must be 8 hexadecimal digits, not {shown(checksum)}.")
-    architecture = Architecture.from_dict(header["architecture"])
-    # Every branch has at least ten entries. Known before anything is listed, so that no number costs memory.
-    if architecture.depth * architecture.parallel > entries:
-        raise PackedFileError(
-            f"architecture.depth: {architecture.depth} blocks of {architecture.parallel} branches cannot be in a file "
-            f"of {entries} entries."
-        )
-    if not isinstance(header["origin"], dict):
-        raise PackedFileError(f"origin must be an object, not {shown(header['origin'])}.")
-    check_classes(header["classes"], architecture.class_count)
-    check_preprocessing(header["preprocessing"], (architecture.channels, *architecture.image_size))
-    return architecture, _check_bits(header["bits"], architecture)
-
-
-def _check_bits(data: Any, architecture: Architecture) -> dict[str, Bits]:
-    if not isinstance(data, dict):
-        raise PackedFileError(f"bits must be an object, not {shown(data)}.")
-    bits = {}
-    for name in architecture.bit_names():
-        pair = data.get(name)
-        if not isinstance(pair, list) or len(pair) != 2 or not all(is_bits(value) for value in pair):
-            raise PackedFileError(f"bits.{name} must be two whole numbers from 2 to 8, not {shown(pair)}.")
-        bits[name] = Bits(*pair)
-        if name.rpartition(".")[2] in OPERANDS and pair[0] != pair[1]:
-            raise PackedFileError(f"bits.{name} must be twice the same number, not {pair}.")
-    for name in data:
-        if name not in bits:
-            raise PackedFileError(f"bits names {shown(name)}, which the architecture does not have.")
-    return bits
-
-
-def check_classes(classes: Any, count: int) -> None:
-    """Refuse what is no list of ``count`` class names.
-
-    Raises:
-        PackedFileError: saying why.
-    """
-    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-        raise PackedFileError(f"classes must be a list of names, not {shown(classes)}.")
-    if len(classes) != count:
-        raise PackedFileError(f"classes has {len(classes)} names, the model has {count} logits.")
-
-
-def check_preprocessing(data: Any, size: tuple[int, int, int]) -> None:
-    """Refuse a preprocessing that is not whole, or not for images of ``size`` (channels, height, width).
-
-    Raises:
-        PackedFileError: naming the field.
-    """
-
-    def refuse(field: str, must: str) -> None:
-        raise PackedFileError(f"preprocessing.{field} must be {must}, not {shown(data[field])}.")
-
-    if not isinstance(data, dict) or set(data) != set(_PREPROCESSING):
-        raise PackedFileError(f"preprocessing must have {', '.join(_PREPROCESSING)}, it is {shown(data)}.")
-    if data["input_size"] != list(size):
-        refuse("input_size", f"{list(size)} as in the architecture")
-    for field in ("mean", "std"):
-        values = data[field]
-        if not isinstance(values, list) or len(values) != size[0] or not all(is_number(value) for value in values):
-            refuse(field, f"{size[0]} numbers, one a channel")
-    if min(data["std"]) <= 0:
-        refuse("std", "positive")
-    # Images are resized to size / crop_pct before the centre is cut out.
-    if not is_number(data["crop_pct"]) or not 0.1 <= data["crop_pct"] <= 1:
-        refuse("crop_pct", "a number from 0.1 to 1")
-    if data["crop_mode"] not in CROP_MODES:
-        refuse("crop_mode", f"one of {', '.join(CROP_MODES)}")
-    if data["interpolation"] not in INTERPOLATIONS:
-        refuse("interpolation", f"one of {', '.join(INTERPOLATIONS)}")
 
 
 def _tails(architecture: Architecture, bits: Mapping[str, Bits]) -> dict[str, int]:
