@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #include "isa.h"
 
@@ -17,6 +19,18 @@ void dense_pack_channel(uint8_t* packed, size_t k, size_t channel, const int8_t*
 }
 
 size_t byte_row(size_t k) { return k; }
+
+template <class Function, int... I>
+[[gnu::always_inline]] inline void unrolled(Function f, std::integer_sequence<int, I...>) {
+    (f(std::integral_constant<int, I>()), ...);
+}
+
+// f(0), ..., f(Count - 1) with constants. A loop over an array of sums would be unrolled too, but GCC then stores all
+// sums to memory at every step beside keeping them in registers.
+template <int Count, class Function>
+[[gnu::always_inline]] inline void unrolled(Function f) {
+    unrolled(f, std::make_integer_sequence<int, Count>());
+}
 
 // Four codes as one 32-bit word, to be broadcast.
 inline int32_t load_word(const uint8_t* p) {

@@ -1,0 +1,187 @@
+// What the instruction sets with 256-bit vectors share: the choice of a tile by its rows, and the lookup for 2 bits.
+#pragma once
+
+#include <immintrin.h>
+
+#include <utility>
+
+#include "products.h"
+
+namespace {
+
+inline __m256i load_vector(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline void store_vector(void* p, __m256i x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
+
+// Keep a value in its register: GCC would rather read it from memory again for every use.
+inline __m256i kept(__m256i x) {
+    asm("" : "+x"(x));
+    return x;
+}
+
+constexpr size_t kLanes = 8;                  // sums in a vector
+constexpr int kVectors = kChannels / kLanes;  // vectors in a panel
+
+// f(row, column) of a tile's sums, with constants.
+template <int Rows, int Columns = kVectors, class Function>
+inline void each_sum(Function f) {
+    unrolled<Rows>([&](auto r) { unrolled<Columns>([&](auto c) { f(r, c); }); });
+}
+
+// Sums of a few rows with one panel of channels, all of k.
+using Tile = void (*)(const uint8_t* a, size_t stride, const uint8_t* w, size_t k, int32_t* out, size_t out_stride);
+
+// Tiles of 1, 2, ... rows.
+template <class Kind, int... Rows>
+void run_panels(const uint8_t* rows, size_t stride, size_t count, const uint8_t* packed, size_t k, size_t first,
+                size_t last, int32_t* out, size_t out_stride, std::integer_sequence<int, Rows...>) {
+    static constexpr Tile tiles[] = {Kind::template tile<Rows + 1>...};
+    for (size_t channel = first; channel < last; channel += kChannels)
+        for (size_t r = 0; r < count; r += sizeof...(Rows)) {
+            const size_t height = std::min(sizeof...(Rows), count - r);
+            tiles[height - 1](rows + r * stride, stride, packed + channel * k, k,
+                              out + r * out_stride + channel - first, out_stride);
+        }
+}
+
+template <class Kind>
+void run_dense(const uint8_t* rows, size_t stride, size_t count, const uint8_t* packed, size_t, size_t k, size_t first,
+               size_t last, int32_t* out, size_t out_stride) {
+    run_panels<Kind>(rows, stride, count, packed, k, first, last, out, out_stride,
+                     std::make_integer_sequence<int, Kind::kRows>());
+}
+
+template <class Kind>
+constexpr Product dense_product(const char* name, int left_bits, int right_bits) {
+    return {name,    left_bits, right_bits, kChannels, 64, dense_weight_bytes, dense_pack_channel, byte_row,
+            nullptr, run_dense<Kind>};
+}
+
+// 2 bits x 2 bits: two codes of a channel are 4 bits, and so are two codes of a row. So a row's pair chooses one of 16
+// constant tables of 16 bytes, in which vpshufb looks 32 channels' pairs up at once: 64 multiply-adds by one vpshufb
+// and one vpaddb. A table holds a . w + 12 (0..18), so that fourteen of them fit into an unsigned byte.
+//
+// Layout: [n / 32 groups][k / 4][32 channels], a byte two pairs, each w0 + 4 w1 of the codes modulo 4. Pair i is
+// (i, i + k / 2), so that a row is packed by whole vectors; byte j of a channel holds pairs 2 j and 2 j + 1. Byte 2 i of
+// a group is channel i, byte 2 i + 1 channel 16 + i: even and odd bytes then widen into vectors in order. A row's
+// pair is held times 16, the distance of its table.
+constexpr size_t kGroup = 32;
+constexpr int kShift = 12;
+constexpr size_t kBeforeWidening = 7;           // bytes of two pairs
+constexpr size_t kBytesAtOnce = 65535 / 18 / 2;  // what a 16-bit sum holds
+
+struct Tables {
+    alignas(64) uint8_t bytes[16][16];
+    constexpr Tables() : bytes() {
+        for (int a = 0; a < 16; ++a)
+            for (int w = 0; w < 16; ++w) {
+                int sum = kShift;
+                for (int i = 0; i < 4; i += 2) {
+                    const int code = (w >> i) & 3;
+                    sum += ((a >> i) & 3) * (code < 2 ? code : code - 4);
+                }
+                bytes[a][w] = static_cast<uint8_t>(sum);
+            }
+    }
+};
+constexpr Tables kTables;
+
+size_t lookup_weight_bytes(size_t n, size_t k) { return n * k / 4; }
+
+void lookup_pack_channel(uint8_t* packed, size_t k, size_t channel, const int8_t* codes) {
+    const size_t lane = channel % kGroup, half = k / 2;
+    uint8_t* at = packed + channel / kGroup * kGroup * (k / 4) + 2 * (lane % 16) + lane / 16;
+    for (size_t i = 0; i < half; ++i) {
+        const int pair = (codes[i] & 3) | (codes[i + half] & 3) << 2;
+        at[i / 2 * kGroup] = static_cast<uint8_t>(at[i / 2 * kGroup] | pair << (i % 2 * 4));
+    }
+}
+
+size_t lookup_row_bytes(size_t k) { return k / 2; }
+
+void lookup_pack_rows(const uint8_t* codes, size_t stride, size_t rows, size_t k, uint8_t* out, size_t out_stride) {
+    const size_t half = k / 2;
+    for (size_t r = 0; r < rows; ++r) {
+        const uint8_t* a = codes + r * stride;
+        uint8_t* to = out + r * out_stride;
+        for (size_t i = 0; i < half; ++i) to[i] = static_cast<uint8_t>(a[i] << 4 | a[i + half] << 6);
+    }
+}
+
+inline __m256i table_of(uint8_t pair) {
+    const uint8_t* table = &kTables.bytes[0][0] + pair;
+    return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
+}
+
+template <int Rows, int Groups>
+void lookup_tile(const uint8_t* a, size_t stride, const uint8_t* w, size_t group_bytes, size_t count, bool first,
+                 int32_t* out, size_t out_stride) {
+    // Sums of the 16-bit words as they are, and of their high bytes: the low bytes' sum is the difference.
+    __m256i words[Rows][Groups], highs[Rows][Groups];
+    each_sum<Rows, Groups>([&](auto r, auto g) { words[r][g] = highs[r][g] = _mm256_setzero_si256(); });
+    const __m256i low = _mm256_set1_epi8(15);
+    for (size_t at = 0; at < count;) {
+        __m256i bytes[Rows][Groups];
+        each_sum<Rows, Groups>([&](auto r, auto g) { bytes[r][g] = _mm256_setzero_si256(); });
+        const size_t until = std::min(at + kBeforeWidening, count);
+        for (; at < until; ++at)
+            unrolled<2>([&](auto pair) {
+                __m256i channels[Groups];
+                unrolled<Groups>([&](auto g) {
+                    const __m256i both = load_vector(w + g * group_bytes + at * kGroup);
+                    channels[g] = kept(_mm256_and_si256(pair == 0 ? both : _mm256_srli_epi16(both, 4), low));
+                });
+                unrolled<Rows>([&](auto r) {
+                    const __m256i table = table_of(a[r * stride + 2 * at + pair]);
+                    unrolled<Groups>([&](auto g) {
+                        bytes[r][g] = _mm256_add_epi8(bytes[r][g], _mm256_shuffle_epi8(table, channels[g]));
+                    });
+                });
+            });
+        each_sum<Rows, Groups>([&](auto r, auto g) {
+            words[r][g] = _mm256_add_epi16(words[r][g], bytes[r][g]);
+            highs[r][g] = _mm256_add_epi16(highs[r][g], _mm256_srli_epi16(bytes[r][g], 8));
+        });
+    }
+    const __m256i shift = _mm256_set1_epi32(static_cast<int>(2 * kShift * count));
+    each_sum<Rows, Groups>([&](auto r, auto g) {
+        const __m256i lows = _mm256_sub_epi16(words[r][g], _mm256_slli_epi16(highs[r][g], 8));
+        const __m128i parts[4] = {_mm256_castsi256_si128(lows), _mm256_extracti128_si256(lows, 1),
+                                  _mm256_castsi256_si128(highs[r][g]), _mm256_extracti128_si256(highs[r][g], 1)};
+        for (int p = 0; p < 4; ++p) {
+            int32_t* to = out + r * out_stride + g * kGroup + p * kLanes;
+            __m256i sum = _mm256_sub_epi32(_mm256_cvtepu16_epi32(parts[p]), shift);
+            if (!first) sum = _mm256_add_epi32(sum, load_vector(to));
+            store_vector(to, sum);
+        }
+    });
+}
+
+using LookupTile = void (*)(const uint8_t*, size_t, const uint8_t*, size_t, size_t, bool, int32_t*, size_t);
+
+constexpr int kLookupRows = 3, kLookupGroups = 2;
+
+template <int Groups>
+constexpr LookupTile kLookups[kLookupRows] = {lookup_tile<1, Groups>, lookup_tile<2, Groups>, lookup_tile<3, Groups>};
+constexpr const LookupTile* kLookupTiles[kLookupGroups] = {kLookups<1>, kLookups<2>};
+
+void run_lookup(const uint8_t* rows, size_t stride, size_t count, const uint8_t* packed, size_t, size_t k, size_t first,
+                size_t last, int32_t* out, size_t out_stride) {
+    const size_t all = k / 4;
+    for (size_t start = 0; start < all; start += kBytesAtOnce) {
+        const size_t some = std::min(kBytesAtOnce, all - start);
+        for (size_t channel = first; channel < last; channel += kLookupGroups * kGroup) {
+            const size_t groups = std::min<size_t>(kLookupGroups, (last - channel) / kGroup);
+            for (size_t r = 0; r < count; r += kLookupRows) {
+                const size_t height = std::min<size_t>(kLookupRows, count - r);
+                kLookupTiles[groups - 1][height - 1](rows + r * stride + 2 * start, stride,
+                                                     packed + channel * all + start * kGroup, all * kGroup, some,
+                                                     start == 0, out + r * out_stride + channel - first, out_stride);
+            }
+        }
+    }
+}
+
+constexpr Product kLookup = {"lookup", 2, 2, kGroup, 64, lookup_weight_bytes, lookup_pack_channel, lookup_row_bytes,
+                             lookup_pack_rows, run_lookup};
+
+}  // namespace
