@@ -1,0 +1,141 @@
+"""The engine's speed beside PyTorch, ONNX Runtime and OpenVINO, and how its cost grows with the work.
+
+Without --scaling: DeiT-T and DeiT-S, 224 x 224, batch 1 and 8, 2 threads, at 4 and 2 bits beside every runtime that is
+installed (pip install 'qvit[train,bench]'), interleaved in one run. With it: the engine alone against the batch, the
+number of tokens and threads. Random weights.
+
+Examples:
+  python benchmarks/engine.py --json engine.json
+  python benchmarks/engine.py --scaling --json scaling.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from qvit.bench import ROUNDS, Comparison, Timing, compare
+from qvit.peers import PEERS
+from random_models import HEADS, write_random
+
+BATCHES = (1, 2, 4, 8, 16, 32)
+IMAGE_SIZES = (224, 384, 448)
+"""197, 577 and 785 tokens."""
+console = Console()
+
+
+def beside_peers(names: Sequence[str], bits: Sequence[int], peers: Sequence[str], rounds: int) -> dict[str, Any]:
+    """Measure and print the table for each model; return it as plain data by the model's name."""
+    results = {}
+    for name in names:
+        comparison = _compare(name, bits, 224, (1, 8), (2,), peers, rounds)
+        console.print(comparison.table(f"{name}, {comparison.machine['cpu']}"))
+        speedups = [
+            {"runtime": ours.runtime, "batch": ours.batch, "peer": peer.runtime, "times": peer.median / ours.median}
+            for ours in comparison.timings
+            if ours.runtime in comparison.packed and (peer := comparison.fastest_peer(ours.batch, ours.threads))
+        ]
+        for row in speedups:
+            console.print(
+                f"{row['runtime']}, batch {row['batch']}: {row['times']:.2f} times as fast as {row['peer']}, "
+                "the fastest of the others",
+                highlight=False,
+            )
+        for line in comparison.notes():
+            console.print(line, style="dim", highlight=False)
+        results[name] = {**comparison.to_dict(), "speedups": speedups}
+    return results
+
+
+def scaling(names: Sequence[str], bits: Sequence[int], rounds: int) -> dict[str, Any]:
+    """Measure and print the engine's latency against batch, tokens and threads; return it as plain data."""
+    results = {}
+    for name in names:
+        by_size = {
+            size: _compare(name, bits, size, BATCHES if size == IMAGE_SIZES[0] else (1,), (1, 2), (), rounds)
+            for size in IMAGE_SIZES
+        }
+        machine = by_size[IMAGE_SIZES[0]].machine
+        table = Table(title=f"{name}, {machine['cpu']}", caption="relative: time an image, to batch 1 of 197 tokens")
+        for column in ("engine", "threads", "tokens", "batch", "ms", "ms an image", "relative"):
+            table.add_column(column, justify="left" if column == "engine" else "right")
+        rows = []
+        for engine in by_size[IMAGE_SIZES[0]].packed:
+            for threads in (1, 2):
+                measured = [
+                    (size, timing)
+                    for size, comparison in by_size.items()
+                    for timing in comparison.timings
+                    if (timing.runtime, timing.threads) == (engine, threads)
+                ]
+                rows += [_row(size, timing, base=measured[0][1]) for size, timing in measured]
+        for row in rows:
+            times = f"{1e3 * row['median']:.2f}", f"{1e3 * row['per_image']:.2f}", f"{row['relative']:.2f}"
+            table.add_row(row["engine"], *(str(row[key]) for key in ("threads", "tokens", "batch")), *times)
+        console.print(table)
+        results[name] = {"machine": machine, "versions": by_size[IMAGE_SIZES[0]].versions, "rows": rows}
+    return results
+
+
+def _row(size: int, timing: Timing, base: Timing) -> dict[str, Any]:
+    per_image = timing.median / timing.batch
+    return {
+        "engine": timing.runtime,
+        "threads": timing.threads,
+        "tokens": (size // 16) ** 2 + 1,
+        "batch": timing.batch,
+        "median": timing.median,
+        "per_image": per_image,
+        "relative": per_image / base.median,
+        "seconds": timing.seconds,
+    }
+
+
+def _compare(
+    name: str,
+    bits: Sequence[int],
+    size: int,
+    batches: Sequence[int],
+    threads: Sequence[int],
+    peers: Sequence[str],
+    rounds: int,
+) -> Comparison:
+    with tempfile.TemporaryDirectory(prefix="qvit-models-") as folder:
+        models = {f"qvit, {b} bits": write_random(Path(folder) / f"{b}-bit.safetensors", name, b, size) for b in bits}
+        return compare(
+            models,
+            batches,
+            threads,
+            peers=peers,
+            rounds=rounds,
+            report=lambda message: console.print(f"{name}, {size}: {message}", style="dim", highlight=False),
+        )
+
+
+def main() -> None:
+    """Measure, print tables and write the JSON file if one is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=HEADS, default=list(HEADS)[:2])
+    parser.add_argument("--bits", nargs="+", type=int, default=[4, 2])
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--scaling", action="store_true", help="the engine alone, against batch, tokens and threads")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    if arguments.scaling:
+        results = scaling(arguments.models, arguments.bits, arguments.rounds)
+    else:
+        results = beside_peers(arguments.models, arguments.bits, arguments.peers, arguments.rounds)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
