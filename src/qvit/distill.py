@@ -23,9 +23,9 @@ def guided_distance(teacher: Tensor, student: Tensor) -> Tensor:
 
         ||G_T - G||_F^2 = 2 - 2 ||A^T B||_F^2 / (||A^T A||_F ||B^T B||_F)
 
-    which costs O(N D^2) time and O(D^2) memory beside its arguments. The root is that of the square plus the precision of the dtype,
-    less the root of that precision: the distance is exactly 0 and its gradient finite where student and teacher
-    agree.
+    which costs O(N D^2) time and O(D^2) memory beside its arguments. The root is that of the square plus the precision
+    of the dtype, less the root of that precision: the distance is exactly 0 and its gradient finite where student and
+    teacher agree.
 
     Args:
         teacher: queries or keys ``(B, H, N, D_T)``; float32 or wider arithmetic whatever the dtype.
@@ -91,7 +91,7 @@ class DistillationLoss(nn.Module):
         Raises:
             TeacherMismatchError: if classes, layers or heads of teacher and student differ.
         """
-        with torch.no_grad():
+        with torch.no_grad():  # not inference mode: the student's gradients are products with the teacher's queries
             teacher_logits, teacher_queries, teacher_keys = self._run(self.teacher, images)
         logits, queries, keys = self._run(student, images)
         class_logits, distillation_logits = logits if isinstance(logits, tuple) else (logits, logits)

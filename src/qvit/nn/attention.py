@@ -9,6 +9,7 @@ from timm.layers import Attention, maybe_add_mask, resolve_self_attn_mask
 from torch import Tensor, nn
 
 from qvit.config import QuantConfig
+from qvit.errors import UnsupportedModelError
 from qvit.nn.quantizer import Quantizer
 from qvit.nn.recompute import recomputed
 from qvit.nn.rectify import make_rectifier
@@ -96,14 +97,17 @@ class QueryKeyRecorder:
 
     Of a float model what enters the attention product; of a quantized one the rectified q~ and k~ before they are
     quantized. The hooks stay on the model, so that a compiled one is traced with them; outside :meth:`recording`
-    they do nothing.
+    they do nothing. torch.compile does not notice hooks: what it compiled before they were there has to be forgotten
+    (``torch.compiler.reset()``), code shared with another model of the same class included.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.active = False
         self.queries: list[Tensor] = []
         self.keys: list[Tensor] = []
-        for layer in attention_layers(model):
+        layers = attention_layers(model)
+        self.layers = len(layers)
+        for layer in layers:
             rectified = isinstance(layer, QuantAttention)
             query_source = layer.query_rectifier if rectified else layer.q_norm
             key_source = layer.key_rectifier if rectified else layer.k_norm
@@ -119,10 +123,19 @@ class QueryKeyRecorder:
             self.keys.append(output)
 
     def run(self, model: nn.Module, images: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Run ``model(images)`` and return its output, the queries and the keys layer by layer."""
+        """Run ``model(images)`` and return its output, the queries and the keys layer by layer.
+
+        Raises:
+            UnsupportedModelError: if the model runs code that was compiled before its queries were asked for.
+        """
         self.active, self.queries, self.keys = True, [], []
         try:
             output = model(images)
+            if not len(self.queries) == len(self.keys) == self.layers:
+                raise UnsupportedModelError(
+                    f"Of {self.layers} attention layers {len(self.queries)} gave their queries: the model was compiled "
+                    "before guided distillation asked for them. Call torch.compiler.reset() before compiling it."
+                )
             return output, self.queries, self.keys
         finally:
             self.active, self.queries, self.keys = False, [], []

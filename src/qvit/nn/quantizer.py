@@ -56,9 +56,10 @@ class _FakeQuantize(torch.autograd.Function):
         clipped = torch.clamp(v, ctx.low, ctx.high)
         inside = v == clipped
         grad_x = torch.where(inside, grad, 0)
-        # d x_hat / d scale is round(v) - v where the value passes, and the code itself where it was clipped.
-        step = torch.round(clipped) - torch.where(inside, v, 0)
-        grad_scale = _sum_to(grad * step, scale.shape) * ctx.gradient_scale
+        # d x_hat / d scale is round(v) - v where the value passes, and the code itself where it was clipped. In place:
+        # these temporaries are as large as x, and the peak of a step's memory lies here.
+        step = clipped.round_().sub_(v.masked_fill_(~inside, 0))
+        grad_scale = _sum_to(step.mul_(grad), scale.shape) * ctx.gradient_scale
         grad_offset = None
         if offset is not None:
             grad_offset = _sum_to(grad - grad_x, offset.shape) * ctx.gradient_scale
