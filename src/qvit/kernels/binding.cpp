@@ -132,6 +132,7 @@ Mlp mlp(const Model& model, const nb::dict& part) {
     m.down = linear(model.isa(), get<nb::dict>(part, "down"), width, hidden);
     m.inner = norm(part, "inner", hidden);
     m.activation = activation(get<std::string>(part, "activation"));
+    m.inputs = hidden.size;
     m.hidden = hidden.padded();
     return m;
 }
@@ -162,6 +163,22 @@ void set_head(Model& model, const nb::dict& part) {
         heads.push_back(linear(model.isa(), nb::cast<nb::dict>(each), {1, model.shape().classes}, model.width_parts()));
     model.set_head(norm(part, "norm", model.width_parts()), norm(part, "pool_norm", model.width_parts()),
                    std::move(heads));
+}
+
+// {(part, block, branch): codes (images, rows, width)} of at most Model::kImagesAtOnce images.
+nb::dict trace(Model& model, Array<float, 4> images) {
+    const size_t batch = images.shape(0);
+    need(batch > 0 && batch <= Model::kImagesAtOnce, "images");
+    Trace trace(batch);
+    std::vector<float> logits(batch * model.shape().classes);
+    model.forward(images.data(), batch, logits.data(), &trace);
+    nb::dict codes;
+    for (const Trace::Codes& each : trace.all()) {
+        const nb::bytes values(each.values.data(), each.values.size());
+        codes[nb::make_tuple(each.name.part, each.name.block, each.name.branch)] =
+            nb::make_tuple(values, nb::make_tuple(batch, each.rows, each.width));
+    }
+    return codes;
 }
 
 Shape shape_of(const nb::dict& part) {
@@ -277,6 +294,7 @@ NB_MODULE(_kernels, m) {
             const nb::gil_scoped_release release;
             model.forward(images.data(), images.shape(0), logits.data());
         }, "images"_a, "logits"_a)
+        .def("trace", trace, "images"_a)
         .def("set_timed", &Model::set_timed, "timed"_a)
         .def("profile", &Model::profile);
 }

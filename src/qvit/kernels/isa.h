@@ -54,6 +54,12 @@ struct Quantize {
     float scale, shift, top;
 };
 
+// A quantizer of float values, in the very steps of the training wing: round((x - offset) / step) - low, clamped to
+// [0, top]. Its codes are the same to the last one.
+struct Rounding {
+    float step, offset, low, top;
+};
+
 // LayerNorm or RMSNorm over the first `width` of `padded` values, and a token rectifier, which divides beta by the
 // deviation too: ((x - mean) * weight + inner) / deviation + bias.
 struct Normalize {
@@ -94,7 +100,7 @@ struct RowOps {
     void (*normalize)(const float* x, size_t stride, size_t rows, const Normalize& norm, float* out,
                       size_t out_stride);
     // codes = quantize(x)
-    void (*quantize)(const float* x, size_t stride, size_t rows, size_t width, Quantize quantize, uint8_t* out,
+    void (*quantize)(const float* x, size_t stride, size_t rows, size_t width, Rounding quantizer, uint8_t* out,
                      size_t out_stride);
     // x = activation(x)
     void (*activate)(float* x, size_t count, Activation activation);

@@ -14,7 +14,6 @@ constexpr double kLog2E = 1.4426950408889634;
 constexpr size_t kBlockRows = 60;     // rows that one task takes through a block: their codes stay in the second cache
 constexpr size_t kRowUnit = 6;         // tasks begin at multiples of it, for whole tiles; kBlockRows is one
 constexpr size_t kAttentionRows = 12; // query rows whose logits are in the first cache together
-constexpr size_t kImagesAtOnce = 8;
 constexpr size_t kLargestTile = 192, kLargestGroup = 64;  // of any product
 
 // What the time of a pass goes to.
@@ -43,8 +42,12 @@ void unpack(const uint8_t* row, int bits, size_t count, int8_t* codes) {
 
 }  // namespace
 
-Quantizer::Quantizer(double scale_, double offset, int bits_)
-    : scale(scale_), start(offset - scale_ * (1 << (bits_ - 1))), bits(bits_), top(static_cast<float>((1 << bits_) - 1)) {}
+Quantizer::Quantizer(double scale_, double offset_, int bits_)
+    : scale(scale_),
+      offset(offset_),
+      start(offset_ - scale_ * (1 << (bits_ - 1))),
+      bits(bits_),
+      top(static_cast<float>((1 << bits_) - 1)) {}
 
 Quantizer Quantizer::unsigned_codes(double scale, int bits) {
     Quantizer quantizer(scale, 0.0, bits);
@@ -54,6 +57,10 @@ Quantizer Quantizer::unsigned_codes(double scale, int bits) {
 
 Quantize Quantizer::folded() const {
     return {static_cast<float>(1.0 / scale), static_cast<float>(-start / scale), top};
+}
+
+Rounding Quantizer::rounding() const {
+    return {static_cast<float>(scale), static_cast<float>(offset), -static_cast<float>(1 << (bits - 1)), top};
 }
 
 Linear::Linear(const Isa& isa, const LinearSpec& spec, Parts out, Parts in)
@@ -243,7 +250,24 @@ struct Model::Pass {
     std::array<Half, 2> halves;
     const float* images = nullptr;
     float* logits = nullptr;
+    Trace* trace = nullptr;
 };
+
+void Trace::see(const Name& name, size_t image, size_t rows, size_t row, size_t count, size_t width,
+                const uint8_t* codes, size_t stride) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto same = [&](const Codes& other) {
+        return std::strcmp(other.name.part, name.part) == 0 && other.name.block == name.block &&
+               other.name.branch == name.branch;
+    };
+    auto found = std::find_if(all_.begin(), all_.end(), same);
+    if (found == all_.end()) {
+        all_.push_back({name, rows, width, std::vector<uint8_t>(images_ * rows * width)});
+        found = all_.end() - 1;
+    }
+    for (size_t r = 0; r < count; ++r)
+        std::copy_n(codes + r * stride, width, found->values.data() + ((image * rows + row + r) * width));
+}
 
 Model::Model(const Isa& isa, const Shape& shape, size_t threads)
     : isa_(isa),
@@ -357,8 +381,11 @@ void Model::embed(Pass& pass, Scratch& s, const Rows& rows) const {
             }
     }
     clock.lap(kRest);
-    isa_.ops.quantize(s.first.data(), inputs, count, inputs, patch_.input.folded(), s.codes.data(), inputs);
+    isa_.ops.quantize(s.first.data(), inputs, count, inputs, patch_.input.rounding(), s.codes.data(), inputs);
     clock.lap(kEpilogues);
+    if (pass.trace != nullptr && count > 0)
+        pass.trace->see({"patch", 0, 0}, rows.image, patches_, rows.begin + prefix - shape_.prefix, count,
+                        shape_.channels * ph * pw, s.codes.data(), inputs);
     float* patches = x + prefix * width_;
     const float* positions = positions_.data() + (rows.begin + prefix - shape_.prefix) * width_;
     each_tile(patch_, operand(patch_, s.codes.data(), inputs, count, s.packed.data()), count, s.sums.data(), clock, kEpilogues,
@@ -385,10 +412,13 @@ void Model::project(Pass& pass, Scratch& s, const Rows& rows, size_t index) cons
     for (size_t branch = 0; branch < block.attentions.size(); ++branch) {
         const Attention& a = block.attentions[branch];
         if (block.post)
-            isa_.ops.quantize(x, width_, count, width_, a.qkv.input.folded(), s.codes.data(), width_);
+            isa_.ops.quantize(x, width_, count, width_, a.qkv.input.rounding(), s.codes.data(), width_);
         else
             isa_.ops.normalize_codes(x, width_, count, a.norm.part(), a.qkv.input.top, s.codes.data(), width_);
         clock.lap(kNorms);
+        if (pass.trace != nullptr)
+            pass.trace->see({"qkv", index, branch}, rows.image, tokens_, rows.begin, count, shape_.embed_dim,
+                            s.codes.data(), width_);
 
         const size_t stride = 3 * head_width_;
         const float tops[] = {a.query_quantizer[0].top, a.key_quantizer[0].top, a.value_quantizer[0].top};
@@ -432,6 +462,10 @@ void Model::project(Pass& pass, Scratch& s, const Rows& rows, size_t index) cons
             const uint8_t* k = q + head_width_;
             const uint8_t* v = k + head_width_;
             float* bias = half.bias.data() + (which * heads.count + head) * depth;
+            if (pass.trace != nullptr)
+                for (auto [part, codes] : {std::pair{"query", q}, std::pair{"key", k}, std::pair{"value", v}})
+                    pass.trace->see({part, index, branch}, rows.image, heads.count * tokens_,
+                                    head * tokens_ + rows.begin, count, heads.size, codes, stride);
             for (size_t r = 0; r < count; ++r) {
                 const size_t token = rows.begin + r, at = (head * depth + token) * padded;
                 std::memcpy(query + at, q + r * stride, padded);
@@ -481,6 +515,9 @@ void Model::attend(Pass& pass, Scratch& s, const Rows& rows, size_t index) const
                 isa_.ops.softmax_codes(s.scores.data(), score_width, some, depth, a.logit_scale[head], bias,
                                        a.map_inverse[head], top, s.map.data(), depth, s.totals.data());
                 clock.lap(kSoftmax);
+                if (pass.trace != nullptr)
+                    pass.trace->see({"attention", index, branch}, rows.image, heads.count * tokens_,
+                                    head * tokens_ + rows.begin + r, some, tokens_, s.map.data(), depth);
                 const Operand map = operand(*a.mix, s.map.data(), depth, some, depth, s.packed.data());
                 a.mix->run(map.rows, map.stride, some, s.values.data(), mix_width, depth, 0, mix_width,
                            s.sums.data(), mix_width);
@@ -517,6 +554,11 @@ void Model::attend(Pass& pass, Scratch& s, const Rows& rows, size_t index) const
                                 s.codes.data() + r * head_width_ + head * padded);
             clock.lap(kNorms);
         }
+        if (pass.trace != nullptr)
+            for (size_t head = 0; head < heads.count; ++head)
+                pass.trace->see({"proj", index, branch}, rows.image, heads.count * tokens_,
+                                head * tokens_ + rows.begin, count, heads.size, s.codes.data() + head * padded,
+                                head_width_);
         float* to = block.post ? s.first.data() : x;
         each_tile(a.proj, operand(a.proj, s.codes.data(), head_width_, count, s.packed.data()), count, s.sums.data(),
                   clock, kEpilogues, [&](size_t first, size_t last, size_t tile) {
@@ -534,18 +576,20 @@ void Model::attend(Pass& pass, Scratch& s, const Rows& rows, size_t index) const
     }
 }
 
-void Model::feed_forward(Pass& pass, Scratch& s, const Rows& rows, const Block& block) const {
+void Model::feed_forward(Pass& pass, Scratch& s, const Rows& rows, size_t index) const {
     Clock clock(timed_, s.seconds);
+    const Block& block = blocks_[index];
     float* x = pass.residual.data() + (rows.image * tokens_ + rows.begin) * width_;
     const size_t count = rows.count();
     // Branches that run side by side all start from x as it is now: their sum is kept until the last is done.
     const bool apart = block.post || block.mlps.size() > 1;
     float* sum = apart ? s.second.data() : x;
     if (apart) std::fill_n(sum, count * width_, 0.0f);
-    for (const Mlp& mlp : block.mlps) {
+    for (size_t branch = 0; branch < block.mlps.size(); ++branch) {
+        const Mlp& mlp = block.mlps[branch];
         const size_t hidden = mlp.hidden;
         const auto enter = [&](const Linear& layer) {
-            const Quantize input = layer.input.folded();
+            const Rounding input = layer.input.rounding();
             if (block.post) {
                 isa_.ops.quantize(x, width_, count, width_, input, s.codes.data(), width_);
             } else if (mlp.kind != Mlp::Kind::split) {
@@ -555,6 +599,9 @@ void Model::feed_forward(Pass& pass, Scratch& s, const Rows& rows, const Block& 
                 isa_.ops.quantize(s.normed.data(), width_, count, width_, input, s.codes.data(), width_);
             }
             clock.lap(kNorms);
+            if (pass.trace != nullptr)
+                pass.trace->see({&layer == &mlp.up ? "up" : "gate", index, branch}, rows.image, tokens_, rows.begin,
+                                count, shape_.embed_dim, s.codes.data(), width_);
             return operand(layer, s.codes.data(), width_, count, s.packed.data());
         };
         const Quantize next = mlp.down.input.folded();
@@ -595,9 +642,13 @@ void Model::feed_forward(Pass& pass, Scratch& s, const Rows& rows, const Block& 
                 isa_.ops.normalize_codes(s.first.data(), hidden, count, mlp.inner.part(), next.top, s.hidden.data(),
                                          hidden);
             else
-                isa_.ops.quantize(s.first.data(), hidden, count, hidden, next, s.hidden.data(), hidden);
+                isa_.ops.quantize(s.first.data(), hidden, count, hidden, mlp.down.input.rounding(), s.hidden.data(),
+                                  hidden);
             clock.lap(kNorms);
         }
+        if (pass.trace != nullptr)
+            pass.trace->see({"down", index, branch}, rows.image, tokens_, rows.begin, count, mlp.inputs,
+                            s.hidden.data(), hidden);
         each_tile(mlp.down, operand(mlp.down, s.hidden.data(), hidden, count, s.packed.data()), count, s.sums.data(),
                   clock, kEpilogues, [&](size_t first, size_t last, size_t tile) {
                       const size_t end = std::min(last, width_);
@@ -647,7 +698,9 @@ void Model::classify(Pass& pass, Scratch& s, size_t image) const {
     const float share = 1.0f / static_cast<float>(heads_.size());
     for (size_t head = 0; head < heads_.size(); ++head) {
         const Linear& layer = heads_[head];
-        isa_.ops.quantize(pooled + head * width_, width_, 1, width_, layer.input.folded(), s.codes.data(), width_);
+        isa_.ops.quantize(pooled + head * width_, width_, 1, width_, layer.input.rounding(), s.codes.data(), width_);
+        if (pass.trace != nullptr)
+            pass.trace->see({"head", 0, head}, image, 1, 0, 1, shape_.embed_dim, s.codes.data(), width_);
         each_tile(layer, operand(layer, s.codes.data(), width_, 1, s.packed.data()), 1, s.sums.data(), clock, kRest,
                   [&](size_t first, size_t last, size_t) {
                       for (size_t c = first; c < std::min(last, shape_.classes); ++c)
@@ -667,10 +720,12 @@ void Model::prepare(size_t batch) {
     }
 }
 
-void Model::forward(const float* images, size_t batch, float* logits) {
+void Model::forward(const float* images, size_t batch, float* logits, Trace* trace) {
     const std::lock_guard<std::mutex> turn(mutex_);
+    if (batch == 0) return;
     const size_t at_once = std::max(kImagesAtOnce, pool_.threads());
     prepare(std::min(batch, at_once));
+    pass_->trace = trace;
     const size_t pixels = shape_.channels * shape_.height * shape_.width;
     for (size_t done = 0; done < batch; done += at_once) {
         pass_->images = images + done * pixels;
@@ -693,7 +748,7 @@ void Model::run(size_t batch) {
                     std::min(tokens_, units * (part + 1) / parts * kRowUnit)};
     };
     // With a token for the classifier, nothing of the other rows is needed after the last attention.
-    const bool few = shape_.pool == Shape::Pool::token;
+    const bool few = shape_.pool == Shape::Pool::token && pass.trace == nullptr;
     const size_t depth = blocks_.size();
     std::vector<std::atomic<size_t>> next(depth + 2);
     for (auto& counter : next) counter.store(0, std::memory_order_relaxed);
@@ -707,7 +762,7 @@ void Model::run(size_t batch) {
                 if (rows.begin >= rows.end) continue;
                 if (phase == 0) embed(pass, scratch, rows);
                 if (phase > 0) attend(pass, scratch, rows, phase - 1);
-                if (phase > 0) feed_forward(pass, scratch, rows, blocks_[phase - 1]);
+                if (phase > 0) feed_forward(pass, scratch, rows, phase - 1);
                 if (phase < depth) project(pass, scratch, rows, phase);
             }
             pool_.barrier();

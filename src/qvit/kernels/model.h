@@ -32,9 +32,10 @@ struct Quantizer {
     Quantizer() = default;
     Quantizer(double scale, double offset, int bits);
     static Quantizer unsigned_codes(double scale, int bits);
-    Quantize folded() const;  // of a value
+    Quantize folded() const;   // as a multiply-add
+    Rounding rounding() const;  // step by step
 
-    double scale = 1.0, start = 0.0;
+    double scale = 1.0, offset = 0.0, start = 0.0;
     int bits = 8;
     float top = 255.0f;
 };
@@ -94,7 +95,7 @@ struct Mlp {
     Linear up, gate, down;  // gate only where it is a layer of its own
     enum class Kind { plain, first_half, second_half, split } kind = Kind::plain;  // where the gate is
     Activation activation = Activation::gelu;
-    size_t hidden = 0;  // padded
+    size_t inputs = 0, hidden = 0;  // width that enters the last layer, and padded
 };
 
 struct Block {
@@ -110,8 +111,35 @@ struct Shape {
     enum class Pool { token, average, largest, both } pool;
 };
 
+// The codes of every quantizer in one call, one byte each and unsigned: to compare with the reference.
+class Trace {
+  public:
+    struct Name {
+        const char* part;  // "patch", "qkv", "query", "key", "value", "attention", "proj", "up", "gate", "down", "head"
+        size_t block, branch;
+    };
+    struct Codes {
+        Name name;
+        size_t rows, width;  // of one image
+        std::vector<uint8_t> values;
+    };
+
+    explicit Trace(size_t images) : images_(images) {}
+    // Take `count` rows of `width` codes as rows [row, row + count) of the `rows` that an image has.
+    void see(const Name& name, size_t image, size_t rows, size_t row, size_t count, size_t width, const uint8_t* codes,
+             size_t stride);
+    const std::vector<Codes>& all() const { return all_; }
+
+  private:
+    size_t images_;
+    std::mutex mutex_;
+    std::vector<Codes> all_;
+};
+
 class Model {
   public:
+    static constexpr size_t kImagesAtOnce = 8;
+
     Model(const Isa& isa, const Shape& shape, size_t threads);
     ~Model();
 
@@ -122,7 +150,8 @@ class Model {
     void finish(Attention& attention) const;
 
     // logits (batch, classes) of images (batch, channels, height, width). Calls from several threads take turns.
-    void forward(const float* images, size_t batch, float* logits);
+    // A trace takes at most kImagesAtOnce images.
+    void forward(const float* images, size_t batch, float* logits, Trace* trace = nullptr);
 
     const Isa& isa() const { return isa_; }
     const Shape& shape() const { return shape_; }
@@ -140,7 +169,7 @@ class Model {
     void embed(Pass& pass, Scratch& scratch, const Rows& rows) const;
     void project(Pass& pass, Scratch& scratch, const Rows& rows, size_t block) const;
     void attend(Pass& pass, Scratch& scratch, const Rows& rows, size_t block) const;
-    void feed_forward(Pass& pass, Scratch& scratch, const Rows& rows, const Block& block) const;
+    void feed_forward(Pass& pass, Scratch& scratch, const Rows& rows, size_t block) const;
     void classify(Pass& pass, Scratch& scratch, size_t image) const;
     void prepare(size_t batch);
     void run(size_t batch);

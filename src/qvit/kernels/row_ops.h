@@ -227,13 +227,15 @@ void normalize(const float* x, size_t stride, size_t rows, const Normalize& norm
                       [&](size_t c, Float y) { simd::store(out + r * out_stride + c, y); });
 }
 
-void quantize(const float* x, size_t stride, size_t rows, size_t width, Quantize quantize, uint8_t* out,
+void quantize(const float* x, size_t stride, size_t rows, size_t width, Rounding quantizer, uint8_t* out,
               size_t out_stride) {
-    const Float a = simd::set(quantize.scale), b = simd::set(quantize.shift), t = simd::set(quantize.top);
+    const Float step = simd::set(quantizer.step), offset = simd::set(quantizer.offset);
+    const Float low = simd::set(quantizer.low), top = simd::set(quantizer.top);
     for (size_t r = 0; r < rows; ++r)
-        for (size_t c = 0; c < width; c += kWidth)
-            simd::store_codes(out + r * out_stride + c,
-                              clamp_code(simd::fma(simd::load(x + r * stride + c), a, b), t));
+        for (size_t c = 0; c < width; c += kWidth) {
+            const Float y = simd::round(simd::div(simd::sub(simd::load(x + r * stride + c), offset), step));
+            simd::store_codes(out + r * out_stride + c, clamp_code(simd::sub(y, low), top));
+        }
 }
 
 void activate(float* x, size_t count, Activation activation) {

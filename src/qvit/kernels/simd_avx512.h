@@ -19,6 +19,7 @@ inline Float load_sums(const int32_t* p) { return _mm512_cvtepi32_ps(_mm512_load
 inline Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
 inline Float sub(Float a, Float b) { return _mm512_sub_ps(a, b); }
 inline Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
+inline Float div(Float a, Float b) { return _mm512_div_ps(a, b); }
 inline Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
 inline Float min(Float a, Float b) { return _mm512_min_ps(a, b); }
 inline Float max(Float a, Float b) { return _mm512_max_ps(a, b); }

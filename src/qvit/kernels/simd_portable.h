@@ -18,6 +18,7 @@ inline Float load_sums(const int32_t* p) { return static_cast<float>(*p); }
 inline Float add(Float a, Float b) { return a + b; }
 inline Float sub(Float a, Float b) { return a - b; }
 inline Float mul(Float a, Float b) { return a * b; }
+inline Float div(Float a, Float b) { return a / b; }
 inline Float fma(Float a, Float b, Float c) { return a * b + c; }
 inline Float min(Float a, Float b) { return a < b ? a : b; }
 inline Float max(Float a, Float b) { return a > b ? a : b; }

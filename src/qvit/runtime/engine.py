@@ -20,6 +20,8 @@ from qvit.runtime.preprocess import preprocess_batch
 
 RECTIFIER_EPS = 1e-6
 """Under the root of a token rectifier's variance (method.md, section 2)."""
+_TRACED = 8
+"""Images whose codes the kernels keep at once."""
 Picture = str | Path | Image.Image
 
 
@@ -76,16 +78,8 @@ class Engine:
         Raises:
             DataError: for images of another shape, or with a NaN or an infinity.
         """
-        net = self.architecture
-        expected = (net.channels, *net.image_size)
-        if images.ndim != 4 or images.shape[1:] != expected:
-            raise DataError(
-                f"{net.name} takes images of shape (B, {', '.join(map(str, expected))}), not {images.shape}."
-            )
-        images = np.ascontiguousarray(images, np.float32)
-        if not np.isfinite(images.sum(dtype=np.float64)):
-            raise DataError("The images hold a NaN or an infinity.")
-        logits = np.empty((len(images), net.class_count), np.float32)
+        images = self._checked(images)
+        logits = np.empty((len(images), self.architecture.class_count), np.float32)
         self._model.forward(images, logits)
         return logits
 
@@ -110,6 +104,36 @@ class Engine:
         ranked = np.argsort(-shares, axis=1, kind="stable")[:, :top_k]
         return [[(self.classes[c], float(row[c])) for c in best] for best, row in zip(ranked, shares, strict=True)]
 
+    def codes(self, images: NDArray[np.float32]) -> dict[str, NDArray[np.uint8]]:
+        """Return the codes of every activation quantizer, unsigned (signed ones plus ``2^(b-1)``), by name.
+
+        Names and shapes are those that :class:`qvit.runtime.reference.ReferenceEngine` shows its ``watch``:
+        ``(B, N, K)`` before a linear layer (``(B, K)`` before a classifier), ``(B, H, N, D)`` of queries, keys and
+        values, ``(B, H, N, N)`` of the attention map.
+
+        Args:
+            images: as in a call.
+
+        Raises:
+            DataError: as in a call.
+        """
+        images = self._checked(images)
+        net, found = self.architecture, {}
+        chunks = [self._model.trace(images[at : at + _TRACED]) for at in range(0, len(images), _TRACED)]
+        for key, (_, (_, rows, width)) in chunks[0].items():
+            values = b"".join(chunk[key][0] for chunk in chunks)
+            codes = np.frombuffer(values, np.uint8).reshape(len(images), rows, width)
+            part, block, branch = key
+            if part in ("query", "key", "value", "attention"):
+                codes = codes.reshape(len(images), net.num_heads, net.tokens, width)
+            elif part == "proj":
+                by_head = codes.reshape(len(images), net.num_heads, net.tokens, width)
+                codes = by_head.transpose(0, 2, 1, 3).reshape(len(images), net.tokens, net.attention_dim)
+            elif part == "head":
+                codes = codes[:, 0]
+            found[self._name(part, block, branch)] = codes
+        return found
+
     def profile(self, images: NDArray[np.float32], repeats: int = 10) -> dict[str, float]:
         """Return the seconds of each kind of work in a call on ``images``, summed over threads, mean over ``repeats``.
 
@@ -124,6 +148,30 @@ class Engine:
         finally:
             self._model.set_timed(False)
         return {name: seconds / repeats for name, seconds in self._model.profile()}
+
+    def _checked(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        net = self.architecture
+        expected = (net.channels, *net.image_size)
+        if images.ndim != 4 or images.shape[1:] != expected:
+            raise DataError(
+                f"{net.name} takes images of shape (B, {', '.join(map(str, expected))}), not {images.shape}."
+            )
+        images = np.ascontiguousarray(images, np.float32)
+        if not np.isfinite(images.sum(dtype=np.float64)):
+            raise DataError("The images hold a NaN or an infinity.")
+        return images
+
+    def _name(self, part: str, block: int, branch: int) -> str:
+        """Return the file's name of a quantizer from the kernels'."""
+        net = self.architecture
+        if part in ("patch", "head"):
+            return "patch_embed.proj" if part == "patch" else net.head_names[branch]
+        attentions, mlps = net.stages(block)
+        if part not in ("up", "gate", "down"):
+            return f"{attentions[branch].name}.{part}"
+        gate, up = ("fc1_g", "fc1_x") if net.mlp == "swiglu" else ("", "fc1")
+        layer = {"up": up, "gate": gate, "down": "fc2"}[part]
+        return f"{mlps[branch].name}.{layer}"
 
 
 def processors() -> int:
