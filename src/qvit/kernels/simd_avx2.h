@@ -22,7 +22,6 @@ inline Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
 inline Float sub(Float a, Float b) { return _mm256_sub_ps(a, b); }
 inline Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
 inline Float div(Float a, Float b) { return _mm256_div_ps(a, b); }
-inline Float div(Float a, Float b) { return _mm256_div_ps(a, b); }
 inline Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
 inline Float min(Float a, Float b) { return _mm256_min_ps(a, b); }
 inline Float max(Float a, Float b) { return _mm256_max_ps(a, b); }

@@ -21,7 +21,6 @@ inline Float add(Float a, Float b) { return vaddq_f32(a, b); }
 inline Float sub(Float a, Float b) { return vsubq_f32(a, b); }
 inline Float mul(Float a, Float b) { return vmulq_f32(a, b); }
 inline Float div(Float a, Float b) { return vdivq_f32(a, b); }
-inline Float div(Float a, Float b) { return vdivq_f32(a, b); }
 inline Float fma(Float a, Float b, Float c) { return vfmaq_f32(c, a, b); }
 inline Float min(Float a, Float b) { return vminnmq_f32(a, b); }
 inline Float max(Float a, Float b) { return vmaxnmq_f32(a, b); }
