@@ -43,6 +43,8 @@ def test_set_changes_and_adds_entries(file: Path) -> None:
         ("quantized.epoch=5", "did you mean 'epochs'"),
         ("augmentation.hflop=1", "did you mean 'hflip'"),
         ("quantized.lr=fast", "lr must be a number"),
+        ("quantized.ema_decay=1", "ema_decay must be below 1"),
+        ("quantized.clip_grad=-1", "clip_grad must be a number from 0 up"),
         ("quantized.epochs=0", "epochs must be a whole number above 0"),
         ("quantized.epochs", "NAME=VALUE"),
         ("quantized.lr.x=1", "lr is a single value"),

@@ -220,7 +220,9 @@ def _analyse(teacher: FloatModel, result: Result, data: ImageSets, options: Opti
 
 def _check_same_experiment(folder: Path, recipe: Recipe, teacher: FloatModel) -> None:
     """Keep recipe and teacher beside the results, and refuse to mix them with those of another."""
-    experiment = json.loads(json.dumps({"recipe": recipe.to_dict(), "teacher": dataclasses.asdict(teacher.card)}))
+    card = dataclasses.asdict(teacher.card)
+    del card["recipe"]  # its weights count, not how they came about
+    experiment = json.loads(json.dumps({"recipe": recipe.to_dict(), "teacher": card}))
     path = folder / "experiment.json"
     if path.exists():
         if json.loads(path.read_text()) != experiment:

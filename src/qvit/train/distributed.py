@@ -74,15 +74,16 @@ def beside(tensor: Tensor, weight: Tensor) -> Tensor:
     return DTensor.from_local(tensor, weight.device_mesh, [Replicate()] * weight.device_mesh.ndim)
 
 
-def clip_gradients(parameters: Sequence[Tensor], limit: float) -> float:
-    """Scale all gradients down so that their total norm is at most ``limit``; return the norm before."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    # PyTorch's own clip_grad_norm_ takes sharded or whole gradients, not both at once.
-    norms = torch.stack([whole(torch.linalg.vector_norm(gradient.float())) for gradient in gradients])
-    total = float(torch.linalg.vector_norm(norms))
-    if total > limit:
-        torch._foreach_mul_([g.to_local() if isinstance(g, DTensor) else g for g in gradients], limit / total)
-    return total
+def gradient_norm(model: nn.Module) -> float:
+    """Return the norm of all gradients together; all processes must call it."""
+    # PyTorch's own get_total_norm takes sharded or whole gradients, not both at once.
+    norms = torch.stack([whole(torch.linalg.vector_norm(gradient.float())) for gradient in _gradients(model)])
+    return float(torch.linalg.vector_norm(norms))
+
+
+def scale_gradients(model: nn.Module, factor: float) -> None:
+    """Multiply all gradients by ``factor``."""
+    torch._foreach_mul_([g.to_local() if isinstance(g, DTensor) else g for g in _gradients(model)], factor)
 
 
 def sum_over_processes(values: Sequence[float], device: torch.device) -> list[float]:
@@ -92,6 +93,10 @@ def sum_over_processes(values: Sequence[float], device: torch.device) -> list[fl
     sums = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(sums)
     return sums.tolist()
+
+
+def _gradients(model: nn.Module) -> list[Tensor]:
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ from qvit.files import write_text
 from qvit.nn.quantizer import Float32Module
 from qvit.train.checkpoint import ModelCard
 from qvit.train.data import Batch, readable
-from qvit.train.distributed import clip_gradients, is_sharded, shard, spread, sum_over_processes
+from qvit.train.distributed import gradient_norm, is_sharded, scale_gradients, shard, spread, sum_over_processes
 from qvit.train.measure import Part, means, together
 from qvit.train.nonfinite import first_non_finite
 from qvit.train.order import Share, TrainOrder
@@ -117,9 +117,9 @@ def make_accelerator(options: Options) -> Accelerator:
     """
     # Accelerate keeps the first precision for the life of the process; runs that follow one another may differ.
     AcceleratorState._reset_state()
-    return Accelerator(
-        mixed_precision=options.precision, cpu=options.cpu, gradient_accumulation_steps=options.accumulate
-    )
+    # Only where it is told to use the CPU does it know of the other processes there.
+    cpu = options.cpu or not torch.accelerator.is_available()
+    return Accelerator(mixed_precision=options.precision, cpu=cpu, gradient_accumulation_steps=options.accumulate)
 
 
 def share_of(accelerator: Accelerator) -> Share:
@@ -215,6 +215,9 @@ def fit(
         ema.module.load_state_dict(saved.weights)
     evaluated: VisionTransformer = model if ema is None else ema.module
     if options.compile:
+        # Of an earlier run in this process nothing is left: its code has no hooks for this run's guidance, and a class
+        # is compiled for a limited number of different models.
+        torch.compiler.reset()
         model.compile()
         teacher = getattr(loss_fn, "teacher", None)
         if teacher is not None:
@@ -274,11 +277,12 @@ def fit(
 
                 # All parts of the batch are done, in this process and in the others.
                 step = together(parts, device, stop=sigterm.received, save=run.is_due(options.save_every))
-                if not math.isfinite(step.sums["train_loss"]):
+                norm = gradient_norm(model)
+                if not (math.isfinite(step.sums["train_loss"]) and math.isfinite(norm)):
                     where = first_non_finite(model, partial(_again, accelerator, loss_fn, student, parts))
                     raise NonFiniteLossError(non_finite_message(run, where))
-                if clip:
-                    clip_gradients(list(model.parameters()), clip)
+                if 0 < clip < norm:
+                    scale_gradients(model, clip / norm)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 if oscillation is not None:

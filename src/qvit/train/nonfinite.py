@@ -14,11 +14,13 @@ from qvit.train.distributed import whole
 
 @torch.no_grad()
 def first_non_finite(model: nn.Module, run: Callable[[], object]) -> str:
-    """Return what first holds a NaN or an infinity: a weight, or the output of a module, in the order they run.
+    """Return what first holds a NaN or an infinity: a weight, the output of a module, or a gradient, as they come.
+
+    An infinity need not reach the loss: a quantizer clips it to its range, and it shows in the gradients alone.
 
     Args:
         model: the plain model, not its wrapper.
-        run: runs it once more on the batch whose loss was not finite. All processes must do so.
+        run: runs it once more on the batch that made the gradients it now has. All processes must do so.
     """
     for name, parameter in model.named_parameters():
         if not _finite(whole(parameter)):
@@ -38,7 +40,13 @@ def first_non_finite(model: nn.Module, run: Callable[[], object]) -> str:
         for handle in handles:
             handle.remove()
     everywhere: list[list[str]] = gather_object([found])
-    return next((those[0] for those in everywhere if those), "the loss itself: every layer's output is finite")
+    for those in everywhere:
+        if those:
+            return those[0]
+    for name, parameter in reversed(list(model.named_parameters())):  # the backward pass comes from the last layer
+        if parameter.grad is not None and not _finite(whole(parameter.grad)):
+            return f"the gradient of {name}"
+    return "the loss itself: every layer's output is finite"
 
 
 def _finite(value: Any) -> bool:
