@@ -6,23 +6,28 @@
 
 namespace {
 
+// f(row, column) of a tile's sums, with constants: loops would leave GCC to move the sums about.
+template <int Rows, int Columns, class Function>
+inline void each_sum(Function f) {
+    unrolled<Rows>([&](auto r) { unrolled<Columns>([&](auto c) { f(r, c); }); });
+}
+
 // A tile of Rows x 16 Panels sums: one vpdpbusd does 64 multiply-adds, exactly.
 template <int Rows, int Panels>
 void dense_tile(const uint8_t* a, size_t stride, const uint8_t* w, size_t k, int32_t* out, size_t out_stride) {
     __m512i sums[Rows][Panels];
-    for (auto& row : sums)
-        for (auto& sum : row) sum = _mm512_setzero_si512();
+    each_sum<Rows, Panels>([&](auto r, auto p) { sums[r][p] = _mm512_setzero_si512(); });
     const size_t panel = kChannels * k;
     for (size_t at = 0; at < k; at += kDepth) {
         __m512i weights[Panels];
-        for (int p = 0; p < Panels; ++p) weights[p] = _mm512_loadu_si512(w + p * panel + at * kChannels);
-        for (int r = 0; r < Rows; ++r) {
+        unrolled<Panels>([&](auto p) { weights[p] = _mm512_loadu_si512(w + p * panel + at * kChannels); });
+        unrolled<Rows>([&](auto r) {
             const __m512i codes = _mm512_set1_epi32(load_word(a + r * stride + at));
-            for (int p = 0; p < Panels; ++p) sums[r][p] = _mm512_dpbusd_epi32(sums[r][p], codes, weights[p]);
-        }
+            unrolled<Panels>([&](auto p) { sums[r][p] = _mm512_dpbusd_epi32(sums[r][p], codes, weights[p]); });
+        });
     }
-    for (int r = 0; r < Rows; ++r)
-        for (int p = 0; p < Panels; ++p) _mm512_storeu_si512(out + r * out_stride + p * kChannels, sums[r][p]);
+    each_sum<Rows, Panels>(
+        [&](auto r, auto p) { _mm512_storeu_si512(out + r * out_stride + p * kChannels, sums[r][p]); });
 }
 
 using Tile = void (*)(const uint8_t*, size_t, const uint8_t*, size_t, int32_t*, size_t);
@@ -130,42 +135,38 @@ void lookup_tile(const uint8_t* a, size_t stride, const uint8_t* w, size_t group
                  int32_t* out, size_t out_stride) {
     // Sums of the 16-bit words as they are, and of their high bytes: the low bytes' sum is the difference.
     __m512i words[Rows][Groups], highs[Rows][Groups];
-    for (int r = 0; r < Rows; ++r)
-        for (int g = 0; g < Groups; ++g) words[r][g] = highs[r][g] = _mm512_setzero_si512();
+    each_sum<Rows, Groups>([&](auto r, auto g) { words[r][g] = highs[r][g] = _mm512_setzero_si512(); });
     for (size_t at = 0; at < count;) {
         __m512i bytes[Rows][Groups];
-        for (auto& row : bytes)
-            for (auto& sum : row) sum = _mm512_setzero_si512();
+        each_sum<Rows, Groups>([&](auto r, auto g) { bytes[r][g] = _mm512_setzero_si512(); });
         const size_t until = std::min(at + kBeforeWidening, count);
         for (; at < until; ++at) {
             __m512i channels[Groups];
-            for (int g = 0; g < Groups; ++g) channels[g] = _mm512_loadu_si512(w + g * group_bytes + at * kGroup);
-            for (int r = 0; r < Rows; ++r) {
+            unrolled<Groups>([&](auto g) { channels[g] = _mm512_loadu_si512(w + g * group_bytes + at * kGroup); });
+            unrolled<Rows>([&](auto r) {
                 const __m512i table = _mm512_load_si512(kTables.bytes[a[r * stride + at]]);
-                for (int g = 0; g < Groups; ++g)
+                unrolled<Groups>([&](auto g) {
                     bytes[r][g] = _mm512_add_epi8(bytes[r][g], _mm512_permutexvar_epi8(channels[g], table));
-            }
+                });
+            });
         }
-        for (int r = 0; r < Rows; ++r)
-            for (int g = 0; g < Groups; ++g) {
-                words[r][g] = _mm512_add_epi16(words[r][g], bytes[r][g]);
-                highs[r][g] = _mm512_add_epi16(highs[r][g], _mm512_srli_epi16(bytes[r][g], 8));
-            }
+        each_sum<Rows, Groups>([&](auto r, auto g) {
+            words[r][g] = _mm512_add_epi16(words[r][g], bytes[r][g]);
+            highs[r][g] = _mm512_add_epi16(highs[r][g], _mm512_srli_epi16(bytes[r][g], 8));
+        });
     }
     const __m512i shift = _mm512_set1_epi32(static_cast<int>(kShift * count));
-    for (int r = 0; r < Rows; ++r)
-        for (int g = 0; g < Groups; ++g) {
-            const __m512i lows = _mm512_sub_epi16(words[r][g], _mm512_slli_epi16(highs[r][g], 8));
-            const __m256i parts[4] = {_mm512_castsi512_si256(lows), _mm512_extracti64x4_epi64(lows, 1),
-                                      _mm512_castsi512_si256(highs[r][g]),
-                                      _mm512_extracti64x4_epi64(highs[r][g], 1)};
-            for (int p = 0; p < 4; ++p) {
-                int32_t* to = out + r * out_stride + g * kGroup + p * 16;
-                __m512i sum = _mm512_sub_epi32(_mm512_cvtepu16_epi32(parts[p]), shift);
-                if (!first) sum = _mm512_add_epi32(sum, _mm512_loadu_si512(to));
-                _mm512_storeu_si512(to, sum);
-            }
+    each_sum<Rows, Groups>([&](auto r, auto g) {
+        const __m512i lows = _mm512_sub_epi16(words[r][g], _mm512_slli_epi16(highs[r][g], 8));
+        const __m256i parts[4] = {_mm512_castsi512_si256(lows), _mm512_extracti64x4_epi64(lows, 1),
+                                  _mm512_castsi512_si256(highs[r][g]), _mm512_extracti64x4_epi64(highs[r][g], 1)};
+        for (int p = 0; p < 4; ++p) {
+            int32_t* to = out + r * out_stride + g * kGroup + p * 16;
+            __m512i sum = _mm512_sub_epi32(_mm512_cvtepu16_epi32(parts[p]), shift);
+            if (!first) sum = _mm512_add_epi32(sum, _mm512_loadu_si512(to));
+            _mm512_storeu_si512(to, sum);
         }
+    });
 }
 
 using LookupTile = void (*)(const uint8_t*, size_t, const uint8_t*, size_t, size_t, bool, int32_t*, size_t);

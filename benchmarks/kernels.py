@@ -1,0 +1,106 @@
+"""The matrix kernels alone, on one thread, beside register-only loops of the same instructions.
+
+The loops (peak.cpp, compiled here with c++) and the kernels take turns, and each figure is the median over the rounds.
+The share that counts is the kernel's of its own loop, which is what this processor could do if sums never left the
+registers and codes cost nothing to load. Kernels whose loop peak.cpp does not have are shown without a share.
+
+Example: python benchmarks/kernels.py --json kernels.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from qvit import _kernels
+from qvit.bench import machine
+
+SHAPES = ((197, 576, 192), (197, 768, 192), (197, 1152, 384), (197, 1536, 384), (197, 384, 1536))
+"""M x N x K of DeiT-T's and DeiT-S's layers: rows, channels, length of the dot product."""
+LOOPS = {
+    ("avx512-vnni-vbmi", "vnni"): "vpdpbusd-512",
+    ("avx512-vnni-vbmi", "lookup"): "vpermb-512",
+    ("avx512vl-vnni", "vnni"): "vpdpbusd-256",
+    ("avx512vl-vnni", "lookup"): "vpshufb-256",
+    ("avx-vnni", "vnni"): "vpdpbusd-256",
+    ("avx-vnni", "lookup"): "vpshufb-256",
+    ("avx2", "lookup"): "vpshufb-256",
+    ("avx2", "maddubs-4"): "vpmaddubsw-256",
+    ("avx2", "maddubs-6"): "vpmaddubsw-256",
+    ("avx2", "maddubs-8"): "vpmaddubsw-256",
+    ("avx2", "madd"): "vpmaddwd-256",
+}
+REPEATS = 20
+
+
+def main() -> None:
+    """Measure, print a table and write the JSON file if one is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    kernels = [
+        (isa, product, bits)
+        for isa in _kernels.instruction_sets()
+        for product, (left, right) in _kernels.products(isa)
+        for bits in [min(left, right)]
+    ]
+    cases = [(*kernel, shape) for kernel in kernels for shape in SHAPES]
+    speeds: dict[Any, list[float]] = {case: [] for case in cases}
+    loops: dict[str, list[float]] = {}
+    operands = {case: _operands(*case) for case in cases}
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "peak"
+        source = Path(__file__).with_name("peak.cpp")
+        subprocess.run(["c++", "-std=c++17", "-O2", str(source), "-o", str(program)], check=True)
+        for _ in range(arguments.rounds):
+            for line in subprocess.run([program], check=True, capture_output=True, text=True).stdout.splitlines():
+                loop, speed = line.split()
+                loops.setdefault(loop, []).append(float(speed))
+            for case, (matrix, left, sums) in operands.items():
+                m, n, k = case[3]
+                speeds[case].append(1e-9 * m * n * k / matrix.multiply(left, sums, REPEATS))
+
+    results = []
+    for isa, product, bits, shape in cases:
+        speed = statistics.median(speeds[isa, product, bits, shape])
+        loop = LOOPS.get((isa, product))
+        peak = statistics.median(loops[loop]) if loop in loops else None
+        share = None if peak is None else speed / peak
+        size = " x ".join(map(str, shape))
+        results.append(
+            {"isa": isa, "product": product, "bits": bits, "shape": size, "speed": speed, "loop": loop}
+            | {"peak": peak, "share": share}
+        )
+    about = machine()
+    table = Table(title=f"Products of codes, one thread, {about['cpu']}, median of {arguments.rounds} rounds")
+    for column in ("instructions", "kernel", "bits", "M x N x K", "10^9 multiply-adds/s", "loop", "loop's", "share"):
+        table.add_column(column, justify="left" if column in ("instructions", "kernel", "loop") else "right")
+    for r in results:
+        reached = ("", "") if r["peak"] is None else (f"{r['peak']:.0f}", f"{100 * r['share']:.0f} %")
+        table.add_row(
+            r["isa"], r["product"], str(r["bits"]), r["shape"], f"{r['speed']:.0f}", r["loop"] or "", *reached
+        )
+    Console().print(table)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"machine": about, "results": results}))
+
+
+def _operands(isa: str, product: str, bits: int, shape: tuple[int, int, int]) -> tuple[Any, Any, Any]:
+    rng, (m, n, k) = np.random.default_rng(0), shape
+    codes = rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (n, k), dtype=np.int8)
+    left = rng.integers(0, 2**bits, (m, k), dtype=np.int64).astype(np.uint8)
+    return _kernels.Matrix(isa, product, codes), left, np.empty((m, n), np.int32)
+
+
+if __name__ == "__main__":
+    main()
