@@ -32,6 +32,7 @@ TRAINING_PACKAGES = (
     "tensorboard",
     "yaml",
     "jinja2",
+    "huggingface_hub",
 )
 
 app = typer.Typer(
@@ -93,8 +94,16 @@ def train(
     activation_bits: Annotated[int | None, typer.Option(help="Bits of activations, if others.")] = None,
     method: Annotated[str, typer.Option(help="q-vit, baseline, rectify (IRM), distill (DGD) or ptq.")] = "q-vit",
     rectify: Annotated[str, typer.Option(help="IRM's statistics: head or token.")] = "head",
-    teacher: Annotated[Path | None, typer.Option(help="Float checkpoint or timm weights to distil from.")] = None,
-    start: Annotated[Path | None, typer.Option(help="Float weights to start from [default: the teacher's].")] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            help="Float model to distil from: a checkpoint, timm weights, hf-hub:OWNER/NAME (timm, or transformers' "
+            "ViT and DeiT), or the name of a pretrained timm model."
+        ),
+    ] = None,
+    start: Annotated[
+        str | None, typer.Option(help="Float model to start from, given like --teacher [default: the teacher].")
+    ] = None,
     override: Annotated[
         list[str] | None,
         typer.Option(
@@ -342,6 +351,24 @@ def export(
 
 
 @app.command()
+def push(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A checkpoint (.pt) or a packed model (.safetensors).")],
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="On the Hugging Face Hub; made if absent.")],
+    private: Annotated[bool, typer.Option("--private", help="Make it private.")] = False,
+) -> None:
+    """Upload a checkpoint or a packed model to the Hugging Face Hub, with a model card.
+
+    Log in first: hf auth login, or the variable HF_TOKEN.
+
+    Example:
+      qvit push model.safetensors me/deit-tiny-4-bit
+    """
+    from qvit.hub import push_to_hub
+
+    console().print(push_to_hub(file, repository, private=private), highlight=False, soft_wrap=True)
+
+
+@app.command()
 def info(model: Packed) -> None:
     """Print what a packed model is: architecture, bits, size by part, preprocessing. Needs no PyTorch.
 
@@ -358,7 +385,7 @@ def info(model: Packed) -> None:
 def ablate(
     model: Model,
     data: Data,
-    teacher: Annotated[Path, typer.Option(help="Float checkpoint: teacher and start of every run.")],
+    teacher: Annotated[str, typer.Option(help="Float model, as of qvit train: teacher and start of every run.")],
     out: Out,
     bits: Annotated[str, typer.Option(help="Comma-separated.")] = "4,3,2",
     seeds: Annotated[str, typer.Option(help="How many (3 is 0, 1 and 2), or which (comma-separated).")] = "3",
@@ -451,15 +478,15 @@ def _recipe(name: str | None, data: str, changes: list[str] | None) -> Recipe:
     return load_recipe(name or default, changes or ())
 
 
-def _float_model(path: Path, card: ModelCard, role: str) -> FloatModel:
+def _float_model(source: str, card: ModelCard, role: str) -> FloatModel:
     from qvit.errors import TeacherMismatchError
-    from qvit.train.checkpoint import load_float_model
     from qvit.train.data import check_classes
+    from qvit.train.float_models import load_float
     from qvit.train.methods import FloatModel
 
-    model, its = load_float_model(path, card)
+    model, its = load_float(source, card)
     try:
-        check_classes(f"the {role} {path}", its.classes, "the data", card.classes)
+        check_classes(f"the {role} {source}", its.classes, "the data", card.classes)
     except QvitError as error:
         raise TeacherMismatchError(str(error)) from error
     return FloatModel(model, its)

@@ -40,6 +40,10 @@ class PackedFileError(QvitError, ValueError):
     """A packed model file that is absent, damaged, edited, newer than this qvit, or no packed model at all."""
 
 
+class HubError(QvitError, OSError):
+    """The Hugging Face Hub, or timm's download from it, does not hand out or take a model."""
+
+
 class OutputError(QvitError, OSError):
     """A file that cannot be written: a full disk, a read-only folder."""
 

@@ -30,7 +30,7 @@ from qvit.nn.linear import QuantConv2d, QuantLinear
 from qvit.nn.quantizer import Quantizer
 from qvit.nn.rectify import EPS, HeadRectifier, TokenRectifier
 from qvit.packed import PackedModel, pack_codes, write_packed
-from qvit.train.checkpoint import load_checkpoint
+from qvit.train.checkpoint import ModelCard, load_checkpoint
 
 _BLOCKS: dict[type, str] = {Block: "pre", ResPostBlock: "post", ParallelThingsBlock: "parallel"}
 _NORMS: dict[type, str] = {
@@ -113,8 +113,18 @@ def export_checkpoint(checkpoint: str | Path, path: str | Path) -> None:
             f"{checkpoint} holds a float model: quantize it first, qvit train {card.name} --bits 4 --teacher "
             f"{checkpoint} ..."
         )
-    origin = {"qvit": __version__, "method": card.method, "metrics": card.metrics, "quantization": card.quant_config}
-    export(model, path, preprocessing=card.preprocessing, classes=card.classes, origin=origin)
+    export(model, path, preprocessing=card.preprocessing, classes=card.classes, origin=origin_of(card))
+
+
+def origin_of(card: ModelCard) -> dict[str, Any]:
+    """Return how a model was made, as a packed file keeps it for people and for the Hub's model card."""
+    return {
+        "qvit": __version__,
+        "method": card.method,
+        "metrics": card.metrics,
+        "quantization": card.quant_config,
+        "recipe": card.recipe,
+    }
 
 
 def _refuse(name: str, module: object, why: str) -> NoReturn:

@@ -75,7 +75,8 @@ def test_training_curves():
     figure = training_curves(curves)
     assert len(figure.axes) == 2
     assert [len(axes.get_lines()) for axes in figure.axes] == [3, 3]
-    assert {"training loss", "validation top-1 (%)", "epoch", "float", "4 bits"} <= set(texts(figure))
+    assert {"training loss", "validation top-1 (%), axis from 20", "epoch", "float", "4 bits"} <= set(texts(figure))
+    assert figure.axes[1].get_ylim()[0] == 20
     assert png(figure).startswith(b"\x89PNG")
 
 

@@ -70,7 +70,7 @@ def test_text_is_escaped(report):
     assert page.all("h1")[0]["text"] == page.all("title")[0]["text"] == "Title <script>"
     assert [h["text"] for h in page.all("h2")] == ["Results <script>alert(1)</script>", "Empty"]
     assert [p["text"] for p in page.all("p")] == ["One paragraph.", "a < b"]
-    assert page.all("caption")[0]["text"] == "Caption & more"
+    assert [c["text"] for c in page.all("figcaption")] == ["Caption & more", "As SVG", "As PNG"]
 
 
 def test_report_is_self_contained(report):

@@ -101,9 +101,8 @@ p { max-width: 44rem; }
 h1 { line-height: 1.2; }
 h2 { margin-top: 2.5rem; padding-top: .75rem; border-top: 1px solid var(--line); }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; margin: 1.25rem 0; }
-caption { caption-side: bottom; text-align: left; padding-top: .5rem; }
-caption, figcaption { color: var(--soft); font-size: .92rem; }
+table { border-collapse: collapse; }
+figcaption { color: var(--soft); font-size: .92rem; padding-top: .5rem; max-width: 48rem; }
 th, td { text-align: left; padding: .35rem .9rem; border-bottom: 1px solid var(--line); }
 th { background: var(--head); vertical-align: bottom; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
@@ -122,10 +121,8 @@ img { max-width: max(100%, 38rem); height: auto; box-sizing: border-box; padding
 <p>{{ paragraph }}</p>
 {% endfor %}
 {% for table in section.tables %}
+<figure>
 <div class="wide"><table>
-{% if table.caption %}
-<caption>{{ table.caption }}</caption>
-{% endif %}
 <thead><tr>
 {% for column in table.columns %}
 <th scope="col"{% if table is number(loop.index0) %} class="number"{% endif %}>{{ column }}</th>
@@ -141,6 +138,10 @@ img { max-width: max(100%, 38rem); height: auto; box-sizing: border-box; padding
 {% endfor %}
 </tbody>
 </table></div>
+{% if table.caption %}
+<figcaption>{{ table.caption }}</figcaption>
+{% endif %}
+</figure>
 {% endfor %}
 {% for figure in section.figures %}
 <figure>

@@ -40,6 +40,7 @@ class ModelCard:
         quant_config: of a quantized model, :meth:`QuantConfig.to_dict`; ``None`` of a float one.
         method: how it was made, for people.
         metrics: measured on the validation images, for people.
+        recipe: it was trained with, :meth:`qvit.train.recipe.Recipe.to_dict`, for people.
     """
 
     name: str
@@ -49,6 +50,7 @@ class ModelCard:
     quant_config: dict[str, Any] | None = None
     method: str = "full-precision"
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    recipe: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def mode(self) -> Mode:
@@ -97,6 +99,27 @@ def describe(
                 f"{len(card.preprocessing[statistic])}: give one value a channel."
             )
     return card
+
+
+def same_architecture(one: ModelCard, other: ModelCard) -> bool:
+    """Return whether two cards are of the same computation, however their names and arguments say it.
+
+    Raises:
+        ConfigError: as :func:`create_model`.
+    """
+    models = [create_model(card) for card in (one, other)]
+    blocks: list[Any] = [model.blocks[0] for model in models]
+    first, second = (
+        (
+            type(model),
+            {name: tuple(value.shape) for name, value in model.state_dict().items()},
+            block.attn.num_heads,
+            type(block.mlp.act),
+            model.global_pool,
+        )
+        for model, block in zip(models, blocks, strict=True)
+    )
+    return first == second
 
 
 def build(card: ModelCard, weights: Mapping[str, Any], source: str) -> VisionTransformer:

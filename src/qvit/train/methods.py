@@ -75,6 +75,7 @@ def train_full_precision(
     set_seed(options.seed)
     model = create_model(card)
     schedule = recipe.full_precision
+    card = dataclasses.replace(card, recipe=recipe.to_dict())
     return _fit(model, LabelLoss(schedule.label_smoothing), data, schedule, recipe, card, options, console)
 
 
@@ -120,7 +121,9 @@ def train_quantized(
 
     schedule, device = recipe.quantized, make_accelerator(options).device
     config = QuantConfig(*bits, rectify=rectify if chosen.rectify else None, overrides=dict(overrides or {}))
-    card = dataclasses.replace(start.card, quant_config=config.to_dict(), method=method, metrics={})
+    card = dataclasses.replace(
+        start.card, quant_config=config.to_dict(), method=method, metrics={}, recipe=recipe.to_dict()
+    )
     set_seed(options.seed)
     student = quantize(start.model, config).to(device)
     if isinstance(student, VisionTransformerDistilled):
