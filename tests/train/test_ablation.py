@@ -163,3 +163,6 @@ def test_another_recipe_or_teacher_is_not_mixed_in(
     other = FloatModel(teacher.model, replace(teacher.card, metrics={"val_top1": 1.0}))
     with pytest.raises(CheckpointError, match="another recipe or teacher"):
         run(other, digits, budget, tmp_path, "ptq", [0], [2])
+    (tmp_path / "experiment.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"experiment\.json is damaged"):
+        run(teacher, digits, budget, tmp_path, "ptq", [0], [2])

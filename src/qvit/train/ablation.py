@@ -225,7 +225,11 @@ def _check_same_experiment(folder: Path, recipe: Recipe, teacher: FloatModel) ->
     experiment = json.loads(json.dumps({"recipe": recipe.to_dict(), "teacher": card}))
     path = folder / "experiment.json"
     if path.exists():
-        if json.loads(path.read_text()) != experiment:
+        try:
+            found = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} is damaged: give another --out.") from error
+        if found != experiment:
             raise CheckpointError(f"{folder} holds results of another recipe or teacher: give another --out.")
         return
     write_text(path, json.dumps(experiment, indent=1) + "\n")
