@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test lint
+.PHONY: install demo test test-sanitize lint
 
 install: $(INSTALLED)
 
@@ -26,3 +26,15 @@ lint: install
 
 test: lint
 	$(BIN)/python -m pytest
+
+# The kernels under AddressSanitizer and UndefinedBehaviorSanitizer: their own program, then the engine from Python.
+SANITIZE := build/sanitize
+test-sanitize: install
+	cmake -S . -B $(SANITIZE)-program -DQVIT_SANITIZE=ON -DQVIT_KERNEL_TESTS=ON
+	cmake --build $(SANITIZE)-program --parallel 2
+	$(SANITIZE)-program/kernels_test
+	cmake -S . -B $(SANITIZE) -DQVIT_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python)
+	cmake --build $(SANITIZE) --parallel 2
+	QVIT_SANITIZED_KERNELS=$$(ls $(SANITIZE)/_kernels*.so) ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=tests \
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so.6)" \
+	$(BIN)/python -m pytest -p sanitized tests/test_kernels.py tests/runtime/test_engine.py

@@ -1,0 +1,171 @@
+"""The engine against the NumPy reference: every member of the family, instruction set, thread count and batch size."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from conftest import make_vit
+from qvit import QuantConfig
+from qvit.errors import ConfigError, DataError
+from qvit.runtime.engine import Engine, instruction_sets, load
+from qvit.runtime.reference import ReferenceEngine
+from test_exporting import DISTILLED, MEMBERS, SIZES, VIT, images_for, packed, student_of
+
+BATCHES = (1, 3, 17)
+FAR = 0.15
+"""A code that lies on the edge of two may fall either way, as float arithmetic differs in its last place. Then a row's
+logits move by some of their size, at most by this share of it in models as small as these."""
+CLOSE = 1e-5
+CONFIGURATIONS: dict[str, tuple[str, dict[str, Any], QuantConfig]] = {
+    **{name: (model, options, QuantConfig(4, 4)) for name, (model, options) in MEMBERS.items()},
+    **{
+        f"{bits}_bits_{rectify}": (VIT, {}, QuantConfig(bits, bits, rectify=rectify))
+        for bits in (2, 3, 5, 6, 7, 8)
+        for rectify in ("head", "token", None)
+    },
+    "token_qk_norm": (VIT, {"qk_norm": True}, QuantConfig(4, 4, rectify="token")),
+    "distilled_2_bits": (DISTILLED, {}, QuantConfig(2, 2)),
+    "odd_sizes": (
+        VIT,
+        {"img_size": (20, 12), "num_classes": 10, "in_chans": 1, "embed_dim": 40, "num_heads": 5},
+        QuantConfig(3, 2),
+    ),
+    "mixed": (
+        VIT,
+        {},
+        QuantConfig(4, 4, overrides={"blocks.0.*": (2, 3), "blocks.1.attn.*": (3, 2), "*.fc2": (8, 5)}),
+    ),
+}
+
+
+def pictures(model: str, options: dict[str, Any], name: str, count: int = 17) -> NDArray[np.float32]:
+    size = SIZES.get(name, options.get("img_size", (16, 16)))
+    shape = (count, options.get("in_chans", 3), *size)
+    return np.random.default_rng(5).standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_logits_are_the_references(name: str, tmp_path: Path) -> None:
+    model, options, config = CONFIGURATIONS[name]
+    images = pictures(model, options, name)
+    calibration = images_for(images.shape[1], images.shape[2:])
+    path = tmp_path / "model.safetensors"
+    file = packed(student_of(make_vit(model, **options), calibration, config), path, calibration)
+    expected = ReferenceEngine(file)(images)
+    size = np.abs(expected).max()
+    close = []
+    for isa in instruction_sets():
+        by_threads = []
+        for threads in (1, 2, 3):
+            engine = load(path, threads=threads, instruction_set=isa)
+            logits = [engine(images[:batch]) for batch in BATCHES]
+            for batch, got in zip(BATCHES, logits, strict=True):
+                np.testing.assert_array_equal(got, logits[-1][:batch])  # an image's logits do not depend on the others
+            by_threads.append(logits[-1])
+        np.testing.assert_array_equal(by_threads[1], by_threads[0])
+        np.testing.assert_array_equal(by_threads[2], by_threads[0])
+        error = np.abs(by_threads[0] - expected).max(axis=1)
+        assert error.max() <= FAR * size, isa
+        close.extend(error <= CLOSE * max(size, 1.0))
+        best = np.sort(expected, axis=1)
+        clear = best[:, -1] - best[:, -2] > 2 * error
+        assert (by_threads[0].argmax(axis=1) == expected.argmax(axis=1))[clear].all(), isa
+    assert np.mean(close) >= 0.5
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("engine") / "model.safetensors"
+    calibration = images_for(3, (16, 16))
+    packed(student_of(make_vit(VIT), calibration, QuantConfig(4, 4)), path, calibration)
+    return path
+
+
+@pytest.fixture(scope="module")
+def images() -> NDArray[np.float32]:
+    return pictures(VIT, {}, "plain", 5)
+
+
+@pytest.mark.parametrize("isa", instruction_sets())
+def test_repeated_calls_are_identical(isa: str, path: Path, images: NDArray[np.float32]) -> None:
+    engine = load(path, threads=2, instruction_set=isa)
+    first = engine(images)
+    for _ in range(20):
+        np.testing.assert_array_equal(engine(images), first)
+
+
+def test_calls_from_several_threads_take_turns(path: Path, images: NDArray[np.float32]) -> None:
+    engine = load(path, threads=2)
+    alone = [engine(images[:batch]) for batch in (1, 2, 3, 5)]
+    results: dict[int, list[NDArray[np.float32]]] = {}
+
+    def call(thread: int) -> None:
+        results[thread] = [engine(images[: (1, 2, 3, 5)[thread]]) for _ in range(25)]
+
+    threads = [threading.Thread(target=call, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(results) == [0, 1, 2, 3]
+    for thread, logits in results.items():
+        for got in logits:
+            np.testing.assert_array_equal(got, alone[thread])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_engine_works_after_fork(path: Path, images: NDArray[np.float32]) -> None:
+    engine = load(path, threads=2)
+    before = engine(images)
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(write, b"same" if np.array_equal(engine(images), before) else b"different")
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read, "rb") as pipe:
+        assert pipe.read() == b"same"
+    assert os.waitpid(child, 0)[1] == 0
+    np.testing.assert_array_equal(engine(images), before)
+
+
+def test_no_images(path: Path) -> None:
+    assert load(path)(np.empty((0, 3, 16, 16), np.float32)).shape == (0, 10)
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 1, 16, 16), (2, 3, 16, 12), (2, 3, 16, 16, 1)])
+def test_wrong_shape_is_refused(path: Path, shape: tuple[int, ...]) -> None:
+    with pytest.raises(DataError, match=r"takes images of shape \(B, 3, 16, 16\)"):
+        load(path)(np.zeros(shape, np.float32))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_refused(path: Path, images: NDArray[np.float32], value: float) -> None:
+    broken = images.copy()
+    broken[3, 1, 7, 2] = value
+    with pytest.raises(DataError, match="NaN or an infinity"):
+        load(path)(broken)
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1.5])
+def test_wrong_number_of_threads_is_refused(path: Path, threads: Any) -> None:
+    with pytest.raises(ConfigError, match="threads must be a whole number from 1 up"):
+        load(path, threads=threads)
+
+
+def test_unknown_instruction_set_is_refused(path: Path) -> None:
+    with pytest.raises(ConfigError, match="'sse9', it has .*portable"):
+        load(path, instruction_set="sse9")
+
+
+def test_best_instruction_set_is_the_default(path: Path) -> None:
+    engine: Engine = load(path)
+    assert engine.instruction_set == instruction_sets()[0]
