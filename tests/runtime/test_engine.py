@@ -19,10 +19,9 @@ from qvit.runtime.reference import ReferenceEngine
 from test_exporting import DISTILLED, MEMBERS, SIZES, VIT, images_for, packed, student_of
 
 BATCHES = (1, 3, 17)
-FAR = 0.15
-"""A code that lies on the edge of two may fall either way, as float arithmetic differs in its last place. Then a row's
-logits move by some of their size, at most by this share of it in models as small as these."""
-CLOSE = 1e-5
+CLOSE, FAR = 1e-5, 0.03
+"""Of the largest logit. Float arithmetic differs in its last place, so a value on the edge between two codes may fall
+either way, and then an image's logits move: nine images in ten must be close, none may be far."""
 CONFIGURATIONS: dict[str, tuple[str, dict[str, Any], QuantConfig]] = {
     **{name: (model, options, QuantConfig(4, 4)) for name, (model, options) in MEMBERS.items()},
     **{
@@ -60,7 +59,6 @@ def test_logits_are_the_references(name: str, tmp_path: Path) -> None:
     file = packed(student_of(make_vit(model, **options), calibration, config), path, calibration)
     expected = ReferenceEngine(file)(images)
     size = np.abs(expected).max()
-    close = []
     for isa in instruction_sets():
         by_threads = []
         for threads in (1, 2, 3):
@@ -73,11 +71,8 @@ def test_logits_are_the_references(name: str, tmp_path: Path) -> None:
         np.testing.assert_array_equal(by_threads[2], by_threads[0])
         error = np.abs(by_threads[0] - expected).max(axis=1)
         assert error.max() <= FAR * size, isa
-        close.extend(error <= CLOSE * max(size, 1.0))
-        best = np.sort(expected, axis=1)
-        clear = best[:, -1] - best[:, -2] > 2 * error
-        assert (by_threads[0].argmax(axis=1) == expected.argmax(axis=1))[clear].all(), isa
-    assert np.mean(close) >= 0.5
+        assert np.mean(error <= CLOSE * size) >= 0.9, isa
+        assert np.mean(by_threads[0].argmax(axis=1) == expected.argmax(axis=1)) >= 0.9, isa
 
 
 @pytest.fixture(scope="module")
