@@ -86,13 +86,11 @@ size_t lookup_weight_bytes(size_t n, size_t k) { return n * triples(k); }
 size_t lookup_lane(size_t channel) { return 2 * (channel % 32) + channel % kGroup / 32; }
 
 void lookup_pack_channel(uint8_t* packed, size_t k, size_t channel, const int8_t* codes) {
-    const size_t count = triples(k);
+    const size_t count = triples(k), whole = k - 2 * count;
     uint8_t* at = packed + channel / kGroup * count * kGroup + lookup_lane(channel);
     for (size_t i = 0; i < count; ++i) {
-        unsigned triple = 0;
-        for (size_t part = 0; part < kTriple; ++part)
-            if (i + part * count < k) triple |= static_cast<unsigned>(codes[i + part * count] & 3) << (2 * part);
-        at[i * kGroup] = static_cast<uint8_t>(triple);
+        const int third = i < whole ? codes[i + 2 * count] & 3 : 0;
+        at[i * kGroup] = static_cast<uint8_t>((codes[i] & 3) | (codes[i + count] & 3) << 2 | third << 4);
     }
 }
 
@@ -120,13 +118,13 @@ void lookup_pack_columns(const uint8_t* codes, size_t stride, size_t k, size_t w
 size_t lookup_row_bytes(size_t k) { return round_up(triples(k), 64); }
 
 void lookup_pack_rows(const uint8_t* codes, size_t stride, size_t rows, size_t k, uint8_t* out, size_t out_stride) {
-    const size_t count = triples(k), third = k - 2 * count;
+    const size_t count = triples(k), whole = k - 2 * count;
     for (size_t r = 0; r < rows; ++r) {
         const uint8_t* a = codes + r * stride;
         uint8_t* to = out + r * out_stride;
-        for (size_t i = 0; i < third; ++i)
+        for (size_t i = 0; i < whole; ++i)
             to[i] = static_cast<uint8_t>(a[i] | a[i + count] << 2 | a[i + 2 * count] << 4);
-        for (size_t i = third; i < count; ++i) to[i] = static_cast<uint8_t>(a[i] | a[i + count] << 2);
+        for (size_t i = whole; i < count; ++i) to[i] = static_cast<uint8_t>(a[i] | a[i + count] << 2);
     }
 }
 

@@ -470,11 +470,10 @@ void Model::project(Pass& pass, Scratch& s, const Rows& rows, size_t index) cons
                 const size_t token = rows.begin + r, at = (head * depth + token) * padded;
                 std::memcpy(query + at, q + r * stride, padded);
                 std::memcpy(value + at, v + r * stride, padded);
+                const uint8_t* from = k + r * stride;
+                for (size_t i = 0; i < padded; ++i) s.key[i] = static_cast<int8_t>(from[i] - key_low);
                 int total = 0;
-                for (size_t i = 0; i < padded; ++i) {
-                    s.key[i] = static_cast<int8_t>(k[r * stride + i] - key_low);
-                    total += i < heads.size ? s.key[i] : 0;
-                }
+                for (size_t i = 0; i < heads.size; ++i) total += s.key[i];
                 a.scores->pack_channel(key + head * pass.key_bytes, padded, token, s.key.data());
                 bias[token] = a.key_bias[head] * static_cast<float>(total);
             }

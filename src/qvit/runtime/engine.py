@@ -157,7 +157,8 @@ class Engine:
                 f"{net.name} takes images of shape (B, {', '.join(map(str, expected))}), not {images.shape}."
             )
         images = np.ascontiguousarray(images, np.float32)
-        if not np.isfinite(images.sum(dtype=np.float64)):
+        # The sum is finite unless a value is not (or the values are of no image): the quick check first.
+        if not np.isfinite(images.sum()) and not np.isfinite(images).all():
             raise DataError("The images hold a NaN or an infinity.")
         return images
 
