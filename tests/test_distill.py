@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qvit import DistillationLoss, QuantConfig, calibrate, quantize
 from qvit.distill import check_guidance, guided_distance
-from qvit.errors import TeacherMismatchError
+from qvit.errors import TeacherMismatchError, UnsupportedModelError
 from qvit.nn.attention import QueryKeyRecorder, attention_layers
 
 DISTILLED = "deit_tiny_distilled_patch16_224"
@@ -315,6 +315,38 @@ def test_recorder_hands_out_what_enters_the_product_and_nothing_else(vit: nn.Mod
         for got, expected in zip(queries + keys, queries_and_keys(model, images), strict=True):
             assert torch.equal(got, expected)
         assert recorder.queries == recorder.keys == []  # nothing is held on to afterwards
+
+
+BACKEND = "aot_eager"  # traces as inductor does, without the minute of C++ compilation
+
+
+def test_compiled_teacher_and_student_neither_break_nor_recompile(vit: nn.Module, images, labels) -> None:
+    student = calibrated(vit, images).train()
+    loss_fn = DistillationLoss(vit)
+    expected = loss_fn(student, images, labels).item()
+    guided = loss_fn.last_parts["guided"].item()
+    torch.compiler.reset()
+    vit.compile(fullgraph=True, backend=BACKEND)
+    student.compile(fullgraph=True, backend=BACKEND)
+    loss_fn(student, images, labels).backward()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(2):
+            loss = loss_fn(student, images, labels)
+            loss.backward()
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
+    assert loss_fn.last_parts["guided"].item() == pytest.approx(guided, rel=1e-3)
+
+
+def test_model_compiled_before_its_queries_were_asked_for_is_refused_and_says_what_to_do(make_model, images, labels):
+    student, stale = calibrated(make_model(), images), make_model()
+    torch.compiler.reset()
+    stale.compile(backend=BACKEND)
+    with torch.no_grad():
+        stale(images)
+    with pytest.raises(UnsupportedModelError, match=r"torch\.compiler\.reset\(\)"):
+        DistillationLoss(stale)(student, images, labels)
+    torch.compiler.reset()
+    assert torch.isfinite(DistillationLoss(stale)(student, images, labels))
 
 
 def test_loss_falls_in_a_few_steps(vit: nn.Module, images, labels) -> None:

@@ -67,8 +67,10 @@ class _FakeQuantize(torch.autograd.Function):
 
 
 def _sum_to(x: Tensor, shape: torch.Size) -> Tensor:
-    """Return ``x.sum_to_size(shape)``, row by row first: vectors along a row, threads across rows, in one pass."""
-    if x.ndim and (not shape or shape[-1] == 1):
+    """Return ``x.sum_to_size(shape)``; the compiler then computes it in the loop that makes ``x``."""
+    if shape.numel() == 1:
+        return x.sum().reshape(shape)
+    if shape[-1] == 1:  # row by row first: vectors along a row, threads across rows
         x = x.sum(dim=-1, keepdim=True)
     return x.sum_to_size(shape)
 
