@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,9 +35,10 @@ def guided_distance(teacher: Tensor, student: Tensor) -> Tensor:
     Returns:
         ``(B, H)`` distances, each between 0 and sqrt(2).
     """
-    a, b = (x if x.dtype == torch.float64 else x.float() for x in (teacher, student))
+    # Copied once here, or every product of heads that lie between one another in memory would copy them for itself.
+    a, b = ((x if x.dtype == torch.float64 else x.float()).contiguous() for x in (teacher, student))
     with torch.autocast(a.device.type, enabled=False):
-        products = [x.transpose(-2, -1) @ y for x, y in ((a, b), (a, a), (b, b))]
+        products = [a.transpose(-2, -1) @ b, _Gram.apply(a), _Gram.apply(b)]
         # Their size is taken out before they are squared, so that the fourth powers stay in range. The distance does
         # not depend on the size of its arguments, so neither does the gradient flow through it.
         size_a, size_b = (_inverse_size(x) for x in products[1:])
@@ -47,6 +49,20 @@ def guided_distance(teacher: Tensor, student: Tensor) -> Tensor:
         squared = (2 - 2 * cross / torch.sqrt((aa * bb).clamp(min=0.25))).clamp(min=0)
         eps = torch.finfo(squared.dtype).eps
         return torch.sqrt(squared + eps) - eps**0.5
+
+
+class _Gram(torch.autograd.Function):
+    """``x^T x``; one product in the backward pass where that of two different factors takes two."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.transpose(-2, -1) @ x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (grad,), (x,) = grads, ctx.saved_tensors
+        return x @ (grad + grad.transpose(-2, -1))
 
 
 @torch.no_grad()
