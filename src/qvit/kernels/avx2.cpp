@@ -80,5 +80,5 @@ constexpr Product kProducts[] = {
 }  // namespace
 
 namespace qvit {
-extern const Isa kAvx2 = {"avx2", kProducts, 5, kProducts + 1, 4, kRowOps};
+extern const Isa kAvx2 = {"avx2", kProducts, 5, kProducts, 5, kRowOps};
 }

@@ -96,6 +96,24 @@ void lookup_pack_channel(uint8_t* packed, size_t k, size_t channel, const int8_t
     }
 }
 
+void lookup_pack_columns(const uint8_t* codes, size_t stride, size_t k, size_t width, int low, uint8_t* packed) {
+    const size_t half = k / 2;
+    for (size_t channel = 0; channel < width; channel += kGroup)
+        for (size_t i = 0; i < half; i += 2) {
+            const uint8_t* rows = codes + i * stride + channel;
+            uint8_t bytes[kGroup] = {};
+            for (size_t c = 0; c < std::min(kGroup, width - channel); ++c) {
+                const auto code = [&](size_t row) { return (rows[row * stride + c] - low) & 3; };
+                bytes[c] = static_cast<uint8_t>(code(0) | code(half) << 2 | code(1) << 4 | code(half + 1) << 6);
+            }
+            uint8_t* to = packed + channel * (k / 4) + i / 2 * kGroup;
+            for (size_t c = 0; c < 16; ++c) {
+                to[2 * c] = bytes[c];
+                to[2 * c + 1] = bytes[c + 16];
+            }
+        }
+}
+
 size_t lookup_row_bytes(size_t k) { return k / 2; }
 
 void lookup_pack_rows(const uint8_t* codes, size_t stride, size_t rows, size_t k, uint8_t* out, size_t out_stride) {
@@ -182,6 +200,6 @@ void run_lookup(const uint8_t* rows, size_t stride, size_t count, const uint8_t*
 }
 
 constexpr Product kLookup = {"lookup", 2, 2, kGroup, 64, lookup_weight_bytes, lookup_pack_channel, lookup_row_bytes,
-                             lookup_pack_rows, run_lookup};
+                             lookup_pack_rows, run_lookup, lookup_pack_columns};
 
 }  // namespace
