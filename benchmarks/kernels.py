@@ -28,6 +28,7 @@ SHAPES = ((197, 576, 192), (197, 768, 192), (197, 1152, 384), (197, 1536, 384), 
 """M x N x K of DeiT-T's and DeiT-S's layers: rows, channels, length of the dot product."""
 LOOPS = {
     ("avx512-vnni-vbmi", "vnni"): "vpdpbusd-512",
+    ("avx512-vnni-vbmi", "vnni-4"): "vpdpbusd-512",
     ("avx512-vnni-vbmi", "lookup"): "vpermb-512",
     ("avx512vl-vnni", "vnni"): "vpdpbusd-256",
     ("avx512vl-vnni", "lookup"): "vpshufb-256",

@@ -51,6 +51,60 @@ void run_dense(const uint8_t* rows, size_t stride, size_t count, const uint8_t* 
     }
 }
 
+// Weights of up to 4 bits stay two to a byte in memory: half the bytes to keep and to load, and vpdpbusd leaves the
+// units that unpack them idle anyway. A byte holds code + 8 of a channel in its low half and of the channel 16 further
+// on in its high half: [n / 32 pairs of panels][k / 4][16 channels][4 k].
+constexpr size_t kPair = 2 * kChannels;
+
+size_t nibble_weight_bytes(size_t n, size_t k) { return n * k / 2; }
+
+void nibble_pack_channel(uint8_t* packed, size_t k, size_t channel, const int8_t* codes) {
+    const size_t base = channel / kPair * kChannels * k, lane = channel % kChannels * kDepth;
+    const int high = channel % kPair / kChannels * 4;
+    for (size_t at = 0; at < k; ++at) {
+        uint8_t& byte = packed[base + at / kDepth * kChannels * kDepth + lane + at % kDepth];
+        byte = static_cast<uint8_t>((byte & (0xF0 >> high)) | (codes[at] + 8) << high);
+    }
+}
+
+template <int Rows, int Pairs>
+void nibble_tile(const uint8_t* a, size_t stride, const uint8_t* w, size_t k, int32_t* out, size_t out_stride) {
+    __m512i sums[Rows][2 * Pairs];
+    each_sum<Rows, 2 * Pairs>([&](auto r, auto p) { sums[r][p] = _mm512_setzero_si512(); });
+    const __m512i low = _mm512_set1_epi8(0x0F), eight = _mm512_set1_epi8(8);
+    for (size_t at = 0; at < k; at += kDepth) {
+        __m512i weights[2 * Pairs];
+        unrolled<Pairs>([&](auto p) {
+            const __m512i both = _mm512_loadu_si512(w + p * kChannels * k + at * kChannels);
+            weights[2 * p] = _mm512_sub_epi8(_mm512_and_si512(both, low), eight);
+            weights[2 * p + 1] = _mm512_sub_epi8(_mm512_and_si512(_mm512_srli_epi16(both, 4), low), eight);
+        });
+        unrolled<Rows>([&](auto r) {
+            const __m512i codes = _mm512_set1_epi32(load_word(a + r * stride + at));
+            unrolled<2 * Pairs>([&](auto p) { sums[r][p] = _mm512_dpbusd_epi32(sums[r][p], codes, weights[p]); });
+        });
+    }
+    each_sum<Rows, 2 * Pairs>(
+        [&](auto r, auto p) { _mm512_storeu_si512(out + r * out_stride + p * kChannels, sums[r][p]); });
+}
+
+template <int Pairs>
+constexpr Tile kNibbles[kRows] = {nibble_tile<1, Pairs>, nibble_tile<2, Pairs>, nibble_tile<3, Pairs>,
+                                  nibble_tile<4, Pairs>, nibble_tile<5, Pairs>, nibble_tile<6, Pairs>};
+constexpr const Tile* kNibbleTiles[kPanels / 2] = {kNibbles<1>, kNibbles<2>};
+
+void run_nibbles(const uint8_t* rows, size_t stride, size_t count, const uint8_t* packed, size_t, size_t k,
+                 size_t first, size_t last, int32_t* out, size_t out_stride) {
+    for (size_t channel = first; channel < last; channel += kPanels * kChannels) {
+        const size_t pairs = std::min<size_t>(kPanels / 2, (last - channel) / kPair);
+        for (size_t r = 0; r < count; r += kRows) {
+            const size_t height = std::min<size_t>(kRows, count - r);
+            kNibbleTiles[pairs - 1][height - 1](rows + r * stride, stride, packed + channel / 2 * k, k,
+                                                out + r * out_stride + channel - first, out_stride);
+        }
+    }
+}
+
 // 2 bits x 2 bits: three codes of a channel are 6 bits, and so are three codes of a row. So a row's triple chooses one
 // of 64 constant tables of 64 bytes, in which vpermb looks up 64 channels' triples at once: 192 multiply-adds by one
 // vpermb and one vpaddb. A table holds a . w + 18 (0..27), so that nine of them fit into an unsigned byte.
@@ -196,10 +250,13 @@ constexpr Product kLookup = {"lookup", 2, 2, kGroup, 192, lookup_weight_bytes, l
                              lookup_row_bytes, lookup_pack_rows, run_lookup, lookup_pack_columns};
 constexpr Product kDense = {"vnni", 8, 8, kChannels, 64, dense_weight_bytes, dense_pack_channel, byte_row,
                             nullptr, run_dense};
-constexpr Product kProducts[] = {kLookup, kDense};
+constexpr Product kNibble = {"vnni-4", 8, 4, kPair, 64, nibble_weight_bytes, nibble_pack_channel, byte_row,
+                             nullptr, run_nibbles};
+constexpr Product kProducts[] = {kLookup, kNibble, kDense};
+constexpr Product kMoving[] = {kLookup, kDense};
 
 }  // namespace
 
 namespace qvit {
-extern const Isa kAvx512 = {"avx512-vnni-vbmi", kProducts, 2, kProducts, 2, kRowOps};
+extern const Isa kAvx512 = {"avx512-vnni-vbmi", kProducts, 3, kMoving, 2, kRowOps};
 }
