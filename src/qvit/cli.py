@@ -450,7 +450,7 @@ def ablate(
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the report and the checkpoints.")] = Path("demo"),
 ) -> None:
-    """Train a small ViT on handwritten digits, quantize it to 4 and 2 bits, and write report.html.
+    """Train a small ViT on handwritten digits, quantize it to 4 and 2 bits, run it in the engine; report.html tells.
 
     Example:
       qvit demo --out demo

@@ -103,9 +103,12 @@ h2 { margin-top: 2.5rem; padding-top: .75rem; border-top: 1px solid var(--line);
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; }
 figcaption { color: var(--soft); font-size: .92rem; padding-top: .5rem; max-width: 48rem; }
-th, td { text-align: left; padding: .35rem .9rem; border-bottom: 1px solid var(--line); }
+th, td { text-align: left; padding: .35rem .8rem; border-bottom: 1px solid var(--line); }
 th { background: var(--head); vertical-align: bottom; }
-.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+td:not(.number) { min-width: 7rem; }
+.number { text-align: right; font-variant-numeric: tabular-nums; }
+td.number { white-space: nowrap; }
+@media (max-width: 45rem) { th, td { padding: .35rem .5rem; } }
 figure { margin: 1.5rem 0; }
 /* Drawn on white, in dark mode too; on a narrow screen to be scrolled rather than too small to read. */
 img { max-width: max(100%, 38rem); height: auto; box-sizing: border-box; padding: .5rem; background: #ffffff;
