@@ -1,8 +1,10 @@
 // Every product of every instruction set that this processor has against a plain loop in 64-bit integers, and every row
 // operation against its formula in double precision. Ends with status 1 after naming what differs.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <cstring>
 #include <limits>
 #include <random>
 #include <vector>
@@ -23,7 +25,9 @@ void fail(const char* isa, const char* what, double got, double expected) {
 }
 
 int integer(int low, int high) { return std::uniform_int_distribution<int>(low, high)(generator); }
-float real(double low, double high) { return static_cast<float>(std::uniform_real_distribution<double>(low, high)(generator)); }
+float real(double low, double high) {
+    return static_cast<float>(std::uniform_real_distribution<double>(low, high)(generator));
+}
 
 Buffer<float> reals(size_t count, double low, double high) {
     Buffer<float> values(count);
@@ -81,6 +85,7 @@ void check_product(const char* isa, const Product& product, int left_bits, int r
                 }
         }
     };
+    std::memset(packed.data(), 0xa5, packed.size());  // what was there before must not matter
     std::vector<int8_t> channel(k);
     for (size_t c = 0; c < size.channels; ++c) {
         for (size_t i = 0; i < size.depth; ++i) channel[i] = static_cast<int8_t>(w[c * size.depth + i]);
@@ -93,7 +98,7 @@ void check_product(const char* isa, const Product& product, int left_bits, int r
     for (size_t c = 0; c < size.channels; ++c)
         for (size_t i = 0; i < size.depth; ++i)
             columns[i * width + c] = static_cast<uint8_t>(w[c * size.depth + i] + low);
-    packed = Buffer<uint8_t>(product.weight_bytes(n, k));
+    std::memset(packed.data(), 0xa5, packed.size());
     product.pack_columns(columns.data(), width, k, width, low, packed.data());
     run_and_compare();
 }
@@ -132,7 +137,8 @@ void check_code(const char* isa, const char* what, int got, double value, double
 double activated(double x, Activation activation) {
     switch (activation) {
         case Activation::gelu: return 0.5 * x * (1 + std::erf(x / std::sqrt(2.0)));
-        case Activation::gelu_tanh: return 0.5 * x * (1 + std::tanh(std::sqrt(2 / std::acos(-1.0)) * (x + 0.044715 * x * x * x)));
+        case Activation::gelu_tanh:
+            return 0.5 * x * (1 + std::tanh(std::sqrt(2 / std::acos(-1.0)) * (x + 0.044715 * x * x * x)));
         case Activation::quick_gelu: return x / (1 + std::exp(-1.702 * x));
         case Activation::silu: return x / (1 + std::exp(-x));
         case Activation::relu: return std::max(x, 0.0);
@@ -206,7 +212,8 @@ void check_softmax(const char* isa, const RowOps& ops, size_t width, double spre
     float totals[rows];
     for (const float top : {3.0f, 15.0f, 255.0f}) {
         const float inverse = top / 0.9f;
-        ops.softmax_codes(sums.data(), width, rows, width, scale, shift.data(), inverse, top, codes.data(), width, totals);
+        ops.softmax_codes(sums.data(), width, rows, width, scale, shift.data(), inverse, top, codes.data(), width,
+                          totals);
         for (size_t r = 0; r < rows; ++r) {
             std::vector<double> powers(width);
             double largest = -1e300, sum = 0.0, total = 0.0;

@@ -61,8 +61,8 @@ constexpr Product dense_product(const char* name, int left_bits, int right_bits)
 // and one vpaddb. A table holds a . w + 12 (0..18), so that fourteen of them fit into an unsigned byte.
 //
 // Layout: [n / 32 groups][k / 4][32 channels], a byte two pairs, each w0 + 4 w1 of the codes modulo 4. Pair i is
-// (i, i + k / 2), so that a row is packed by whole vectors; byte j of a channel holds pairs 2 j and 2 j + 1. Byte 2 i of
-// a group is channel i, byte 2 i + 1 channel 16 + i: even and odd bytes then widen into vectors in order. A row's
+// (i, i + k / 2), so that a row is packed by whole vectors; byte j of a channel holds pairs 2 j and 2 j + 1. Byte 2 i
+// of a group is channel i, byte 2 i + 1 channel 16 + i: even and odd bytes then widen into vectors in order. A row's
 // pair is held times 16, the distance of its table.
 constexpr size_t kGroup = 32;
 constexpr int kShift = 12;
@@ -90,10 +90,8 @@ size_t lookup_weight_bytes(size_t n, size_t k) { return n * k / 4; }
 void lookup_pack_channel(uint8_t* packed, size_t k, size_t channel, const int8_t* codes) {
     const size_t lane = channel % kGroup, half = k / 2;
     uint8_t* at = packed + channel / kGroup * kGroup * (k / 4) + 2 * (lane % 16) + lane / 16;
-    for (size_t i = 0; i < half; ++i) {
-        const int pair = (codes[i] & 3) | (codes[i + half] & 3) << 2;
-        at[i / 2 * kGroup] = static_cast<uint8_t>(at[i / 2 * kGroup] | pair << (i % 2 * 4));
-    }
+    const auto pair = [&](size_t i) { return (codes[i] & 3) | (codes[i + half] & 3) << 2; };
+    for (size_t i = 0; i < half; i += 2) at[i / 2 * kGroup] = static_cast<uint8_t>(pair(i) | pair(i + 1) << 4);
 }
 
 void lookup_pack_columns(const uint8_t* codes, size_t stride, size_t k, size_t width, int low, uint8_t* packed) {
