@@ -30,11 +30,11 @@ test: lint
 # The kernels under AddressSanitizer and UndefinedBehaviorSanitizer: their own program, then the engine from Python.
 SANITIZE := build/sanitize
 test-sanitize: install
-	cmake -S . -B $(SANITIZE)-program -DQVIT_SANITIZE=ON -DQVIT_KERNEL_TESTS=ON
-	cmake --build $(SANITIZE)-program --parallel 2
+	$(BIN)/cmake -S . -B $(SANITIZE)-program -DQVIT_SANITIZE=ON -DQVIT_KERNEL_TESTS=ON
+	$(BIN)/cmake --build $(SANITIZE)-program --parallel 2
 	$(SANITIZE)-program/kernels_test
-	cmake -S . -B $(SANITIZE) -DQVIT_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python)
-	cmake --build $(SANITIZE) --parallel 2
+	$(BIN)/cmake -S . -B $(SANITIZE) -DQVIT_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python)
+	$(BIN)/cmake --build $(SANITIZE) --parallel 2
 	QVIT_SANITIZED_KERNELS=$$(ls $(SANITIZE)/_kernels*.so) ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=tests \
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so.6)" \
-	$(BIN)/python -m pytest -p sanitized tests/test_kernels.py tests/runtime/test_engine.py
+	$(BIN)/python -m pytest -p sanitized tests/test_kernels.py tests/runtime/test_engine.py tests/test_hostile_files.py

@@ -21,6 +21,7 @@ from qvit.architecture import Architecture, Norm
 from qvit.config import Bits
 from qvit.errors import PackedFileError
 from qvit.packed import MAX_HEADER, PackedModel, read_packed, write_packed
+from qvit.runtime.engine import Engine, instruction_sets
 from qvit.runtime.reference import ReferenceEngine
 
 NONSENSE: list[Any] = [
@@ -192,6 +193,20 @@ def test_nonsense_in_the_architecture_is_refused_or_runs(path: Path, forged: For
         # The change was a legitimate one: another name, another scale of the attention.
         images = np.zeros((1, result.architecture.channels, *result.architecture.image_size), np.float32)
         assert np.isfinite(ReferenceEngine(result)(images)).all()
+        assert np.isfinite(Engine(result)(images)).all()
+
+
+@pytest.mark.parametrize("isa", instruction_sets())
+def test_engine_survives_numbers_at_the_end_of_their_range(isa: str) -> None:
+    for extreme in (3e38, -3e38, 1e-38):
+        for kind in (".scale", ".bias", "_offset", ".offset", ".weight", "input_scale", "prefix_tokens"):
+            model = make_packed()
+            for name, array in model.tensors.items():
+                if name.endswith(kind):
+                    array[...] = extreme if extreme > 0 or "scale" not in name else 1.0
+            engine = Engine(model, threads=2, instruction_set=isa)
+            images = np.ones((2, engine.architecture.channels, *engine.architecture.image_size), np.float32)
+            assert engine(images).shape == (2, engine.architecture.class_count)
 
 
 def test_number_beyond_floating_point_is_refused(path: Path, forged: Forged) -> None:

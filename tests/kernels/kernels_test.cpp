@@ -292,7 +292,7 @@ int main() {
         check_sums(isa.name, isa.ops);
         for (const size_t width : {size_t{16}, size_t{208}, size_t{4112}})
             for (const double spread : {0.5, 20.0, 400.0}) check_softmax(isa.name, isa.ops, width, spread);
-        for (const size_t width : {size_t{24}, size_t{40}, size_t{384}})
+        for (const size_t width : {size_t{1}, size_t{24}, size_t{40}, size_t{384}})
             for (const bool rms : {false, true}) {
                 check_norms(isa.name, isa.ops, width, rms, false);
                 check_norms(isa.name, isa.ops, width, rms, true);

@@ -190,15 +190,15 @@ inline Moments moments(const float* x, const Normalize& norm) {
         mean = simd::reduce_add(sum) / width;
     }
     const Float m = simd::set(mean);
+    const size_t whole = norm.width / kWidth * kWidth;
     Float squares = simd::set(0.0f);
-    for (size_t c = 0; c < norm.padded; c += kWidth) {
+    for (size_t c = 0; c < whole; c += kWidth) {
         const Float d = simd::sub(simd::load(x + c), m);
         squares = simd::fma(d, d, squares);
     }
-    // Each padded zero added mean^2.
-    const float padding = static_cast<float>(norm.padded - norm.width);
-    const float variance = (simd::reduce_add(squares) - padding * mean * mean) / width;
-    return {mean, 1.0f / std::sqrt(variance + norm.eps)};
+    float total = simd::reduce_add(squares);
+    for (size_t c = whole; c < norm.width; ++c) total += (x[c] - mean) * (x[c] - mean);  // padding left out
+    return {mean, 1.0f / std::sqrt(total / width + norm.eps)};
 }
 
 template <class Store>
