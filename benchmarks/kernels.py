@@ -71,26 +71,31 @@ def main() -> None:
                 m, n, k = case[3]
                 speeds[case].append(1e-9 * m * n * k / matrix.multiply(left, sums, REPEATS))
 
-    results = []
+    results: list[dict[str, Any]] = []
     for isa, product, bits, shape in cases:
-        speed = statistics.median(speeds[isa, product, bits, shape])
-        loop = LOOPS.get((isa, product))
-        peak = statistics.median(loops[loop]) if loop in loops else None
-        share = None if peak is None else speed / peak
-        size = " x ".join(map(str, shape))
+        reached = statistics.median(speeds[isa, product, bits, shape])
+        its_loop = LOOPS.get((isa, product), "")
+        peak = statistics.median(loops[its_loop]) if its_loop in loops else None
         results.append(
-            {"isa": isa, "product": product, "bits": bits, "shape": size, "speed": speed, "loop": loop}
-            | {"peak": peak, "share": share}
+            {
+                "isa": isa,
+                "product": product,
+                "bits": bits,
+                "shape": " x ".join(map(str, shape)),
+                "speed": reached,
+                "loop": its_loop,
+                "peak": peak,
+                "share": None if peak is None else reached / peak,
+            }
         )
     about = machine()
     table = Table(title=f"Products of codes, one thread, {about['cpu']}, median of {arguments.rounds} rounds")
     for column in ("instructions", "kernel", "bits", "M x N x K", "10^9 multiply-adds/s", "loop", "loop's", "share"):
         table.add_column(column, justify="left" if column in ("instructions", "kernel", "loop") else "right")
     for r in results:
-        reached = ("", "") if r["peak"] is None else (f"{r['peak']:.0f}", f"{100 * r['share']:.0f} %")
-        table.add_row(
-            r["isa"], r["product"], str(r["bits"]), r["shape"], f"{r['speed']:.0f}", r["loop"] or "", *reached
-        )
+        limit = ("", "") if r["peak"] is None else (f"{r['peak']:.0f}", f"{100 * r['share']:.0f} %")
+        table.add_row(r["isa"], r["product"], str(r["bits"]), r["shape"], f"{r['speed']:.0f}", r["loop"], *limit)
+
     Console().print(table)
     if arguments.json:
         arguments.json.write_text(json.dumps({"machine": about, "results": results}))

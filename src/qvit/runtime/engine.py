@@ -118,11 +118,12 @@ class Engine:
             DataError: as in a call.
         """
         images = self._checked(images)
-        net, found = self.architecture, {}
+        net = self.architecture
+        found: dict[str, NDArray[np.uint8]] = {}
         chunks = [self._model.trace(images[at : at + _TRACED]) for at in range(0, len(images), _TRACED)]
         for key, (_, (_, rows, width)) in chunks[0].items():
             values = b"".join(chunk[key][0] for chunk in chunks)
-            codes = np.frombuffer(values, np.uint8).reshape(len(images), rows, width)
+            codes: NDArray[np.uint8] = np.frombuffer(values, np.uint8).reshape(len(images), rows, width)
             part, block, branch = key
             if part in ("query", "key", "value", "attention"):
                 codes = codes.reshape(len(images), net.num_heads, net.tokens, width)
