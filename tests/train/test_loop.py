@@ -145,7 +145,7 @@ def test_training_without_a_teacher(tmp_path: Path, teacher: FloatModel, digits:
     result = train_quantized(
         teacher, None, "rectify", (4, 4), "token", digits, recipe, Options(tmp_path), Console(quiet=True)
     )
-    assert result.accuracy.top1 > 80
+    assert result.accuracy.top1 > 70
 
 
 def test_guided_method_needs_a_teacher(tmp_path: Path, teacher: FloatModel, digits: ImageSets, recipe: Recipe) -> None:

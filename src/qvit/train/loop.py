@@ -278,8 +278,10 @@ def fit(
                 # All parts of the batch are done, in this process and in the others.
                 step = together(parts, device, stop=sigterm.received, save=run.is_due(options.save_every))
                 norm = gradient_norm(model)
-                if not (math.isfinite(step.sums["train_loss"]) and math.isfinite(norm)):
-                    where = first_non_finite(model, partial(_again, accelerator, loss_fn, student, parts))
+                finite = math.isfinite(step.sums["train_loss"])
+                if not (finite and math.isfinite(norm)):
+                    again = partial(_again, accelerator, loss_fn, student, parts)
+                    where = first_non_finite(model, again, loss_was_finite=finite)
                     raise NonFiniteLossError(non_finite_message(run, where))
                 if 0 < clip < norm:
                     scale_gradients(model, clip / norm)

@@ -13,7 +13,7 @@ from qvit.train.distributed import whole
 
 
 @torch.no_grad()
-def first_non_finite(model: nn.Module, run: Callable[[], object]) -> str:
+def first_non_finite(model: nn.Module, run: Callable[[], object], *, loss_was_finite: bool) -> str:
     """Return what first holds a NaN or an infinity: a weight, the output of a module, or a gradient, as they come.
 
     An infinity need not reach the loss: a quantizer clips it to its range, and it shows in the gradients alone.
@@ -21,6 +21,7 @@ def first_non_finite(model: nn.Module, run: Callable[[], object]) -> str:
     Args:
         model: the plain model, not its wrapper.
         run: runs it once more on the batch that made the gradients it now has. All processes must do so.
+        loss_was_finite: whether only the gradients were not.
     """
     for name, parameter in model.named_parameters():
         if not _finite(whole(parameter)):
@@ -43,10 +44,12 @@ def first_non_finite(model: nn.Module, run: Callable[[], object]) -> str:
     for those in everywhere:
         if those:
             return those[0]
+    if not loss_was_finite:
+        return "the loss itself: every layer's output is finite"
     for name, parameter in reversed(list(model.named_parameters())):  # the backward pass comes from the last layer
         if parameter.grad is not None and not _finite(whole(parameter.grad)):
             return f"the gradient of {name}"
-    return "the loss itself: every layer's output is finite"
+    return "the norm of all gradients, each of them finite"
 
 
 def _finite(value: Any) -> bool:
