@@ -46,7 +46,7 @@ def main() -> None:
         student += ["--set", f"quantized.epochs={arguments.epochs}", "--set", "quantized.ema_decay=0.99"]
         start = time.monotonic()
         subprocess.run([*student, "--out", str(out / "whole")], check=True, stdout=subprocess.DEVNULL)
-        limit = (time.monotonic() - start) / arguments.kills
+        limit = (time.monotonic() - start) / (2 * arguments.kills)
         table = Table(title="Kills")
         for column in ("kill", "after", "last.pt then"):
             table.add_column(column, justify="right")

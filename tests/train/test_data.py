@@ -1,3 +1,4 @@
+import itertools
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from PIL import Image
 
 from qvit.errors import CorruptImageError, DataError
 from qvit.train.data import Images, ImageSets, make_loader, make_transform, open_data, open_validation, readable
+from qvit.train.order import Share
 
 PREPROCESSING = {"input_size": (3, 8, 8), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0}
 
@@ -111,3 +113,21 @@ def test_repeated_augmentation_shows_an_image_three_times(image_folder: Callable
     chosen = Counter(sample.image for batch in loader.batch_sampler for sample in batch)
     assert len(chosen) == 100
     assert set(chosen.values()) == {3}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_is_augmented_alike_in_whatever_process(digits: ImageSets, workers: int) -> None:
+    preprocessing = {"input_size": (1, 8, 8), "mean": (0.5,), "std": (0.5,), "crop_pct": 1.0}
+    augmentation = {"scale": [0.3, 1.0], "hflip": 0.5, "re_prob": 0.5, "auto_augment": "rand-m9-mstd0.5-inc1"}
+    transform = make_transform(preprocessing, {**augmentation, "color_jitter": None})
+
+    def batches(workers: int, share: Share) -> list[torch.Tensor]:
+        torch.manual_seed(workers)
+        loader = make_loader(digits.train, transform, 64, shuffle=True, workers=workers, seed=5, share=share)
+        return [batch.images for batch in itertools.islice(loader, 3)]
+
+    alone = batches(0, Share())
+    first, second = (batches(workers, Share(process, 2)) for process in range(2))
+    for whole, one, other in zip(alone, first, second, strict=True):
+        assert torch.equal(whole[0::2], one)
+        assert torch.equal(whole[1::2], other)

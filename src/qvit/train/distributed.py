@@ -33,8 +33,7 @@ def spread(model: VisionTransformer, accelerator: Accelerator, *, fsdp: bool) ->
         shard(model)
         return model
     devices = None if accelerator.device.type == "cpu" else [accelerator.device]
-    # No broadcast of buffers at every step: the rectifiers compute their statistics over all processes.
-    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+    return DistributedDataParallel(model, device_ids=devices)
 
 
 def shard(model: VisionTransformer) -> None:
