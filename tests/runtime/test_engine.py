@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from conftest import make_vit
+from packed_models import make_packed
 from qvit import QuantConfig
 from qvit.errors import ConfigError, DataError
 from qvit.runtime.engine import Engine, instruction_sets, load
@@ -164,3 +166,21 @@ def test_unknown_instruction_set_is_refused(path: Path) -> None:
 def test_best_instruction_set_is_the_default(path: Path) -> None:
     engine: Engine = load(path)
     assert engine.instruction_set == instruction_sets()[0]
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "quick_gelu", "silu", "relu"])
+def test_few_codes_after_an_activation_are_the_references(activation: str) -> None:
+    for offset in (0.0, -0.3, 0.4):
+        for scale in (0.05, 0.3, 1.0):  # steps below the function's minimum, across it and above it
+            model = make_packed(2, activation=activation, seed=3)
+            for name, array in model.tensors.items():
+                if name.endswith(("fc2.input_offset", "fc2.input_scale")):
+                    array[...] = offset if name.endswith("offset") else scale
+            images = np.random.default_rng(0).standard_normal((9, 3, *model.architecture.image_size)).astype(np.float32)
+            expected: dict[str, NDArray[np.int64]] = {}
+            ReferenceEngine(model, watch=expected.__setitem__)(images)
+            for isa in instruction_sets():
+                codes = Engine(copy.deepcopy(model), threads=1, instruction_set=isa).codes(images)
+                for block in range(model.architecture.depth):
+                    name = f"blocks.{block}.mlp.fc2"
+                    assert np.mean(codes[name] != expected[name] + 2) < 1e-3, isa

@@ -60,6 +60,16 @@ struct Rounding {
     float step, offset, low, top;
 };
 
+// An activation function and a quantizer of at most kSteps + 1 codes as one: the codes are counted by comparing, since
+// all these functions fall to a minimum and rise from there. A value has code j or more where it is at least rising[j - 1]
+// or where its negative is at least falling[j - 1].
+constexpr size_t kSteps = 3;
+struct Steps {
+    float rising[kSteps], falling[kSteps];
+    bool falls;    // whether any of falling is finite
+    size_t count;  // of codes above 0; 0 if this is not possible
+};
+
 // LayerNorm or RMSNorm over the first `width` of `padded` values, and a token rectifier, which divides beta by the
 // deviation too: ((x - mean) * weight + inner) / deviation + bias.
 struct Normalize {
@@ -83,6 +93,9 @@ struct RowOps {
     void (*activate_sums)(const int32_t* sums, size_t stride, size_t rows, size_t width, const float* scale,
                           const float* shift, Activation activation, Quantize quantize, uint8_t* out,
                           size_t out_stride);
+    // The same codes by counting.
+    void (*step_sums)(const int32_t* sums, size_t stride, size_t rows, size_t width, const float* scale,
+                      const float* shift, const Steps& steps, uint8_t* out, size_t out_stride);
     // out = sums * scale[c] + shift[c]
     void (*store_sums)(const int32_t* sums, size_t stride, size_t rows, size_t width, const float* scale,
                        const float* shift, float* out, size_t out_stride);

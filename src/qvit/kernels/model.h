@@ -96,6 +96,7 @@ struct Mlp {
     enum class Kind { plain, first_half, second_half, split } kind = Kind::plain;  // where the gate is
     Activation activation = Activation::gelu;
     size_t inputs = 0, hidden = 0;  // width that enters the last layer, and padded
+    Steps steps{};                  // activation and quantization as one, for few codes
 };
 
 struct Block {

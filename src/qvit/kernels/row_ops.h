@@ -127,6 +127,28 @@ void activate_sums(const int32_t* sums, size_t stride, size_t rows, size_t width
     });
 }
 
+template <bool falls>
+inline void count_steps(const int32_t* sums, size_t stride, size_t rows, size_t width, const float* scale,
+                        const float* shift, const Steps& steps, uint8_t* out, size_t out_stride) {
+    for (size_t r = 0; r < rows; ++r)
+        for (size_t c = 0; c < width; c += kWidth) {
+            const Float x = simd::load_sums(sums + r * stride + c);
+            const Float y = simd::fma(x, simd::load(scale + c), simd::load(shift + c));
+            Float code = simd::set(0.0f);
+            for (const float step : steps.rising) code = simd::count_at_least(code, y, simd::set(step));
+            const Float negative = simd::sub(simd::set(0.0f), y);
+            if constexpr (falls)
+                for (const float step : steps.falling) code = simd::count_at_least(code, negative, simd::set(step));
+            simd::store_codes(out + r * out_stride + c, code);
+        }
+}
+
+void step_sums(const int32_t* sums, size_t stride, size_t rows, size_t width, const float* scale, const float* shift,
+               const Steps& steps, uint8_t* out, size_t out_stride) {
+    const auto count = steps.falls ? count_steps<true> : count_steps<false>;
+    count(sums, stride, rows, width, scale, shift, steps, out, out_stride);
+}
+
 void store_sums(const int32_t* sums, size_t stride, size_t rows, size_t width, const float* scale,
                 const float* shift, float* out, size_t out_stride) {
     for (size_t r = 0; r < rows; ++r)
@@ -244,7 +266,7 @@ void activate(float* x, size_t count, Activation activation) {
     });
 }
 
-constexpr RowOps kRowOps = {quantize_sums, quantize_head,   activate_sums, store_sums, add_sums,
-                            softmax_codes, normalize_codes, normalize,     quantize,   activate};
+constexpr RowOps kRowOps = {quantize_sums, quantize_head,   activate_sums, step_sums, store_sums, add_sums,
+                            softmax_codes, normalize_codes, normalize,     quantize,  activate};
 
 }  // namespace

@@ -25,6 +25,10 @@ inline Float div(Float a, Float b) { return _mm256_div_ps(a, b); }
 inline Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
 inline Float min(Float a, Float b) { return _mm256_min_ps(a, b); }
 inline Float max(Float a, Float b) { return _mm256_max_ps(a, b); }
+inline Float count_at_least(Float count, Float x, Float threshold) {
+    const Float reached = _mm256_cmp_ps(x, threshold, _CMP_GE_OQ);
+    return _mm256_add_ps(count, _mm256_and_ps(reached, _mm256_set1_ps(1.0f)));
+}
 inline Float round(Float x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 // The divider works beside the multiplications around it, and is the same on every make of processor; rcpps is not.
 inline Float reciprocal(Float x) { return _mm256_div_ps(_mm256_set1_ps(1.0f), x); }

@@ -23,6 +23,10 @@ inline Float div(Float a, Float b) { return _mm512_div_ps(a, b); }
 inline Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
 inline Float min(Float a, Float b) { return _mm512_min_ps(a, b); }
 inline Float max(Float a, Float b) { return _mm512_max_ps(a, b); }
+inline Float count_at_least(Float count, Float x, Float threshold) {
+    const __mmask16 reached = _mm512_cmp_ps_mask(x, threshold, _CMP_GE_OQ);
+    return _mm512_mask_add_ps(count, reached, count, _mm512_set1_ps(1.0f));
+}
 inline Float round(Float x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Float reciprocal(Float x) {
     const Float r = _mm512_rcp14_ps(x);  // one Newton step doubles its 14 bits

@@ -24,6 +24,10 @@ inline Float div(Float a, Float b) { return vdivq_f32(a, b); }
 inline Float fma(Float a, Float b, Float c) { return vfmaq_f32(c, a, b); }
 inline Float min(Float a, Float b) { return vminnmq_f32(a, b); }
 inline Float max(Float a, Float b) { return vmaxnmq_f32(a, b); }
+inline Float count_at_least(Float count, Float x, Float threshold) {
+    const uint32x4_t one = vreinterpretq_u32_f32(vdupq_n_f32(1.0f));
+    return vaddq_f32(count, vreinterpretq_f32_u32(vandq_u32(vcgeq_f32(x, threshold), one)));
+}
 inline Float round(Float x) { return vrndnq_f32(x); }
 inline Float reciprocal(Float x) { return vdivq_f32(vdupq_n_f32(1.0f), x); }
 inline Float power_of_two(Float n) {

@@ -22,6 +22,8 @@ inline Float div(Float a, Float b) { return a / b; }
 inline Float fma(Float a, Float b, Float c) { return a * b + c; }
 inline Float min(Float a, Float b) { return a < b ? a : b; }
 inline Float max(Float a, Float b) { return a > b ? a : b; }
+// count, one more where x >= threshold
+inline Float count_at_least(Float count, Float x, Float threshold) { return x >= threshold ? count + 1.0f : count; }
 inline Float round(Float x) { return std::nearbyint(x); }
 inline Float reciprocal(Float x) { return 1.0f / x; }
 // 2^n for a whole number n >= -126
