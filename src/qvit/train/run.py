@@ -217,12 +217,14 @@ def read_last(folder: Path, card: ModelCard, console: Console) -> Saved:
     path = folder / LAST
     try:
         its, weights, training = read_checkpoint(path)
-    except CheckpointError as damage:
+    except CheckpointError:
         path = folder / PREVIOUS
         if not path.exists():
             raise
         its, weights, training = read_checkpoint(path)
-        console.print(f"{damage} Going on from {path.name}, the one before it.", highlight=False, soft_wrap=True)
+        state = "damaged" if (folder / LAST).exists() else "absent"
+        said = f"{folder / LAST} is {state}: falling back to {path.name}, the one before it."
+        console.print(said, highlight=False, soft_wrap=True)
     same = ("name", "quant_config", "model_args", "classes")
     if training is None or any(getattr(its, field) != getattr(card, field) for field in same):
         raise CheckpointError(f"{path} is of another model or another run: give the same arguments, or another --out.")
