@@ -7,6 +7,7 @@ namespace qvit {
 namespace {
 
 constexpr int kSpins = 4000;
+constexpr int kLinger = 8 * kSpins;
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -14,6 +15,12 @@ inline void relax() {
 #elif defined(__aarch64__)
     asm volatile("yield");
 #endif
+}
+
+// Spin until done() or for so many rounds.
+template <class Done>
+void spin(int rounds, Done done) {
+    for (int round = 0; round < rounds && !done(); ++round) relax();
 }
 
 }  // namespace
@@ -37,7 +44,8 @@ void ThreadPool::start() {
     for (auto& worker : workers_) worker.detach();  // of the parent process: they do not exist here
     workers_.clear();
     owner_ = getpid();
-    for (size_t thread = 1; thread < threads_; ++thread) workers_.emplace_back([this, thread, seen = call_] { serve(thread, seen); });
+    for (size_t thread = 1; thread < threads_; ++thread)
+        workers_.emplace_back([this, thread, seen = call_.load()] { serve(thread, seen); });
 }
 
 void ThreadPool::run(const std::function<void(size_t)>& work) {
@@ -53,6 +61,7 @@ void ThreadPool::run(const std::function<void(size_t)>& work) {
     }
     work(0);
     if (threads_ > 1) {
+        spin(kSpins, [this] { return busy_ == 0; });
         std::unique_lock<std::mutex> lock(mutex_);
         done_.wait(lock, [this] { return busy_ == 0; });
     }
@@ -61,6 +70,7 @@ void ThreadPool::run(const std::function<void(size_t)>& work) {
 void ThreadPool::serve(size_t thread, unsigned long seen) {
     for (;;) {
         const std::function<void(size_t)>* work;
+        spin(kLinger, [&] { return stop_ || call_ != seen; });
         {
             std::unique_lock<std::mutex> lock(mutex_);
             wake_.wait(lock, [&] { return stop_ || call_ != seen; });

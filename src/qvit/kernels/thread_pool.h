@@ -10,8 +10,9 @@
 
 namespace qvit {
 
-// Workers sleep between calls, so that an idle engine takes nothing from NumPy's or PyTorch's threads; within a call
-// they wait for one another by spinning for some microseconds and then giving way.
+// Workers sleep between calls, so that an idle engine takes nothing from NumPy's or PyTorch's threads. They linger a
+// fraction of a millisecond first: a call that follows at once finds them awake and on processors of their own. Within a
+// call they wait for one another by spinning for some microseconds and then giving way.
 class ThreadPool {
   public:
     explicit ThreadPool(size_t threads);
@@ -35,9 +36,9 @@ class ThreadPool {
     std::mutex mutex_;
     std::condition_variable wake_, done_;
     const std::function<void(size_t)>* work_ = nullptr;
-    unsigned long call_ = 0;
-    size_t busy_ = 0;
-    bool stop_ = false;
+    std::atomic<unsigned long> call_{0};
+    std::atomic<size_t> busy_{0};
+    std::atomic<bool> stop_{false};
     std::atomic<size_t> arrived_{0};
     std::atomic<size_t> generation_{0};
 };
