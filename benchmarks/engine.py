@@ -2,11 +2,12 @@
 
 Without --scaling: DeiT-T and DeiT-S, 224 x 224, batch 1 and 8, 2 threads, at 4 and 2 bits beside every runtime that is
 installed (pip install 'qvit[train,bench]'), interleaved in one run. With it: the engine alone against the batch, the
-number of tokens and threads. Random weights.
+number of tokens and threads. With --profile: what the engine's time goes to, one image, one thread. Random weights.
 
 Examples:
   python benchmarks/engine.py --json engine.json
   python benchmarks/engine.py --scaling --json scaling.json
+  python benchmarks/engine.py --profile --json profile.json
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from qvit.bench import ROUNDS, Comparison, Timing, compare
+import qvit
+from qvit.bench import ROUNDS, Comparison, Timing, compare, machine
 from qvit.peers import PEERS
 from random_models import HEADS, write_random
 
@@ -62,8 +65,8 @@ def scaling(names: Sequence[str], bits: Sequence[int], rounds: int) -> dict[str,
             size: _compare(name, bits, size, BATCHES if size == IMAGE_SIZES[0] else (1,), (1, 2), (), rounds)
             for size in IMAGE_SIZES
         }
-        machine = by_size[IMAGE_SIZES[0]].machine
-        table = Table(title=f"{name}, {machine['cpu']}", caption="relative: time an image, to batch 1 of 197 tokens")
+        about = by_size[IMAGE_SIZES[0]].machine
+        table = Table(title=f"{name}, {about['cpu']}", caption="relative: time an image, to batch 1 of 197 tokens")
         for column in ("engine", "threads", "tokens", "batch", "ms", "ms an image", "relative"):
             table.add_column(column, justify="left" if column == "engine" else "right")
         rows = []
@@ -80,7 +83,29 @@ def scaling(names: Sequence[str], bits: Sequence[int], rounds: int) -> dict[str,
             times = f"{1e3 * row['median']:.2f}", f"{1e3 * row['per_image']:.2f}", f"{row['relative']:.2f}"
             table.add_row(row["engine"], *(str(row[key]) for key in ("threads", "tokens", "batch")), *times)
         console.print(table)
-        results[name] = {"machine": machine, "versions": by_size[IMAGE_SIZES[0]].versions, "rows": rows}
+        results[name] = {"machine": about, "versions": by_size[IMAGE_SIZES[0]].versions, "rows": rows}
+    return results
+
+
+def profile(names: Sequence[str], bits: Sequence[int]) -> dict[str, Any]:
+    """Measure and print the share of each kind of work in one image on one thread; return the seconds as plain data."""
+    results: dict[str, Any] = {"machine": machine()}
+    with tempfile.TemporaryDirectory(prefix="qvit-models-") as folder:
+        for name in names:
+            for b in bits:
+                engine = qvit.load(write_random(Path(folder) / "model.safetensors", name, b, 224), threads=1)
+                image = np.random.default_rng(0).standard_normal((1, 3, 224, 224)).astype(np.float32)
+                results[f"{name}, {b} bits"] = engine.profile(image, repeats=100)
+    table = Table(title=f"Share of the time (%), one image, one thread, {results['machine']['cpu']}")
+    table.add_column("work")
+    columns = [key for key in results if key != "machine"]
+    for column in columns:
+        table.add_column(column, justify="right")
+    totals = {column: sum(results[column].values()) for column in columns}
+    for work in results[columns[0]]:
+        table.add_row(work, *(f"{100 * results[column][work] / totals[column]:.1f}" for column in columns))
+    table.add_row("milliseconds", *(f"{1e3 * totals[column]:.2f}" for column in columns), end_section=True)
+    console.print(table)
     return results
 
 
@@ -127,9 +152,12 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--scaling", action="store_true", help="the engine alone, against batch, tokens and threads")
+    parser.add_argument("--profile", action="store_true", help="the engine alone: what its time goes to")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    if arguments.scaling:
+    if arguments.profile:
+        results = profile(arguments.models, arguments.bits)
+    elif arguments.scaling:
         results = scaling(arguments.models, arguments.bits, arguments.rounds)
     else:
         results = beside_peers(arguments.models, arguments.bits, arguments.peers, arguments.rounds)
