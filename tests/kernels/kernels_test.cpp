@@ -252,7 +252,7 @@ void check_norms(const char* isa, const RowOps& ops, size_t width, bool rms, boo
         for (size_t c = 0; c < width; ++c) {
             const double centred = (x[r * stride + c] - mean) * weight[c] + (rectifier ? inner[c] : 0.0);
             const double y = centred / std::sqrt(variance + 1e-6) + bias[c];
-            check_value(isa, "normalize", out[r * stride + c], y, 2e-5);
+            check_value(isa, "normalize", out[r * stride + c], y, 2e-5 * std::max(1.0, std::fabs(y)));
             check_code(isa, "normalize_codes", codes[r * stride + c], y, 15.0, 2e-5);
         }
     }
