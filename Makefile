@@ -23,6 +23,7 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(wildcard src/qvit/kernels/*.h src/qvit/kernels/*.cpp tests/kernels/*.cpp benchmarks/*.cpp)
 
 test: lint
 	$(BIN)/python -m pytest

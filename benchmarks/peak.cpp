@@ -10,16 +10,18 @@ namespace {
 
 // Twelve independent sums hide every latency. No register is named as changed but those that a caller may rely on: the
 // loops touch vector registers only, and nothing else here uses them.
-#define TWELVE(LINE) LINE("0") LINE("1") LINE("2") LINE("3") LINE("4") LINE("5") \
-                     LINE("6") LINE("7") LINE("8") LINE("9") LINE("10") LINE("11")
+#define TWELVE(LINE) \
+    LINE("0")        \
+    LINE("1") LINE("2") LINE("3") LINE("4") LINE("5") LINE("6") LINE("7") LINE("8") LINE("9") LINE("10") LINE("11")
 #define DOT_512(SUM) "vpdpbusd %%zmm31, %%zmm30, %%zmm" SUM "\n"
 #define DOT_256(SUM) "vpdpbusd %%ymm31, %%ymm30, %%ymm" SUM "\n"
 #define LOOKUP_512(SUM) "vpermb %%zmm31, %%zmm30, %%zmm29\n vpaddb %%zmm29, %%zmm" SUM ", %%zmm" SUM "\n"
 #define LOOKUP_256(SUM) "vpshufb %%ymm15, %%ymm14, %%ymm13\n vpaddb %%ymm13, %%ymm" SUM ", %%ymm" SUM "\n"
 #define PAIRS_256(SUM) "vpmaddubsw %%ymm15, %%ymm14, %%ymm13\n vpaddw %%ymm13, %%ymm" SUM ", %%ymm" SUM "\n"
 #define WORDS_256(SUM) "vpmaddwd %%ymm15, %%ymm14, %%ymm13\n vpaddd %%ymm13, %%ymm" SUM ", %%ymm" SUM "\n"
-#define CHANGED "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", \
-                "xmm12", "xmm13", "xmm14", "xmm15"
+#define CHANGED                                                                                                \
+    "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", \
+        "xmm13", "xmm14", "xmm15"
 
 constexpr long kRounds = 300000;
 

@@ -47,8 +47,8 @@ struct Extent {
     size_t rows, channels, depth;
 };
 
-void check_product(const char* isa, const Product& product, int left_bits, int right_bits, Pattern left,
-                   Pattern right, Extent size) {
+void check_product(const char* isa, const Product& product, int left_bits, int right_bits, Pattern left, Pattern right,
+                   Extent size) {
     const size_t k = round_up(size.depth, kChannels), n = round_up(size.channels, product.group);
     const int low = 1 << (right_bits - 1);
     std::vector<int> a(size.rows * size.depth), w(size.channels * size.depth);
@@ -190,8 +190,8 @@ void check_sums(const char* isa, const RowOps& ops) {
     ops.add_sums(sums.data(), stride, rows, width, scale.data(), shift.data(), out.data(), stride);
     for (size_t r = 0; r < rows; ++r)
         for (size_t c = 0; c < stride; ++c)
-            check_value(isa, "add_sums", out[r * stride + c],
-                        before[r * stride + c] + (c < width ? value(r, c) : 0.0), close);
+            check_value(isa, "add_sums", out[r * stride + c], before[r * stride + c] + (c < width ? value(r, c) : 0.0),
+                        close);
 
     // Halves, exact in float, go to the even code.
     const Buffer<float> half = reals(width, 0.5, 0.5), nothing(width);
@@ -275,8 +275,7 @@ void check_floats(const char* isa, const RowOps& ops) {
             for (size_t i = 0; i < x.size(); ++i) y[i] = x[i];
             ops.activate(y.data(), y.size(), activation);
             for (size_t i = 0; i < x.size(); ++i)
-                check_value(isa, "activate", y[i], activated(x[i], activation),
-                            1e-6 + 1e-6 * std::fabs(x[i]));
+                check_value(isa, "activate", y[i], activated(x[i], activation), 1e-6 + 1e-6 * std::fabs(x[i]));
         }
 }
 

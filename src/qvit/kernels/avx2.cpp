@@ -60,8 +60,8 @@ struct Wide {
                     const uint32_t codes = static_cast<uint32_t>(load_word(a + r * stride + at));
                     const __m256i left_even = _mm256_set1_epi32(static_cast<int>(codes & 0x00ff00ff));
                     const __m256i left_odd = _mm256_set1_epi32(static_cast<int>(codes >> 8 & 0x00ff00ff));
-                    const __m256i both = _mm256_add_epi32(_mm256_madd_epi16(left_even, even),
-                                                          _mm256_madd_epi16(left_odd, odd));
+                    const __m256i both =
+                        _mm256_add_epi32(_mm256_madd_epi16(left_even, even), _mm256_madd_epi16(left_odd, odd));
                     sums[r][v] = _mm256_add_epi32(sums[r][v], both);
                 });
             });

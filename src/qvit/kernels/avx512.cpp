@@ -246,12 +246,21 @@ void run_lookup(const uint8_t* rows, size_t stride, size_t count, const uint8_t*
     }
 }
 
-constexpr Product kLookup = {"lookup", 2, 2, kGroup, 192, lookup_weight_bytes, lookup_pack_channel,
-                             lookup_row_bytes, lookup_pack_rows, run_lookup, lookup_pack_columns};
-constexpr Product kDense = {"vnni", 8, 8, kChannels, 64, dense_weight_bytes, dense_pack_channel, byte_row,
-                            nullptr, run_dense};
-constexpr Product kNibble = {"vnni-4", 8, 4, kPair, 64, nibble_weight_bytes, nibble_pack_channel, byte_row,
-                             nullptr, run_nibbles};
+constexpr Product kLookup = {"lookup",
+                             2,
+                             2,
+                             kGroup,
+                             192,
+                             lookup_weight_bytes,
+                             lookup_pack_channel,
+                             lookup_row_bytes,
+                             lookup_pack_rows,
+                             run_lookup,
+                             lookup_pack_columns};
+constexpr Product kDense = {"vnni",   8,       8,        kChannels, 64, dense_weight_bytes, dense_pack_channel,
+                            byte_row, nullptr, run_dense};
+constexpr Product kNibble = {"vnni-4", 8,       4,          kPair, 64, nibble_weight_bytes, nibble_pack_channel,
+                             byte_row, nullptr, run_nibbles};
 constexpr Product kProducts[] = {kLookup, kNibble, kDense};
 constexpr Product kMoving[] = {kLookup, kDense};
 

@@ -54,7 +54,7 @@ LinearSpec linear_spec(const nb::dict& part, size_t outputs, size_t inputs) {
     const int bits = get<int>(part, "weight_bits");
     need(bits >= 2 && bits <= 8, "bits");
     need(codes.shape(0) == outputs && codes.shape(1) == (inputs * static_cast<size_t>(bits) + 7) / 8, "codes");
-    return {codes.data(), codes.shape(1), bits, floats(part, "scale", outputs), floats(part, "bias", outputs),
+    return {codes.data(),   codes.shape(1), bits, floats(part, "scale", outputs), floats(part, "bias", outputs),
             quantizer(part)};
 }
 
@@ -141,11 +141,11 @@ void set_embedding(Model& model, const nb::dict& part) {
     const Shape& shape = model.shape();
     const size_t inputs = shape.channels * shape.patch_height * shape.patch_width;
     const size_t patches = (shape.height / shape.patch_height) * (shape.width / shape.patch_width);
-    model.set_embedding(
-        linear_spec(get<nb::dict>(part, "patch"), shape.embed_dim, inputs), norm(part, "norm", model.width_parts()),
-        shape.prefix == 0 ? nullptr : floats(part, "prefix", shape.prefix * shape.embed_dim),
-        has(part, "positions") ? floats(part, "positions", patches * shape.embed_dim) : nullptr,
-        norm(part, "pre_norm", model.width_parts()));
+    model.set_embedding(linear_spec(get<nb::dict>(part, "patch"), shape.embed_dim, inputs),
+                        norm(part, "norm", model.width_parts()),
+                        shape.prefix == 0 ? nullptr : floats(part, "prefix", shape.prefix * shape.embed_dim),
+                        has(part, "positions") ? floats(part, "positions", patches * shape.embed_dim) : nullptr,
+                        norm(part, "pre_norm", model.width_parts()));
 }
 
 void add_block(Model& model, const nb::dict& part) {
@@ -266,34 +266,44 @@ NB_MODULE(_kernels, m) {
         for (size_t i = 0; i < count; ++i) names.emplace_back(isas[i]->name);
         return names;
     });
-    m.def("products", [](const std::string& isa) {
-        const Isa& set = isa_named(isa);
-        std::vector<std::pair<std::string, std::pair<int, int>>> products;
-        for (size_t i = 0; i < set.product_count; ++i)
-            products.push_back({set.products[i].name, {set.products[i].left_bits, set.products[i].right_bits}});
-        return products;
-    }, "isa"_a);
+    m.def(
+        "products",
+        [](const std::string& isa) {
+            const Isa& set = isa_named(isa);
+            std::vector<std::pair<std::string, std::pair<int, int>>> products;
+            for (size_t i = 0; i < set.product_count; ++i)
+                products.push_back({set.products[i].name, {set.products[i].left_bits, set.products[i].right_bits}});
+            return products;
+        },
+        "isa"_a);
 
     nb::class_<Matrix>(m, "Matrix")
         .def(nb::init<const std::string&, const std::string&, Array<int8_t, 2>>(), "isa"_a, "product"_a, "codes"_a)
         .def("multiply", &Matrix::multiply, "a"_a, "out"_a, "repeats"_a = 1);
 
     nb::class_<Model>(m, "Model")
-        .def("__init__", [](Model* self, const std::string& isa, const nb::dict& shape, size_t threads) {
-            new (self) Model(isa_named(isa), shape_of(shape), threads);
-        }, "isa"_a, "shape"_a, "threads"_a)
+        .def(
+            "__init__",
+            [](Model* self, const std::string& isa, const nb::dict& shape, size_t threads) {
+                new (self) Model(isa_named(isa), shape_of(shape), threads);
+            },
+            "isa"_a, "shape"_a, "threads"_a)
         .def("set_embedding", set_embedding, "part"_a)
         .def("add_block", add_block, "part"_a)
         .def("set_head", set_head, "part"_a)
-        .def("forward", [](Model& model, Array<float, 4> images,
-                           nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu> logits) {
-            const Shape& shape = model.shape();
-            need(images.shape(1) == shape.channels && images.shape(2) == shape.height &&
-                     images.shape(3) == shape.width && logits.shape(0) == images.shape(0) &&
-                     logits.shape(1) == shape.classes, "shapes do not fit");
-            const nb::gil_scoped_release release;
-            model.forward(images.data(), images.shape(0), logits.data());
-        }, "images"_a, "logits"_a)
+        .def(
+            "forward",
+            [](Model& model, Array<float, 4> images,
+               nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu> logits) {
+                const Shape& shape = model.shape();
+                need(images.shape(1) == shape.channels && images.shape(2) == shape.height &&
+                         images.shape(3) == shape.width && logits.shape(0) == images.shape(0) &&
+                         logits.shape(1) == shape.classes,
+                     "shapes do not fit");
+                const nb::gil_scoped_release release;
+                model.forward(images.data(), images.shape(0), logits.data());
+            },
+            "images"_a, "logits"_a)
         .def("trace", trace, "images"_a)
         .def("set_timed", &Model::set_timed, "timed"_a)
         .def("profile", &Model::profile);

@@ -44,7 +44,8 @@ struct Product {
                 size_t first, size_t last, int32_t* out, size_t out_stride);
     // Pack a right-hand side given the other way round: k rows of `width` unsigned codes, the signed ones plus `low`.
     // Null where the layout is the dense one.
-    void (*pack_columns)(const uint8_t* codes, size_t stride, size_t k, size_t width, int low, uint8_t* packed) = nullptr;
+    void (*pack_columns)(const uint8_t* codes, size_t stride, size_t k, size_t width, int low,
+                         uint8_t* packed) = nullptr;
 };
 
 enum class Activation : int { gelu, gelu_tanh, quick_gelu, silu, relu, none };
@@ -61,8 +62,8 @@ struct Rounding {
 };
 
 // An activation function and a quantizer of at most kSteps + 1 codes as one: the codes are counted by comparing, since
-// all these functions fall to a minimum and rise from there. A value has code j or more where it is at least rising[j - 1]
-// or where its negative is at least falling[j - 1].
+// all these functions fall to a minimum and rise from there. A value has code j or more where it is at least rising[j -
+// 1] or where its negative is at least falling[j - 1].
 constexpr size_t kSteps = 3;
 struct Steps {
     float rising[kSteps], falling[kSteps];
@@ -105,13 +106,11 @@ struct RowOps {
     // Rows of logits (log2 e included) = sums * scale + shift[column]; softmax over them; codes =
     // min(round(p * inverse), top). totals[row] = sum of the row's codes.
     void (*softmax_codes)(const int32_t* sums, size_t stride, size_t rows, size_t width, float scale,
-                          const float* shift, float inverse, float top, uint8_t* out, size_t out_stride,
-                          float* totals);
+                          const float* shift, float inverse, float top, uint8_t* out, size_t out_stride, float* totals);
     // codes = clamp(round(normalized)), with the quantizer already inside weight and bias
-    void (*normalize_codes)(const float* x, size_t stride, size_t rows, const Normalize& norm, float top,
-                            uint8_t* out, size_t out_stride);
-    void (*normalize)(const float* x, size_t stride, size_t rows, const Normalize& norm, float* out,
-                      size_t out_stride);
+    void (*normalize_codes)(const float* x, size_t stride, size_t rows, const Normalize& norm, float top, uint8_t* out,
+                            size_t out_stride);
+    void (*normalize)(const float* x, size_t stride, size_t rows, const Normalize& norm, float* out, size_t out_stride);
     // codes = quantize(x)
     void (*quantize)(const float* x, size_t stride, size_t rows, size_t width, Rounding quantizer, uint8_t* out,
                      size_t out_stride);

@@ -11,16 +11,19 @@ namespace qvit {
 namespace {
 
 constexpr double kLog2E = 1.4426950408889634;
-constexpr size_t kBlockRows = 60;     // rows that one task takes through a block: their codes stay in the second cache
+constexpr size_t kBlockRows = 60;      // rows that one task takes through a block: their codes stay in the second cache
 constexpr size_t kRowUnit = 6;         // tasks begin at multiples of it, for whole tiles; kBlockRows is one
-constexpr size_t kAttentionRows = 12; // query rows whose logits are in the first cache together
+constexpr size_t kAttentionRows = 12;  // query rows whose logits are in the first cache together
 constexpr size_t kLargestTile = 192, kLargestGroup = 64;  // of any product
 
 // What the time of a pass goes to.
 enum Work : size_t { kProducts, kAttentionProducts, kSoftmax, kNorms, kActivation, kEpilogues, kRest, kWorks };
-constexpr const char* kWorkNames[kWorks] = {"linear products",        "attention products",
-                                            "softmax",                "norms and their quantization",
-                                            "activation function",    "bias, residual, quantization",
+constexpr const char* kWorkNames[kWorks] = {"linear products",
+                                            "attention products",
+                                            "softmax",
+                                            "norms and their quantization",
+                                            "activation function",
+                                            "bias, residual, quantization",
                                             "embedding, layout, head"};
 
 // One channel's codes from its row of bits.
@@ -144,7 +147,12 @@ Linear::Linear(const Isa& isa, const LinearSpec& spec, Parts out, Parts in)
 
 Normalize Norm::part(size_t index) const {
     const size_t at = index * parts.padded();
-    return {rms, eps, parts.size, parts.padded(), weight.data() + at, bias.data() + at,
+    return {rms,
+            eps,
+            parts.size,
+            parts.padded(),
+            weight.data() + at,
+            bias.data() + at,
             inner.empty() ? nullptr : inner.data() + at};
 }
 
@@ -169,7 +177,12 @@ Norm make_norm(bool rms, float eps, const float* weight, const float* bias, Part
 }
 
 Norm make_rectifier(float eps, const float* gamma, const float* beta, Parts parts) {
-    Norm norm{true, false, eps, parts, Buffer<float>(parts.total()), Buffer<float>(parts.total()),
+    Norm norm{true,
+              false,
+              eps,
+              parts,
+              Buffer<float>(parts.total()),
+              Buffer<float>(parts.total()),
               Buffer<float>(parts.total())};
     for (size_t i = 0; i < parts.count * parts.size; ++i) {
         norm.weight[parts.at(i)] = 1.0f / gamma[i];
@@ -249,7 +262,8 @@ void pack_columns(const Product& product, const uint8_t* codes, size_t stride, s
             const uint8_t* from = codes + at * stride + channel;
             uint8_t* to = packed + dense_index(channel, at, k);
             for (size_t c = 0; c < kChannels; ++c)
-                for (size_t i = 0; i < kDepth; ++i) to[c * kDepth + i] = static_cast<uint8_t>(from[i * stride + c] - low);
+                for (size_t i = 0; i < kDepth; ++i)
+                    to[c * kDepth + i] = static_cast<uint8_t>(from[i * stride + c] - low);
         }
 }
 
@@ -259,8 +273,8 @@ void each_tile(const Linear& layer, const Operand& left, size_t rows, int32_t* s
     const size_t tile = layer.product->tile;
     for (size_t first = 0; first < layer.outputs; first += tile) {
         const size_t last = std::min(first + tile, layer.outputs);
-        layer.product->run(left.rows, left.stride, rows, layer.weights.data(), layer.outputs, layer.inputs, first,
-                           last, sums, tile);
+        layer.product->run(left.rows, left.stride, rows, layer.weights.data(), layer.outputs, layer.inputs, first, last,
+                           sums, tile);
         clock.lap(kProducts);
         use(first, last, tile);
         clock.lap(work);
@@ -298,7 +312,7 @@ struct Model::Pass {
 
     struct Half {
         Buffer<uint8_t> query, key, value;  // keys packed for their product, the others one byte a code
-        Buffer<float> bias;  // of the logits, a key each; -infinity for padding
+        Buffer<float> bias;                 // of the logits, a key each; -infinity for padding
     };
 
     size_t batch, padded_tokens, branch_bytes, key_bytes;
@@ -445,8 +459,8 @@ void Model::embed(Pass& pass, Scratch& s, const Rows& rows) const {
                         shape_.channels * ph * pw, s.codes.data(), inputs);
     float* patches = x + prefix * width_;
     const float* positions = positions_.data() + (rows.begin + prefix - shape_.prefix) * width_;
-    each_tile(patch_, operand(patch_, s.codes.data(), inputs, count, s.packed.data()), count, s.sums.data(), clock, kEpilogues,
-              [&](size_t first, size_t last, size_t tile) {
+    each_tile(patch_, operand(patch_, s.codes.data(), inputs, count, s.packed.data()), count, s.sums.data(), clock,
+              kEpilogues, [&](size_t first, size_t last, size_t tile) {
                   const size_t end = std::min(last, width_);
                   if (first < end)
                       isa_.ops.store_sums(s.sums.data(), tile, count, end - first, patch_.scale.data() + first,
@@ -480,8 +494,8 @@ void Model::project(Pass& pass, Scratch& s, const Rows& rows, size_t index) cons
         const size_t stride = 3 * head_width_;
         const float tops[] = {a.query_quantizer[0].top, a.key_quantizer[0].top, a.value_quantizer[0].top};
         const size_t direct = a.query.empty() ? 0 : 2 * head_width_;  // channels from here on become codes at once
-        each_tile(a.qkv, operand(a.qkv, s.codes.data(), width_, count, s.packed.data()), count, s.sums.data(), clock, kEpilogues,
-                  [&](size_t first, size_t last, size_t tile) {
+        each_tile(a.qkv, operand(a.qkv, s.codes.data(), width_, count, s.packed.data()), count, s.sums.data(), clock,
+                  kEpilogues, [&](size_t first, size_t last, size_t tile) {
                       for (size_t at = first, end; at < std::min(last, stride); at = end) {
                           const size_t section = at / head_width_;
                           end = std::min({last, stride, (section + 1) * head_width_});
@@ -563,10 +577,10 @@ void Model::attend(Pass& pass, Scratch& s, const Rows& rows, size_t index) const
             const float* bias = half.bias.data() + (which * heads.count + head) * depth;
             for (size_t r = 0; r < count; r += kAttentionRows) {
                 const size_t some = std::min(kAttentionRows, count - r);
-                const Operand left = operand(*a.scores, query + (rows.begin + r) * padded, padded, some, padded,
-                                             s.packed.data());
-                a.scores->run(left.rows, left.stride, some, keys, score_width, padded, 0, score_width,
-                              s.scores.data(), score_width);
+                const Operand left =
+                    operand(*a.scores, query + (rows.begin + r) * padded, padded, some, padded, s.packed.data());
+                a.scores->run(left.rows, left.stride, some, keys, score_width, padded, 0, score_width, s.scores.data(),
+                              score_width);
                 clock.lap(kAttentionProducts);
                 isa_.ops.softmax_codes(s.scores.data(), score_width, some, depth, a.logit_scale[head], bias,
                                        a.map_inverse[head], top, s.map.data(), depth, s.totals.data());
@@ -575,12 +589,11 @@ void Model::attend(Pass& pass, Scratch& s, const Rows& rows, size_t index) const
                     pass.trace->see({"attention", index, branch}, rows.image, heads.count * tokens_,
                                     head * tokens_ + rows.begin + r, some, tokens_, s.map.data(), depth);
                 const Operand map = operand(*a.mix, s.map.data(), depth, some, depth, s.packed.data());
-                a.mix->run(map.rows, map.stride, some, s.values.data(), mix_width, depth, 0, mix_width,
-                           s.sums.data(), mix_width);
+                a.mix->run(map.rows, map.stride, some, s.values.data(), mix_width, depth, 0, mix_width, s.sums.data(),
+                           mix_width);
                 clock.lap(kAttentionProducts);
                 if (!a.inner.present) {
-                    for (size_t i = 0; i < some; ++i)
-                        s.totals[i] = s.totals[i] * a.out_total[head] + next.shift;
+                    for (size_t i = 0; i < some; ++i) s.totals[i] = s.totals[i] * a.out_total[head] + next.shift;
                     isa_.ops.quantize_head(s.sums.data(), mix_width, some, padded, a.out_scale[head], s.totals.data(),
                                            next.top, s.codes.data() + r * head_width_ + head * padded, head_width_);
                 } else {
@@ -612,9 +625,8 @@ void Model::attend(Pass& pass, Scratch& s, const Rows& rows, size_t index) const
         }
         if (pass.trace != nullptr)
             for (size_t head = 0; head < heads.count; ++head)
-                pass.trace->see({"proj", index, branch}, rows.image, heads.count * tokens_,
-                                head * tokens_ + rows.begin, count, heads.size, s.codes.data() + head * padded,
-                                head_width_);
+                pass.trace->see({"proj", index, branch}, rows.image, heads.count * tokens_, head * tokens_ + rows.begin,
+                                count, heads.size, s.codes.data() + head * padded, head_width_);
         float* to = block.post ? s.first.data() : x;
         each_tile(a.proj, operand(a.proj, s.codes.data(), head_width_, count, s.packed.data()), count, s.sums.data(),
                   clock, kEpilogues, [&](size_t first, size_t last, size_t tile) {
@@ -664,16 +676,17 @@ void Model::feed_forward(Pass& pass, Scratch& s, const Rows& rows, size_t index)
         if (mlp.kind == Mlp::Kind::plain && !mlp.inner.present) {
             each_tile(mlp.up, enter(mlp.up), count, s.sums.data(), clock, kActivation,
                       [&](size_t first, size_t last, size_t tile) {
-                const size_t end = std::min(last, hidden);
-                if (first >= end) return;
-                if (mlp.steps.count > 0)
-                    isa_.ops.step_sums(s.sums.data(), tile, count, end - first, mlp.up.scale.data() + first,
-                                       mlp.up.shift.data() + first, mlp.steps, s.hidden.data() + first, hidden);
-                else
-                    isa_.ops.activate_sums(s.sums.data(), tile, count, end - first, mlp.up.scale.data() + first,
-                                           mlp.up.shift.data() + first, mlp.activation, next,
-                                           s.hidden.data() + first, hidden);
-            });
+                          const size_t end = std::min(last, hidden);
+                          if (first >= end) return;
+                          if (mlp.steps.count > 0)
+                              isa_.ops.step_sums(s.sums.data(), tile, count, end - first, mlp.up.scale.data() + first,
+                                                 mlp.up.shift.data() + first, mlp.steps, s.hidden.data() + first,
+                                                 hidden);
+                          else
+                              isa_.ops.activate_sums(s.sums.data(), tile, count, end - first,
+                                                     mlp.up.scale.data() + first, mlp.up.shift.data() + first,
+                                                     mlp.activation, next, s.hidden.data() + first, hidden);
+                      });
         } else {
             // Floats first: up and gate side by side, or up alone; then what enters the second layer.
             const size_t stride = mlp.kind == Mlp::Kind::plain ? hidden : 2 * hidden;
@@ -764,7 +777,8 @@ void Model::classify(Pass& pass, Scratch& s, size_t image) const {
         each_tile(layer, operand(layer, s.codes.data(), width_, 1, s.packed.data()), 1, s.sums.data(), clock, kRest,
                   [&](size_t first, size_t last, size_t) {
                       for (size_t c = first; c < std::min(last, shape_.classes); ++c)
-                          logits[c] += share * (static_cast<float>(s.sums[c - first]) * layer.scale[c] + layer.shift[c]);
+                          logits[c] +=
+                              share * (static_cast<float>(s.sums[c - first]) * layer.scale[c] + layer.shift[c]);
                   });
     }
 }
@@ -772,8 +786,8 @@ void Model::classify(Pass& pass, Scratch& s, size_t image) const {
 void Model::prepare(size_t batch) {
     if (scratch_.empty())
         for (size_t thread = 0; thread < pool_.threads(); ++thread)
-            scratch_.push_back(std::make_unique<Scratch>(largest_row_, head_width_ / shape_.heads,
-                                                         round_up(tokens_, kChannels)));
+            scratch_.push_back(
+                std::make_unique<Scratch>(largest_row_, head_width_ / shape_.heads, round_up(tokens_, kChannels)));
     if (pass_ == nullptr || pass_->batch < batch) {
         pass_.reset();  // first the old memory, then the new
         pass_ = std::make_unique<Pass>(batch, *this);

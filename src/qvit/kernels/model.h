@@ -32,7 +32,7 @@ struct Quantizer {
     Quantizer() = default;
     Quantizer(double scale, double offset, int bits);
     static Quantizer unsigned_codes(double scale, int bits);
-    Quantize folded() const;   // as a multiply-add
+    Quantize folded() const;    // as a multiply-add
     Rounding rounding() const;  // step by step
 
     double scale = 1.0, offset = 0.0, start = 0.0;
@@ -79,11 +79,11 @@ Norm make_norm(bool rms, float eps, const float* weight, const float* bias, Part
 Norm make_rectifier(float eps, const float* gamma, const float* beta, Parts parts);
 
 struct Attention {
-    Norm norm;                        // before it, or after it in a post-norm block
+    Norm norm;  // before it, or after it in a post-norm block
     Linear qkv, proj;
-    std::vector<Norm> query, key;     // norms of queries and keys before they are quantized, the last one with codes
+    std::vector<Norm> query, key;  // norms of queries and keys before they are quantized, the last one with codes
     std::vector<Quantizer> query_quantizer, key_quantizer, value_quantizer, map_quantizer;  // a head each
-    Norm inner;                       // before the projection
+    Norm inner;                                                                             // before the projection
     // Folded by finish(): multiply-adds from the sums of qkv to codes, of logits, of the output.
     Buffer<float> code_scale, code_shift;
     const Product *scores = nullptr, *mix = nullptr;

@@ -51,8 +51,8 @@ void run_dense(const uint8_t* rows, size_t stride, size_t count, const uint8_t* 
     for (size_t channel = first; channel < last; channel += kChannels)
         for (size_t r = 0; r < count; r += kRows) {
             const size_t height = std::min<size_t>(kRows, count - r);
-            kTiles<Shifted>[height - 1](rows + r * stride, stride, packed + channel * k, k,
-                                        out + r * out_stride + channel - first, out_stride);
+            kTiles<Shifted>[height - 1](rows + r* stride, stride, packed + channel* k, k,
+                                        out + r* out_stride + channel - first, out_stride);
         }
 }
 

@@ -15,8 +15,8 @@ void run_dense(const uint8_t* rows, size_t stride, size_t count, const uint8_t* 
             for (size_t at = 0; at < k; at += kDepth)
                 for (size_t c = 0; c < kChannels; ++c)
                     for (size_t i = 0; i < kDepth; ++i)
-                        sums[c] += rows[r * stride + at + i] *
-                                   static_cast<int8_t>(weights[at * kChannels + c * kDepth + i]);
+                        sums[c] +=
+                            rows[r * stride + at + i] * static_cast<int8_t>(weights[at * kChannels + c * kDepth + i]);
             for (size_t c = 0; c < kChannels; ++c) out[r * out_stride + panel - first + c] = sums[c];
         }
 }

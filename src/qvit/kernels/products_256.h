@@ -52,8 +52,8 @@ void run_dense(const uint8_t* rows, size_t stride, size_t count, const uint8_t* 
 
 template <class Kind>
 constexpr Product dense_product(const char* name, int left_bits, int right_bits) {
-    return {name,    left_bits, right_bits, kChannels, 64, dense_weight_bytes, dense_pack_channel, byte_row,
-            nullptr, run_dense<Kind>};
+    return {name,     left_bits, right_bits,     kChannels, 64, dense_weight_bytes, dense_pack_channel,
+            byte_row, nullptr,   run_dense<Kind>};
 }
 
 // 2 bits x 2 bits: two codes of a channel are 4 bits, and so are two codes of a row. So a row's pair chooses one of 16
@@ -66,7 +66,7 @@ constexpr Product dense_product(const char* name, int left_bits, int right_bits)
 // pair is held times 16, the distance of its table.
 constexpr size_t kGroup = 32;
 constexpr int kShift = 12;
-constexpr size_t kBeforeWidening = 7;           // bytes of two pairs
+constexpr size_t kBeforeWidening = 7;            // bytes of two pairs
 constexpr size_t kBytesAtOnce = 65535 / 18 / 2;  // what a 16-bit sum holds
 
 struct Tables {
@@ -197,7 +197,16 @@ void run_lookup(const uint8_t* rows, size_t stride, size_t count, const uint8_t*
     }
 }
 
-constexpr Product kLookup = {"lookup", 2, 2, kGroup, 64, lookup_weight_bytes, lookup_pack_channel, lookup_row_bytes,
-                             lookup_pack_rows, run_lookup, lookup_pack_columns};
+constexpr Product kLookup = {"lookup",
+                             2,
+                             2,
+                             kGroup,
+                             64,
+                             lookup_weight_bytes,
+                             lookup_pack_channel,
+                             lookup_row_bytes,
+                             lookup_pack_rows,
+                             run_lookup,
+                             lookup_pack_columns};
 
 }  // namespace

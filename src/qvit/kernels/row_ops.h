@@ -149,8 +149,8 @@ void step_sums(const int32_t* sums, size_t stride, size_t rows, size_t width, co
     count(sums, stride, rows, width, scale, shift, steps, out, out_stride);
 }
 
-void store_sums(const int32_t* sums, size_t stride, size_t rows, size_t width, const float* scale,
-                const float* shift, float* out, size_t out_stride) {
+void store_sums(const int32_t* sums, size_t stride, size_t rows, size_t width, const float* scale, const float* shift,
+                float* out, size_t out_stride) {
     for (size_t r = 0; r < rows; ++r)
         for (size_t c = 0; c < width; c += kWidth) {
             const Float x = simd::load_sums(sums + r * stride + c);
@@ -238,15 +238,13 @@ void normalize_codes(const float* x, size_t stride, size_t rows, const Normalize
                      size_t out_stride) {
     const Float t = simd::set(top);
     for (size_t r = 0; r < rows; ++r)
-        normalize_row(x + r * stride, norm, [&](size_t c, Float y) {
-            simd::store_codes(out + r * out_stride + c, clamp_code(y, t));
-        });
+        normalize_row(x + r * stride, norm,
+                      [&](size_t c, Float y) { simd::store_codes(out + r * out_stride + c, clamp_code(y, t)); });
 }
 
 void normalize(const float* x, size_t stride, size_t rows, const Normalize& norm, float* out, size_t out_stride) {
     for (size_t r = 0; r < rows; ++r)
-        normalize_row(x + r * stride, norm,
-                      [&](size_t c, Float y) { simd::store(out + r * out_stride + c, y); });
+        normalize_row(x + r * stride, norm, [&](size_t c, Float y) { simd::store(out + r * out_stride + c, y); });
 }
 
 void quantize(const float* x, size_t stride, size_t rows, size_t width, Rounding quantizer, uint8_t* out,

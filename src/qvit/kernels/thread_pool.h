@@ -11,8 +11,8 @@
 namespace qvit {
 
 // Workers sleep between calls, so that an idle engine takes nothing from NumPy's or PyTorch's threads. They linger a
-// fraction of a millisecond first: a call that follows at once finds them awake and on processors of their own. Within a
-// call they wait for one another by spinning for some microseconds and then giving way.
+// fraction of a millisecond first: a call that follows at once finds them awake and on processors of their own. Within
+// a call they wait for one another by spinning for some microseconds and then giving way.
 class ThreadPool {
   public:
     explicit ThreadPool(size_t threads);
