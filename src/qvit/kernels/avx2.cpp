@@ -21,7 +21,7 @@ struct Narrow {
         for (size_t at = 0; at < k;) {
             const bool first = at == 0;
             __m256i sums[Rows][kVectors];
-            each_sum<Rows>([&](auto r, auto v) { sums[r][v] = _mm256_setzero_si256(); });
+            each_sum<Rows, kVectors>([&](auto r, auto v) { sums[r][v] = _mm256_setzero_si256(); });
             const size_t until = std::min(at + kBeforeWidening, k);
             for (; at < until; at += kDepth) {
                 const __m256i weights[] = {kept(load_vector(w + at * kChannels)),
@@ -33,7 +33,7 @@ struct Narrow {
                     });
                 });
             }
-            each_sum<Rows>([&](auto r, auto v) {
+            each_sum<Rows, kVectors>([&](auto r, auto v) {
                 int32_t* to = out + r * out_stride + v * kLanes;
                 __m256i sum = _mm256_madd_epi16(sums[r][v], ones);
                 if (!first) sum = _mm256_add_epi32(sum, load_vector(to));
@@ -50,7 +50,7 @@ struct Wide {
     template <int Rows>
     static void tile(const uint8_t* a, size_t stride, const uint8_t* w, size_t k, int32_t* out, size_t out_stride) {
         __m256i sums[Rows][kVectors];
-        each_sum<Rows>([&](auto r, auto v) { sums[r][v] = _mm256_setzero_si256(); });
+        each_sum<Rows, kVectors>([&](auto r, auto v) { sums[r][v] = _mm256_setzero_si256(); });
         for (size_t at = 0; at < k; at += kDepth)
             unrolled<kVectors>([&](auto v) {
                 const __m256i weights = load_vector(w + at * kChannels + v * sizeof(__m256i));
@@ -65,7 +65,7 @@ struct Wide {
                     sums[r][v] = _mm256_add_epi32(sums[r][v], both);
                 });
             });
-        each_sum<Rows>([&](auto r, auto v) { store_vector(out + r * out_stride + v * kLanes, sums[r][v]); });
+        each_sum<Rows, kVectors>([&](auto r, auto v) { store_vector(out + r * out_stride + v * kLanes, sums[r][v]); });
     }
 };
 

@@ -6,12 +6,6 @@
 
 namespace {
 
-// f(row, column) of a tile's sums, with constants: loops would leave GCC to move the sums about.
-template <int Rows, int Columns, class Function>
-inline void each_sum(Function f) {
-    unrolled<Rows>([&](auto r) { unrolled<Columns>([&](auto c) { f(r, c); }); });
-}
-
 // A tile of Rows x 16 Panels sums: one vpdpbusd does 64 multiply-adds, exactly.
 template <int Rows, int Panels>
 void dense_tile(const uint8_t* a, size_t stride, const uint8_t* w, size_t k, int32_t* out, size_t out_stride) {

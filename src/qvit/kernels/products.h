@@ -32,6 +32,12 @@ template <int Count, class Function>
     unrolled(f, std::make_integer_sequence<int, Count>());
 }
 
+// f(row, column) of a tile's sums, with constants.
+template <int Rows, int Columns, class Function>
+[[gnu::always_inline]] inline void each_sum(Function f) {
+    unrolled<Rows>([&](auto r) { unrolled<Columns>([&](auto c) { f(r, c); }); });
+}
+
 // Four codes as one 32-bit word, to be broadcast.
 inline int32_t load_word(const uint8_t* p) {
     int32_t word;

@@ -21,12 +21,6 @@ inline __m256i kept(__m256i x) {
 constexpr size_t kLanes = 8;                  // sums in a vector
 constexpr int kVectors = kChannels / kLanes;  // vectors in a panel
 
-// f(row, column) of a tile's sums, with constants.
-template <int Rows, int Columns = kVectors, class Function>
-inline void each_sum(Function f) {
-    unrolled<Rows>([&](auto r) { unrolled<Columns>([&](auto c) { f(r, c); }); });
-}
-
 // Sums of a few rows with one panel of channels, all of k.
 using Tile = void (*)(const uint8_t* a, size_t stride, const uint8_t* w, size_t k, int32_t* out, size_t out_stride);
 

@@ -20,7 +20,7 @@ struct Vnni {
     template <int Rows>
     static void tile(const uint8_t* a, size_t stride, const uint8_t* w, size_t k, int32_t* out, size_t out_stride) {
         __m256i sums[Rows][kVectors];
-        each_sum<Rows>([&](auto r, auto v) { sums[r][v] = _mm256_setzero_si256(); });
+        each_sum<Rows, kVectors>([&](auto r, auto v) { sums[r][v] = _mm256_setzero_si256(); });
         for (size_t at = 0; at < k; at += kDepth) {
             const __m256i weights[] = {load_vector(w + at * kChannels), load_vector(w + at * kChannels + 32)};
             unrolled<Rows>([&](auto r) {
@@ -28,7 +28,7 @@ struct Vnni {
                 unrolled<kVectors>([&](auto v) { sums[r][v] = multiply_add(sums[r][v], codes, weights[v]); });
             });
         }
-        each_sum<Rows>([&](auto r, auto v) { store_vector(out + r * out_stride + v * kLanes, sums[r][v]); });
+        each_sum<Rows, kVectors>([&](auto r, auto v) { store_vector(out + r * out_stride + v * kLanes, sums[r][v]); });
     }
 };
 
