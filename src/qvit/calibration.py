@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +22,18 @@ _SHARES = tuple(0.84**k for k in range(13))
 _FINE_SHARES = tuple(0.95**k for k in range(44))
 """How much of the data's range the fit tries to cover: each side of the mean, or both sides of zero."""
 _ROUNDS = 12
+WeightStart = Literal["minimum_error", "lsq"]
 _COARSE = 2**13
 """Values a row on which the ranges are tried; the refinement that follows sees all of them."""
 
 
-def calibrate(model: nn.Module, batches: Iterable[Any], *, rectify_start: Start = "teacher") -> None:
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    rectify_start: Start = "teacher",
+    weight_start: WeightStart = "minimum_error",
+) -> None:
     """Set every scale, offset and rectifier of a quantized model, in place.
 
     Two passes in floating point: the first fits the rectifiers to the queries and keys, the second collects what
@@ -37,15 +44,21 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, rectify_start: Start 
         model: what :func:`qvit.quantize` returned.
         batches: image tensors ``(B, C, H, W)``, or tuples that start with one; some hundred images are enough.
         rectify_start: ``"teacher"`` starts gamma and beta so that q~ is as near to q as they allow; ``"unit"`` at 1
-            and 0, as the authors' code does.
+            and 0, as the authors' code does; ``"keep"`` leaves them and their statistics as they are.
+        weight_start: ``"minimum_error"`` as above; ``"lsq"`` for ``2 mean|w| / sqrt(Qp)`` an output channel (Esser et
+            al., 2020), which depends on nothing but the mean.
 
     Raises:
         UnsupportedModelError: if the model has nothing to calibrate.
         DataError: if ``batches`` is empty or the images make a NaN or an infinity in the float model.
-        ConfigError: for an unknown ``rectify_start``.
+        ConfigError: for an unknown ``rectify_start`` or ``weight_start``.
     """
-    if rectify_start not in ("teacher", "unit"):
-        raise ConfigError(f'rectify_start must be "teacher" or "unit", not {rectify_start!r}.')
+    for what, value, known in (
+        ("rectify_start", rectify_start, get_args(Start)),
+        ("weight_start", weight_start, get_args(WeightStart)),
+    ):
+        if value not in known:
+            raise ConfigError(f"{what} must be {' or '.join(known)}, not {value!r}.")
     quantizers = {name: m for name, m in model.named_modules() if isinstance(m, Quantizer)}
     if not quantizers:
         raise UnsupportedModelError("This model has no quantizers to calibrate: pass what qvit.quantize returned.")
@@ -69,7 +82,12 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, rectify_start: Start 
             _fit(name, quantizer, values)
     for name, module in model.named_modules():
         if isinstance(module, (QuantLinear, QuantConv2d)):
-            _fit(f"{name}.weight", module.weight_quantizer, module.weight.detach().float().flatten(1))
+            weight = module.weight.detach().float().flatten(1)
+            if weight_start == "lsq":
+                scale = 2 * weight.abs().mean(dim=1) / module.weight_quantizer.high**0.5
+                module.weight_quantizer.set(scale.clamp(min=torch.finfo(scale.dtype).tiny), None)
+            else:
+                _fit(f"{name}.weight", module.weight_quantizer, weight)
 
 
 def minimum_error_scale(
@@ -134,7 +152,7 @@ def _fit(name: str, quantizer: Quantizer, values: Tensor) -> None:
 
 def _start_rectifiers(model: nn.Module, images: list[Tensor], start: Start) -> None:
     rectifiers = {name: m for name, m in model.named_modules() if isinstance(m, Rectifier)}
-    if not rectifiers:
+    if not rectifiers or start == "keep":
         return
     for rectifier in rectifiers.values():
         rectifier.enabled = False

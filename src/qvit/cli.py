@@ -70,6 +70,10 @@ Workers = Annotated[int | None, typer.Option(help="Processes that decode images 
 Precision = Annotated[str, typer.Option(help="no (float32) or bf16 (autocast).")]
 Compile = Annotated[bool, typer.Option("--compile", help="torch.compile the models: slower to start, faster to run.")]
 SkipCorrupt = Annotated[bool, typer.Option("--skip-corrupt", help="Go on without unreadable images, and count them.")]
+DecodeOnce = Annotated[
+    bool,
+    typer.Option("--decode-once", help="Decode all images once, keep them on the device as bytes, augment there."),
+]
 Cpu = Annotated[bool, typer.Option("--cpu", help="Do not use a GPU.")]
 SaveEvery = Annotated[str, typer.Option(help="How often to save inside an epoch: 10m, 30s, or 500 (steps).")]
 Accumulate = Annotated[int, typer.Option(help="Parts in which a batch is computed, to save memory.", min=1)]
@@ -119,6 +123,7 @@ def train(
     precision: Precision = "no",
     compile_models: Compile = False,
     skip_corrupt: SkipCorrupt = False,
+    decode_once: DecodeOnce = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from OUT/last.pt.")] = False,
     save_every: SaveEvery = "10m",
     accumulate: Accumulate = 1,
@@ -145,6 +150,8 @@ def train(
             raise ConfigError("--full-precision makes a float model: leave out --bits, --teacher and --start.")
         sets, card = _open(model, settings, data, data_root, splits)
         _fresh(options)
+        if decode_once:
+            sets = _decoded(sets, card, options)
         result = methods.train_full_precision(card, sets, settings, options, console())
         title = "full precision"
     else:
@@ -171,6 +178,8 @@ def train(
                 f"to be a {card.name} with {card.model_args}: give a fitting --start, or that model."
             )
         _fresh(options)
+        if decode_once:
+            sets = _decoded(sets, card, options)
         reading: Any = rectify
         result = methods.train_quantized(
             first, guide, method, widths, reading, sets, settings, options, console(), overrides
@@ -396,6 +405,9 @@ def ablate(
             "[default: all]."
         ),
     ] = None,
+    ladder: Annotated[
+        bool, typer.Option("--ladder", help="Start each of --bits from the finished run of the bits before it.")
+    ] = False,
     recipe: RecipeName = None,
     change: Changes = None,
     data_root: DataRoot = None,
@@ -404,6 +416,7 @@ def ablate(
     precision: Precision = "no",
     compile_models: Compile = False,
     skip_corrupt: SkipCorrupt = False,
+    decode_once: DecodeOnce = False,
     save_every: SaveEvery = "10m",
     accumulate: Accumulate = 1,
     fsdp: Fsdp = False,
@@ -438,7 +451,9 @@ def ablate(
             f"{teacher} holds a {guide.card.name} with {guide.card.model_args}, not a {card.name} with "
             f"{card.model_args}: the ablation starts every run from it."
         )
-    records = run(guide, sets, settings, options, console(), bits=widths, seeds=which, rows=chosen)
+    if decode_once:
+        sets = _decoded(sets, card, options)
+    records = run(guide, sets, settings, options, console(), bits=widths, seeds=which, rows=chosen, ladder=ladder)
     console().print(results_table(records, guide.card.metrics.get("val_top1")))
     figure = out / "ablation.png"
     if _rank() == 0:
@@ -518,6 +533,12 @@ def _options(
         workers = min(8, torch.get_num_threads()) if torch.cuda.is_available() and data != "digits" else 0
     interval = SaveEvery.parse(save_every)
     return Options(out, seed, workers, precision, compile_models, skip_corrupt, resume, cpu, accumulate, fsdp, interval)
+
+
+def _decoded(sets: ImageSets, card: ModelCard, options: Options) -> ImageSets:
+    from qvit.train.resident import decode_once
+
+    return decode_once(sets, card.preprocessing, console(), workers=options.workers, skip_corrupt=options.skip_corrupt)
 
 
 def _say_skipped(accuracy: Accuracy) -> None:

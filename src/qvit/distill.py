@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qvit.errors import TeacherMismatchError
+from qvit.errors import ConfigError, TeacherMismatchError
 from qvit.nn.attention import QueryKeyRecorder, attention_layers
 from qvit.nn.rectify import EPS, TokenRectifier
 
@@ -86,14 +88,34 @@ class DistillationLoss(nn.Module):
         teacher: a float model; it is put in evaluation mode and never trained.
         guided: whether ``L_DGD`` is part of the loss.
         guided_weight: lambda.
+        guided_decay: whether lambda falls to 0 along a cosine over the training, as the learning rate does.
+        guided_layers: indices of the attention layers that are compared, negative ones from the end; ``None`` for all.
 
     Call it as ``loss_fn(student, images, labels)``; ``last_parts`` then holds the terms and the logits, detached.
+
+    Raises:
+        ConfigError: if the teacher has no such layer.
     """
 
-    def __init__(self, teacher: nn.Module, *, guided: bool = True, guided_weight: float = GUIDED_WEIGHT) -> None:
+    def __init__(
+        self,
+        teacher: nn.Module,
+        *,
+        guided: bool = True,
+        guided_weight: float = GUIDED_WEIGHT,
+        guided_decay: bool = False,
+        guided_layers: Sequence[int] | None = None,
+    ) -> None:
         super().__init__()
         self.teacher = teacher.eval()
-        self.guided, self.guided_weight = guided, guided_weight
+        self.guided, self.guided_weight, self.guided_decay = guided, guided_weight, guided_decay
+        self.guided_layers = None if guided_layers is None else list(guided_layers)
+        depth = len(attention_layers(teacher))
+        for layer in self.guided_layers or ():
+            if not -depth <= layer < depth:
+                raise ConfigError(f"There is no attention layer {layer} to guide: the teacher has {depth}.")
+        self.progress = 0.0
+        """Share of the training that is done, for ``guided_decay``."""
         self.last_parts: dict[str, Tensor] = {}
         self._recorders: weakref.WeakKeyDictionary[nn.Module, QueryKeyRecorder] = weakref.WeakKeyDictionary()
 
@@ -120,13 +142,24 @@ class DistillationLoss(nn.Module):
         )
         self.last_parts = {"logits": class_logits.detach(), "distillation": loss.detach()}
         if self.guided:
-            guided = self._guided(student, teacher_queries + teacher_keys, queries + keys)
+            check_guidance(self.teacher, student)
+            chosen = self.guided_layers or range(len(queries))
+            guided = self._guided(
+                student,
+                [those[layer] for those in (teacher_queries, teacher_keys) for layer in chosen],
+                [those[layer] for those in (queries, keys) for layer in chosen],
+            )
             self.last_parts["guided"] = guided.detach()
-            loss = loss + self.guided_weight * guided
+            loss = loss + self.present_weight * guided
         return loss
 
+    @property
+    def present_weight(self) -> float:
+        """Lambda at the present ``progress``."""
+        decay = 0.5 * (1 + math.cos(math.pi * self.progress)) if self.guided_decay else 1.0
+        return self.guided_weight * decay
+
     def _guided(self, student: nn.Module, teacher_qk: list[Tensor], student_qk: list[Tensor]) -> Tensor:
-        check_guidance(self.teacher, student)
         if any(isinstance(module, TokenRectifier) for module in student.modules()):
             # Every row of q~ then has nearly the same norm: compare with the teacher's rows normalised alike.
             teacher_qk = [F.layer_norm(x.float(), x.shape[-1:], eps=EPS) for x in teacher_qk]

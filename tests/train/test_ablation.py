@@ -158,10 +158,10 @@ def test_another_recipe_or_teacher_is_not_mixed_in(
 ) -> None:
     run(teacher, digits, budget, tmp_path, "ptq", [0], [2])
     longer = replace(budget, quantized=replace(budget.quantized, epochs=2))
-    with pytest.raises(CheckpointError, match="another recipe or teacher: give another --out"):
+    with pytest.raises(CheckpointError, match="another recipe, teacher or ladder: give another --out"):
         run(teacher, digits, longer, tmp_path, "ptq", [0], [2])
     other = FloatModel(teacher.model, replace(teacher.card, metrics={"val_top1": 1.0}))
-    with pytest.raises(CheckpointError, match="another recipe or teacher"):
+    with pytest.raises(CheckpointError, match="another recipe, teacher or ladder"):
         run(other, digits, budget, tmp_path, "ptq", [0], [2])
     (tmp_path / "experiment.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"experiment\.json is damaged"):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,17 @@ class QueryKeyStatistics:
     key_entropy: float | None
     query_bits: int | None
     key_bits: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data, for a JSON file."""
+        arrays = {"counts": self.counts.tolist(), "edges": self.edges.tolist()}
+        return {**{field.name: getattr(self, field.name) for field in fields(self)}, **arrays}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> QueryKeyStatistics:
+        """Return what :meth:`to_dict` made; other entries are ignored."""
+        own = {field.name: data[field.name] for field in fields(cls)}
+        return cls(**{**own, "counts": np.array(own["counts"]), "edges": np.array(own["edges"])})
 
 
 def code_entropy(codes: Tensor, levels: int) -> float:

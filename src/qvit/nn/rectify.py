@@ -20,7 +20,7 @@ EPS = 1e-6
 MOMENTUM = 0.1
 """Share of a new batch in the running averages, as in BatchNorm."""
 
-Start = Literal["teacher", "unit"]
+Start = Literal["teacher", "unit", "keep"]
 
 
 class Rectifier(Float32Module):

@@ -1,34 +1,43 @@
 """The paper's table: every method at every number of bits, over several seeds, with the same start and budget.
 
 Each cell is a run in a folder of its own, ``OUT/<bits>-bit/<row>/seed-<n>``, finished when its ``result.json`` is
-there; a run that was cut off goes on from its last checkpoint, and several processes may fill one folder with different
-rows or seeds. Tables are made from the files.
+there; a run that was cut off goes on from its last checkpoint, and several commands may fill one folder: each takes
+cells that no other is at. Tables are made from the files.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import statistics
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from rich.table import Table
 
+from qvit.analysis.gradients import loss_gradients
 from qvit.analysis.statistics import attention_distance, query_key_statistics
 from qvit.config import Rectify
+from qvit.distill import DistillationLoss
 from qvit.errors import CheckpointError, ConfigError
 from qvit.files import write_text
-from qvit.train.data import ImageSets, make_loader, make_transform, readable
+from qvit.train.checkpoint import load_checkpoint
+from qvit.train.data import ImageSets, readable
 from qvit.train.loop import Options, make_accelerator
-from qvit.train.methods import METHODS, FloatModel, Result, train_quantized
+from qvit.train.methods import METHODS, FloatModel, Result, train_quantized, training_batches
 from qvit.train.recipe import Recipe
 from qvit.train.run import can_go_on
 
 ANALYSED_IMAGES = 512
-"""Validation images for entropy and attention distance; accuracy is over all of them."""
+"""Validation images for entropy, attention distance and gradients; accuracy is over all of them."""
+_MEANS = ("query_entropy", "key_entropy", "attention_distance")
 
 
 class Row(NamedTuple):
@@ -83,6 +92,7 @@ def ablate(
     bits: Sequence[int],
     seeds: Sequence[int],
     rows: Sequence[Row] = tuple(ROWS),
+    ladder: bool = False,
 ) -> list[dict[str, Any]]:
     """Fill every missing cell and return all records found in the folder (see :func:`read_results`).
 
@@ -95,30 +105,41 @@ def ablate(
         bits: of weights and activations.
         seeds: of calibration, order and augmentation.
         rows: which methods.
+        ladder: whether every run but those of the first of ``bits`` starts from the finished run of the bits before it,
+            of the same row and seed; otherwise all start from the teacher.
 
     Raises:
-        CheckpointError: if the folder holds results of another recipe or teacher.
+        CheckpointError: if the folder holds results of another recipe, teacher or ladder.
     """
     cells = [(b, row, seed) for seed in seeds for b in bits for row in rows]
+    rungs: dict[int, int] = dict(zip(bits[1:], bits[:-1], strict=True)) if ladder else {}
     accelerator = make_accelerator(options)
     if accelerator.is_main_process:
-        _check_same_experiment(options.out, recipe, teacher)
+        _check_same_experiment(options.out, recipe, teacher, bits if ladder else None)
     accelerator.wait_for_everyone()
     for number, (b, row, seed) in enumerate(cells, 1):
-        folder = options.out / f"{b}-bit" / row.name / f"seed-{seed}"
-        result_file = folder / "result.json"
-        if result_file.exists():
-            continue
-        console.print(f"[{number}/{len(cells)}] {b} bits, {row.title}, seed {seed}", highlight=False, markup=False)
-        run = dataclasses.replace(options, out=folder, seed=seed, resume=can_go_on(folder))
-        result = train_quantized(
-            teacher, teacher, row.method, (b, b), row.rectify or "head", data, recipe, run, console
-        )
-        record = {"bits": b, "row": row.name, "title": row.title, "seed": seed}
-        record |= {"top1": result.accuracy.top1, "top5": result.accuracy.top5, "images": result.accuracy.images}
-        record |= _analyse(teacher, result, data, run)
-        if accelerator.is_main_process:
-            write_text(result_file, json.dumps(record, indent=1) + "\n")
+        folder = _folder(options.out, b, row, seed)
+        with _mine(folder) as mine:
+            if not mine or (folder / "result.json").exists():
+                continue
+            start = teacher
+            if b in rungs:
+                before = _folder(options.out, rungs[b], row, seed)
+                if not (before / "result.json").exists():  # another command is at it
+                    continue
+                start = FloatModel(*load_checkpoint(before / ("last.pt" if METHODS[row.method].trained else "best.pt")))
+            console.print(f"[{number}/{len(cells)}] {b} bits, {row.title}, seed {seed}", highlight=False, markup=False)
+            run = dataclasses.replace(options, out=folder, seed=seed, resume=can_go_on(folder))
+            begin = time.monotonic()
+            result = train_quantized(
+                start, teacher, row.method, (b, b), row.rectify or "head", data, recipe, run, console
+            )
+            record: dict[str, Any] = {"bits": b, "row": row.name, "title": row.title, "seed": seed}
+            record |= {"top1": result.accuracy.top1, "top5": result.accuracy.top5, "images": result.accuracy.images}
+            record |= _analyse(teacher, result, data, recipe, run)
+            record |= {"history": result.history, "seconds": time.monotonic() - begin}
+            if accelerator.is_main_process:
+                write_text(folder / "result.json", json.dumps(record, indent=1) + "\n")
     accelerator.wait_for_everyone()  # until the last result is written
     return read_results(options.out)
 
@@ -127,7 +148,10 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     """Return the records of all finished cells, ordered by bits (falling), row and seed.
 
     A record has bits, row, title, seed, top1 and top5 (percent), images, query_entropy and key_entropy (bits, mean over
-    layers and heads) and attention_distance (mean over layers and heads).
+    layers and heads), attention_distance (mean over layers and heads), layers (for each its
+    :class:`QueryKeyStatistics`, attention_distance and, where the model was trained, gradients, that is
+    :class:`qvit.analysis.gradients.LossGradients`), history (a record an
+    epoch) and seconds (of this process, the last if it was cut off).
 
     Raises:
         CheckpointError: naming a file that cannot be read.
@@ -199,30 +223,55 @@ def _mean_and_spread(mean: float, std: float | None, sign: str = "") -> str:
     return f"{mean:{sign}.2f}" + ("" if std is None else f" ± {std:.2f}")
 
 
-def _analyse(teacher: FloatModel, result: Result, data: ImageSets, options: Options) -> dict[str, float]:
+def _folder(out: Path, bits: int, row: Row, seed: int) -> Path:
+    return out / f"{bits}-bit" / row.name / f"seed-{seed}"
+
+
+@contextlib.contextmanager
+def _mine(folder: Path) -> Iterator[bool]:
+    """Say whether this command may work on a cell. Of its processes the main one holds the lock."""
+    accelerator = PartialState()
+    folder.mkdir(parents=True, exist_ok=True)
+    mine = [True]
+    with (folder / "lock").open("w") as lock:
+        if accelerator.is_main_process:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends, however it ends
+            except BlockingIOError:
+                mine = [False]
+        yield broadcast_object_list(mine)[0] if accelerator.num_processes > 1 else mine[0]
+
+
+def _analyse(teacher: FloatModel, result: Result, data: ImageSets, recipe: Recipe, options: Options) -> dict[str, Any]:
+    """Return what is measured of a finished run beside its accuracy, on validation images in random order."""
     device = make_accelerator(options).device
-    loader = make_loader(data.val, make_transform(result.card.preprocessing), 128, shuffle=True)
+    mixed = ImageSets(data.val, data.val, data.classes)
+    loader = training_batches(mixed, result.card, 128, dataclasses.replace(options, seed=0))
     batches, count = [], 0
     for batch in readable(loader, skip_corrupt=options.skip_corrupt):
-        batches.append(batch.images.to(device))
+        batches.append((batch.images.to(device), batch.labels.to(device)))
         count += len(batch.labels)
         if count >= ANALYSED_IMAGES:
             break
     teacher.model.to(device)
     layers = query_key_statistics(result.model, batches)
-    distance = attention_distance(teacher.model, result.model, batches)
-    return {
-        "query_entropy": statistics.fmean(layer.query_entropy or 0.0 for layer in layers),
-        "key_entropy": statistics.fmean(layer.key_entropy or 0.0 for layer in layers),
-        "attention_distance": float(distance.mean()),
-    }
+    distance = attention_distance(teacher.model, result.model, batches).mean(dim=1).tolist()
+    by_layer: list[dict[str, Any]] = [
+        {**layer.to_dict(), "attention_distance": far} for layer, far in zip(layers, distance, strict=True)
+    ]
+    if result.history:
+        loss_fn = DistillationLoss(teacher.model, guided_weight=recipe.quantized.guided_weight)
+        for record, gradients in zip(by_layer, loss_gradients(result.model, loss_fn, batches), strict=True):
+            record["gradients"] = dataclasses.asdict(gradients)
+    means = {name: statistics.fmean(layer[name] for layer in by_layer) for name in _MEANS}
+    return {**means, "layers": by_layer}
 
 
-def _check_same_experiment(folder: Path, recipe: Recipe, teacher: FloatModel) -> None:
+def _check_same_experiment(folder: Path, recipe: Recipe, teacher: FloatModel, ladder: Sequence[int] | None) -> None:
     """Keep recipe and teacher beside the results, and refuse to mix them with those of another."""
     card = dataclasses.asdict(teacher.card)
     del card["recipe"]  # its weights count, not how they came about
-    experiment = json.loads(json.dumps({"recipe": recipe.to_dict(), "teacher": card}))
+    experiment = json.loads(json.dumps({"recipe": recipe.to_dict(), "teacher": card, "ladder": ladder}))
     path = folder / "experiment.json"
     if path.exists():
         try:
@@ -230,6 +279,6 @@ def _check_same_experiment(folder: Path, recipe: Recipe, teacher: FloatModel) ->
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path} is damaged: give another --out.") from error
         if found != experiment:
-            raise CheckpointError(f"{folder} holds results of another recipe or teacher: give another --out.")
+            raise CheckpointError(f"{folder} holds results of another recipe, teacher or ladder: give another --out.")
         return
     write_text(path, json.dumps(experiment, indent=1) + "\n")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,15 @@ def save_checkpoint(
         "training": dict(training) if training is not None else None,
     }
     write_atomically(path, lambda temporary: torch.save(content, temporary), previous)
+
+
+def weights_checksum(model: nn.Module) -> str:
+    """Return the SHA-256 of all weights and buffers of a model, in hexadecimal: names, shapes and values, in order."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def read_checkpoint(path: str | Path) -> tuple[ModelCard, dict[str, Any], dict[str, Any] | None]:

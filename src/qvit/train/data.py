@@ -6,7 +6,7 @@ import dataclasses
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import timm.data
@@ -43,6 +43,20 @@ class Batch(NamedTuple):
     images: Tensor
     labels: Tensor
     unreadable: list[Unreadable]
+
+
+class Batches(Protocol):
+    """What training and evaluation walk through: a :class:`DataLoader`, or a loader of images in memory."""
+
+    @property
+    def batch_sampler(self) -> Any:
+        """The :class:`TrainOrder` or :class:`EvaluationOrder` of the batches."""
+
+    def __len__(self) -> int:
+        """Return how many batches there are."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Walk through them."""
 
 
 class Images(Dataset[Any]):
@@ -246,7 +260,7 @@ def make_loader(
     )
 
 
-def readable(loader: DataLoader[Batch], *, skip_corrupt: bool) -> Iterator[Batch]:
+def readable(loader: Batches, *, skip_corrupt: bool) -> Iterator[Batch]:
     """Yield the batches of ``loader``; in evaluation one may be empty, all of its images being unreadable.
 
     Raises:

@@ -26,14 +26,13 @@ from timm.optim._param_groups import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 from qvit.errors import NonFiniteLossError, TrainingStopped
 from qvit.files import write_text
 from qvit.nn.quantizer import Float32Module
 from qvit.train.checkpoint import ModelCard
-from qvit.train.data import Batch, readable
+from qvit.train.data import Batches, readable
 from qvit.train.distributed import gradient_norm, is_sharded, scale_gradients, shard, spread, sum_over_processes
 from qvit.train.measure import Part, means, together
 from qvit.train.nonfinite import first_non_finite
@@ -48,6 +47,8 @@ class Loss(Protocol):
     """What the loop trains with: :class:`qvit.DistillationLoss` or :class:`LabelLoss`."""
 
     last_parts: dict[str, Tensor]
+    progress: float
+    """Share of the training that is done, which the loop sets."""
 
     def __call__(self, student: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         """Return the scalar loss."""
@@ -58,7 +59,7 @@ class LabelLoss(nn.Module):
 
     def __init__(self, label_smoothing: float = 0.0) -> None:
         super().__init__()
-        self.label_smoothing = label_smoothing
+        self.label_smoothing, self.progress = label_smoothing, 0.0
         self.last_parts: dict[str, Tensor] = {}
 
     def forward(self, student: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
@@ -130,7 +131,7 @@ def share_of(accelerator: Accelerator) -> Share:
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    loader: DataLoader[Batch],
+    loader: Batches,
     device: torch.device,
     *,
     skip_corrupt: bool = False,
@@ -171,8 +172,8 @@ def evaluate(
 def fit(
     model: VisionTransformer,
     loss_fn: Loss,
-    train: DataLoader[Batch],
-    val: DataLoader[Batch],
+    train: Batches,
+    val: Batches,
     schedule: Schedule,
     card: ModelCard,
     options: Options,
@@ -186,7 +187,7 @@ def fit(
     Args:
         model: a float model, or a calibrated quantized one; it is trained in place.
         loss_fn: see :class:`Loss`.
-        train: this process's share of the training batches, from :func:`qvit.train.data.make_loader`.
+        train: this process's share of the training batches, from :func:`qvit.train.methods.batches_of`.
         val: this process's share of the validation batches, evaluated after each epoch.
         schedule: budget and optimizer.
         card: what goes into the checkpoints.
@@ -265,6 +266,7 @@ def fit(
             start, seconds_before = time.perf_counter(), progress.seconds
             parts: list[Part] = []
             for batch in readable(train, skip_corrupt=options.skip_corrupt):
+                loss_fn.progress = (epoch * steps + progress.step) / (schedule.epochs * steps)
                 with accelerator.accumulate(student):
                     images, labels = (x.to(device, non_blocking=True) for x in (batch.images, batch.labels))
                     with accelerator.autocast():

@@ -6,24 +6,26 @@ import copy
 import dataclasses
 import itertools
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import set_seed
 from rich.console import Console
 from timm.models import VisionTransformer
 from timm.models.deit import VisionTransformerDistilled
-from torch.utils.data import DataLoader
 
 from qvit.calibration import calibrate
 from qvit.config import QuantConfig, Rectify
 from qvit.convert import quantize
 from qvit.distill import DistillationLoss, check_guidance
 from qvit.errors import ConfigError, TeacherMismatchError
+from qvit.nn.quantizer import Quantizer
 from qvit.train.checkpoint import ModelCard, create_model, save_checkpoint
-from qvit.train.data import Batch, ImageSets, make_loader, make_transform, readable
+from qvit.train.data import Batches, ImageSets, make_loader, make_transform, readable
 from qvit.train.loop import Accuracy, LabelLoss, Loss, Options, evaluate, fit, make_accelerator, share_of
+from qvit.train.order import ALONE, EvaluationOrder, Share, TrainOrder
 from qvit.train.recipe import Recipe, Schedule
+from qvit.train.resident import ResidentImages, ResidentLoader
 
 
 class Method(NamedTuple):
@@ -45,7 +47,7 @@ METHODS: dict[str, Method] = {
 
 
 class FloatModel(NamedTuple):
-    """A full-precision model and what it is."""
+    """A full-precision model and what it is; where a student starts from one, it may also be quantized."""
 
     model: VisionTransformer
     card: ModelCard
@@ -94,7 +96,7 @@ def train_quantized(
     """Quantize ``start``, calibrate it and train it with the recipe's ``quantized`` schedule.
 
     Args:
-        start: float model whose weights the student starts from.
+        start: model whose weights the student starts from; a quantized one, of other bits, gives its rectifiers too.
         teacher: what the student is distilled from; ``None`` to train against the labels alone.
         method: a key of :data:`METHODS`.
         bits: of weights and of activations.
@@ -125,10 +127,16 @@ def train_quantized(
         start.card, quant_config=config.to_dict(), method=method, metrics={}, recipe=recipe.to_dict()
     )
     set_seed(options.seed)
-    student = quantize(start.model, config).to(device)
+    student = _student(start, config).to(device)
     if isinstance(student, VisionTransformerDistilled):
         student.set_distilled_training(teacher is not None)
-    calibrate(student, calibration_images(data, card, schedule, options))
+    keep = chosen.rectify and (start.card.quant_config or {}).get("rectify") == rectify
+    calibrate(
+        student,
+        calibration_images(data, card, schedule, options),
+        rectify_start="keep" if keep else schedule.rectify_start,
+        weight_start=schedule.weight_start,
+    )
     if not chosen.trained:
         val = _validation(data, card, schedule, options)
         accuracy = evaluate(student, val, device, skip_corrupt=options.skip_corrupt)
@@ -139,8 +147,26 @@ def train_quantized(
     loss: Loss = LabelLoss()
     if teacher is not None:
         guide = copy.deepcopy(teacher.model)
-        loss = DistillationLoss(guide, guided=chosen.guided, guided_weight=schedule.guided_weight)
+        loss = DistillationLoss(
+            guide,
+            guided=chosen.guided,
+            guided_weight=schedule.guided_weight,
+            guided_decay=schedule.guided_decay,
+            guided_layers=schedule.guided_layers,
+        )
     return _fit(student, loss, data, schedule, recipe, card, options, console)
+
+
+def _student(start: FloatModel, config: QuantConfig) -> VisionTransformer:
+    """Return the student with the weights of ``start``, its scales not set."""
+    if start.card.quant_config is None:
+        return quantize(start.model, config)
+    student = quantize(create_model(dataclasses.replace(start.card, quant_config=None)), config)
+    quantizers = tuple(f"{name}." for name, m in student.named_modules() if isinstance(m, Quantizer))
+    carried = {name: value for name, value in start.model.state_dict().items() if not name.startswith(quantizers)}
+    known = set(student.state_dict())
+    student.load_state_dict({name: value for name, value in carried.items() if name in known}, strict=False)
+    return student
 
 
 def calibration_images(data: ImageSets, card: ModelCard, schedule: Schedule, options: Options) -> list[torch.Tensor]:
@@ -149,18 +175,72 @@ def calibration_images(data: ImageSets, card: ModelCard, schedule: Schedule, opt
     Every process gets the same.
     """
     batch_size = min(schedule.calibration_images, 128)
-    loader = make_loader(
-        data.train,
-        make_transform(card.preprocessing),
-        batch_size,
-        shuffle=True,
-        workers=options.workers,
-        seed=options.seed,
-    )
+    loader = training_batches(data, card, batch_size, options)
     batches = itertools.islice(
         readable(loader, skip_corrupt=options.skip_corrupt), -(-schedule.calibration_images // batch_size)
     )
     return [batch.images for batch in batches if len(batch.labels)]
+
+
+def training_batches(
+    data: ImageSets,
+    card: ModelCard,
+    batch_size: int,
+    options: Options,
+    augmentation: Mapping[str, Any] | None = None,
+    *,
+    repeats: int = 0,
+    accumulate: int = 1,
+    share: Share = ALONE,
+) -> Batches:
+    """Return batches of the training images, in the order of the seed, prepared for a model and perhaps augmented.
+
+    Args:
+        data: training and validation images.
+        card: whose preprocessing is used.
+        batch_size: images an optimizer step, over all processes.
+        options: seed, workers and device.
+        augmentation: of the recipe; ``None`` to prepare the images as for evaluation.
+        repeats: see :func:`make_loader`.
+        accumulate: see :func:`make_loader`.
+        share: see :func:`make_loader`.
+
+    Raises:
+        ConfigError: if a batch cannot be divided evenly, or images in memory cannot be augmented so.
+    """
+    device = make_accelerator(options).device
+    ordering: dict[str, Any] = {"repeats": repeats, "accumulate": accumulate, "share": share}
+    if isinstance(data.train, ResidentImages):
+        order = TrainOrder(len(data.train), batch_size, options.seed, **ordering)
+        return ResidentLoader(data.train, order, card.preprocessing, augmentation, device)
+    return make_loader(
+        data.train,
+        make_transform(card.preprocessing, augmentation),
+        batch_size,
+        shuffle=True,
+        workers=options.workers,
+        device=device,
+        seed=options.seed,
+        **ordering,
+    )
+
+
+def validation_batches(data: ImageSets, card: ModelCard, batch_size: int, options: Options) -> Batches:
+    """Return this process's share of the validation images, prepared for a model."""
+    accelerator = make_accelerator(options)
+    share = share_of(accelerator)
+    if isinstance(data.val, ResidentImages):
+        order = EvaluationOrder(len(data.val), batch_size, share)
+        return ResidentLoader(data.val, order, card.preprocessing, None, accelerator.device)
+    return make_loader(
+        data.val,
+        make_transform(card.preprocessing),
+        batch_size,
+        shuffle=False,
+        workers=options.workers,
+        device=accelerator.device,
+        share=share,
+    )
 
 
 def _fit(
@@ -173,18 +253,15 @@ def _fit(
     options: Options,
     console: Console,
 ) -> Result:
-    accelerator = make_accelerator(options)
-    train = make_loader(
-        data.train,
-        make_transform(card.preprocessing, recipe.augmentation),
+    train = training_batches(
+        data,
+        card,
         schedule.batch_size,
-        shuffle=True,
-        workers=options.workers,
+        options,
+        recipe.augmentation,
         repeats=schedule.repeated_augmentation,
-        device=accelerator.device,
-        seed=options.seed,
         accumulate=options.accumulate,
-        share=share_of(accelerator),
+        share=share_of(make_accelerator(options)),
     )
     val = _validation(data, card, schedule, options)
     trained, history = fit(model, loss, train, val, schedule, card, options, console)
@@ -193,18 +270,9 @@ def _fit(
     return Result(trained.eval(), card, accuracy, history)
 
 
-def _validation(data: ImageSets, card: ModelCard, schedule: Schedule, options: Options) -> DataLoader[Batch]:
-    transform = make_transform(card.preprocessing)
-    accelerator = make_accelerator(options)
-    return make_loader(
-        data.val,
-        transform,
-        -(-schedule.batch_size // accelerator.num_processes),
-        shuffle=False,
-        workers=options.workers,
-        device=accelerator.device,
-        share=share_of(accelerator),
-    )
+def _validation(data: ImageSets, card: ModelCard, schedule: Schedule, options: Options) -> Batches:
+    processes = make_accelerator(options).num_processes
+    return validation_batches(data, card, -(-schedule.batch_size // processes), options)
 
 
 def _metrics(accuracy: Accuracy) -> dict[str, float]:

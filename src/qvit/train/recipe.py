@@ -6,16 +6,18 @@ import dataclasses
 import difflib
 import inspect
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import timm.data
 import yaml
 
+from qvit.calibration import WeightStart
 from qvit.distill import GUIDED_WEIGHT
 from qvit.errors import ConfigError
+from qvit.nn.rectify import Start
 
 
 class _Loader(yaml.SafeLoader):
@@ -43,6 +45,10 @@ class Schedule:
         repeated_augmentation: copies of an image a batch (Hoffer et al., 2020); 0 for none.
         scale_lr: learning rate of scales, offsets, gamma and beta, as a multiple of ``lr``.
         guided_weight: lambda of :class:`qvit.DistillationLoss`.
+        guided_decay: whether lambda falls to 0 along a cosine, as the learning rate does.
+        guided_layers: attention layers that are guided, counted from 0, or from the end from -1; ``None`` for all.
+        weight_start: start of the weights' scales, ``"minimum_error"`` or ``"lsq"`` (:func:`qvit.calibrate`).
+        rectify_start: start of gamma and beta, ``"teacher"`` or ``"unit"`` (:func:`qvit.calibrate`).
         calibration_images: training images that set the quantizers' start.
         clip_grad: largest norm of all gradients together; 0 for none (LAMB clips to 1 by itself: ``max_grad_norm``).
         ema_decay: share of the old values in the running average of the weights, which is then what is evaluated and
@@ -62,6 +68,10 @@ class Schedule:
     repeated_augmentation: int = 0
     scale_lr: float = 1.0
     guided_weight: float = GUIDED_WEIGHT
+    guided_decay: bool = False
+    guided_layers: Sequence[int] | None = None
+    weight_start: WeightStart = "minimum_error"
+    rectify_start: Start = "teacher"
     calibration_images: int = 512
     clip_grad: float = 0.0
     ema_decay: float = 0.0
@@ -77,6 +87,15 @@ class Schedule:
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < float("inf"):
                 raise ConfigError(f"{name} must be a number from 0 up, not {value!r}.")
+        if not isinstance(self.guided_decay, bool):
+            raise ConfigError(f"guided_decay must be true or false, not {self.guided_decay!r}.")
+        layers = self.guided_layers
+        if layers is not None and not (isinstance(layers, list) and layers and all(type(n) is int for n in layers)):
+            raise ConfigError(f"guided_layers must be a list of layers such as [0, -1], or null, not {layers!r}.")
+        choices = {"weight_start": get_args(WeightStart), "rectify_start": ("teacher", "unit")}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} must be {' or '.join(known)}, not {getattr(self, name)!r}.")
         for name in ("ema_decay", "freeze_oscillating"):
             if getattr(self, name) >= 1:
                 raise ConfigError(f"{name} must be below 1, not {getattr(self, name)!r}.")

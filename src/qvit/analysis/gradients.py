@@ -1,0 +1,76 @@
+"""How the two terms of the loss pull at queries and keys (method.md, section 3): sizes and directions of gradients."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qvit.distill import DistillationLoss
+from qvit.errors import DataError
+from qvit.nn.attention import attention_layers
+
+
+@dataclass(frozen=True)
+class LossGradients:
+    """Gradients with respect to the query and key weights of one attention layer, means over batches.
+
+    Attributes:
+        layer: index of the layer, from 0.
+        labels: norm of the gradient of ``L_dist``.
+        guided: norm of the gradient of ``lambda L_DGD``.
+        cosine: of the angle between them: 1 where both want the same, 0 where they have nothing to do with one another.
+    """
+
+    layer: int
+    labels: float
+    guided: float
+    cosine: float
+
+
+def loss_gradients(
+    student: nn.Module, loss_fn: DistillationLoss, batches: Iterable[tuple[Tensor, Tensor]]
+) -> list[LossGradients]:
+    """Return the gradients of both terms for every attention layer of ``student``, which is left as it is.
+
+    Args:
+        student: quantized and calibrated, of as many layers and heads as the teacher.
+        loss_fn: guided; its lambda is that of the result.
+        batches: images ``(B, C, H, W)`` and labels ``(B,)``, on the student's device.
+
+    Raises:
+        DataError: if there is no batch.
+        TeacherMismatchError: see :class:`DistillationLoss`.
+    """
+    model = copy.deepcopy(student).train()  # in training the rectifiers' running averages move
+    weights = [layer.qkv.weight for layer in attention_layers(model)]
+    weight = loss_fn.guided_weight
+    labels, guided, cosine = (torch.zeros(len(weights), dtype=torch.float64) for _ in range(3))
+    count = 0
+    try:
+        for images, classes in batches:
+            both, one = (_gradients(model, loss_fn, images, classes, weights, w) for w in (weight, 0.0))
+            for layer, (total, alone) in enumerate(zip(both, one, strict=True)):
+                pull = total - alone
+                labels[layer] += alone.norm().item()
+                guided[layer] += pull.norm().item()
+                cosine[layer] += torch.cosine_similarity(alone, pull, dim=0).item()
+            count += 1
+    finally:
+        loss_fn.guided_weight = weight
+    if not count:
+        raise DataError("The gradients need at least one batch, and there was none.")
+    means = torch.stack([labels, guided, cosine], dim=1) / count
+    return [LossGradients(layer, *values) for layer, values in enumerate(means.tolist())]
+
+
+def _gradients(
+    model: nn.Module, loss_fn: DistillationLoss, images: Tensor, classes: Tensor, weights: list[Tensor], weight: float
+) -> list[Tensor]:
+    loss_fn.guided_weight = weight
+    grads = torch.autograd.grad(loss_fn(model, images, classes), weights)
+    # Rows of qkv: queries, keys, values.
+    return [grad[: 2 * len(grad) // 3].double().flatten() for grad in grads]
