@@ -173,6 +173,45 @@ def ablation_bars(records: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
+def layer_profiles(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
+    """Draw, over the layers, entropy of the query codes, attention distance, and the gradients of the loss's two terms.
+
+    Args:
+        rows: for each model, by its name, the ``layers`` of a record of :func:`qvit.train.ablation.read_results`.
+    """
+    with rc_context(_STYLE):
+        figure = _figure(10, 7)
+        entropy, distance, norms, cosines = figure.subplots(2, 2).flat
+        for number, (name, layers) in enumerate(rows.items()):
+            colour = _COLOURS[number % len(_COLOURS)]
+
+            def draw(axes: Axes, values: Sequence[float], dashes: str = "-", label: str = "", c: str = colour) -> None:
+                axes.plot(range(len(values)), values, dashes, color=c, marker="o", markersize=4, label=label)
+
+            draw(entropy, [layer["query_entropy"] for layer in layers], label=name)
+            draw(distance, [layer["attention_distance"] for layer in layers])
+            trained = [layer["gradients"] for layer in layers if "gradients" in layer]
+            draw(norms, [gradients["labels"] for gradients in trained])
+            draw(norms, [gradients["guided"] for gradients in trained], "--")
+            draw(cosines, [gradients["cosine"] for gradients in trained])
+        norms.set_yscale("log")
+        cosines.axhline(0, color="#808080", linewidth=0.8)
+        bound = next(iter(rows.values()))[0]["query_bits"]
+        for axes, title in (
+            (entropy, f"entropy of the query codes (bits, at most {bound})"),
+            (distance, "attention distance to the teacher"),
+            (norms, "gradient norm: labels (solid), guidance (dashed)"),
+            (cosines, "cosine between the two gradients"),
+        ):
+            axes.set_title(title)
+            axes.set_xlabel("block")
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.grid(color=_FAINT, linewidth=0.8)
+        handles, labels = entropy.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=min(3, len(labels)), frameon=False)
+    return figure
+
+
 def latency_bars(panels: Mapping[str, Mapping[str, float]], highlighted: Sequence[str]) -> Figure:
     """Draw how long runtimes take: a panel a case, a bar a runtime, shorter is faster.
 

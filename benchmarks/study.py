@@ -1,0 +1,239 @@
+"""The study of docs/results.md: a float teacher, the ablation and the trials around it, as a plan lists them.
+
+A plan (benchmarks/study_cpu.yaml, benchmarks/study_gpu.yaml) names model, recipe and data preparation, and experiments:
+each an ablation (qvit ablate) with entries of the recipe changed, and why. ``run`` trains the teacher and then whatever
+is not finished, in the order of the plan; it can be stopped at any time and started again, and several of them may
+share one folder. ``collect`` writes all that was measured into one file, a line a run; ``report`` makes tables and
+figures from that file alone.
+
+Example:
+  python benchmarks/study.py run benchmarks/study_cpu.yaml --data cifar10 --out study
+  python benchmarks/study.py collect benchmarks/study_cpu.yaml --out study --results docs/study/cpu.jsonl
+  python benchmarks/study.py report benchmarks/study_cpu.yaml --results docs/study/cpu.jsonl --document docs/results.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import platform
+import signal
+import sys
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import yaml
+from rich.console import Console
+
+from qvit.analysis.statistics import query_key_statistics
+from qvit.errors import QvitError
+from qvit.files import write_text
+from qvit.train.ablation import ANALYSED_IMAGES, ablate, read_results, rows_named
+from qvit.train.checkpoint import ModelCard, describe, load_checkpoint, weights_checksum
+from qvit.train.data import ImageSets, open_data
+from qvit.train.loop import Options, read_metrics
+from qvit.train.methods import FloatModel, train_full_precision, training_batches
+from qvit.train.recipe import Recipe, load_recipe
+from qvit.train.resident import decode_once
+from qvit.train.run import can_go_on
+from study_report import write_report
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """One ablation of a plan.
+
+    Args:
+        name: and folder.
+        why: the question it answers.
+        bits: of weights and activations.
+        seeds: of every cell.
+        rows: names of the rows; ``None`` for all.
+        set: changes of the recipe.
+        ladder: see :func:`qvit.train.ablation.ablate`.
+        table: whether it is shown as a table of methods, with figures.
+        against: experiment whose runs of the same row, bits and seed it is compared with.
+    """
+
+    name: str
+    why: str
+    bits: list[int]
+    seeds: list[int]
+    rows: str | None = None
+    set: list[str] = dataclasses.field(default_factory=list)
+    ladder: bool = False
+    table: bool = False
+    against: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a study is made of.
+
+    Args:
+        model: timm's name.
+        recipe: built-in recipe or file.
+        set: changes of the recipe, for the teacher and all experiments.
+        quantized: changes for all experiments that an experiment may change again.
+        teacher: ``precision`` and ``compile`` of the teacher's training (:class:`qvit.train.loop.Options`).
+        options: the same of all other runs.
+        experiments: in the order in which they are run.
+    """
+
+    model: str
+    recipe: str
+    set: list[str]
+    quantized: list[str]
+    teacher: dict[str, Any]
+    options: dict[str, Any]
+    experiments: list[Experiment]
+
+    def recipe_of(self, experiment: Experiment | None = None) -> Recipe:
+        """Return the recipe of the teacher, or of an experiment."""
+        changes = self.set + (self.quantized + experiment.set if experiment is not None else [])
+        return load_recipe(self.recipe, changes)
+
+
+def read_plan(path: Path) -> Plan:
+    """Return the plan of a YAML file."""
+    data = yaml.safe_load(path.read_text())
+    experiments = [Experiment(**experiment) for experiment in data.pop("experiments")]
+    return Plan(**data, experiments=experiments)
+
+
+def run(plan: Plan, data: str, out: Path, only: Iterable[str], minutes: float | None, console: Console) -> None:
+    """Train the teacher and every experiment that is not finished."""
+    if minutes is not None:
+        # As a scheduler would: the run saves itself and goes on the next time.
+        timer = threading.Timer(60 * minutes, os.kill, (os.getpid(), signal.SIGTERM))
+        timer.daemon = True
+        timer.start()
+    sets, card = opened(plan, data)
+    sets = decode_once(sets, card.preprocessing, console)
+    teacher = train_teacher(plan, card, sets, out / "teacher", console)
+    for experiment in plan.experiments:
+        if only and experiment.name not in only:
+            continue
+        console.rule(experiment.name)
+        options = Options(out / experiment.name, **plan.options)
+        ablate(
+            teacher,
+            sets,
+            plan.recipe_of(experiment),
+            options,
+            console,
+            bits=experiment.bits,
+            seeds=experiment.seeds,
+            rows=rows_named(experiment.rows),
+            ladder=experiment.ladder,
+        )
+
+
+def opened(plan: Plan, data: str) -> tuple[ImageSets, ModelCard]:
+    """Return the images and the card of the plan's float model."""
+    recipe = plan.recipe_of()
+    mode = describe(plan.model, recipe.model_args, ["a", "b"], recipe.preprocessing).mode
+    sets = open_data(data, mode=mode)
+    return sets, describe(plan.model, recipe.model_args, sets.classes, recipe.preprocessing)
+
+
+def train_teacher(plan: Plan, card: ModelCard, sets: ImageSets, folder: Path, console: Console) -> FloatModel:
+    """Return the teacher, trained first (or further) if it is not finished."""
+    recipe = plan.recipe_of()
+    epochs = recipe.full_precision.epochs
+    if not (can_go_on(folder) and len(read_metrics(folder)) == epochs):
+        console.rule("teacher")
+        train_full_precision(card, sets, recipe, Options(folder, resume=can_go_on(folder), **plan.teacher), console)
+    return FloatModel(*load_checkpoint(folder / "last.pt"))
+
+
+def collect(plan: Plan, data: str, out: Path, results: Path) -> int:
+    """Write every finished run into one file and return how many there are.
+
+    The first line is the teacher: accuracy, curve, statistics of its queries and keys, checksum and machine.
+    """
+    model, card = load_checkpoint(out / "teacher" / "last.pt")
+    sets, _ = opened(plan, data)
+    mixed = ImageSets(sets.val, sets.val, sets.classes)
+    mixed_batches = training_batches(mixed, card, 128, Options(out))
+    batches = [batch.images for batch in itertools.islice(mixed_batches, ANALYSED_IMAGES // 128)]
+    history = read_metrics(out / "teacher")
+    lines: list[dict[str, Any]] = [
+        {
+            "experiment": "teacher",
+            "top1": history[-1]["val_top1"],
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "history": history,
+            "layers": [layer.to_dict() for layer in query_key_statistics(model, batches)],
+            "recipe": plan.recipe_of().to_dict(),
+            "weights": weights_checksum(model),
+            "machine": machine(),
+        }
+    ]
+    for experiment in plan.experiments:
+        folder = out / experiment.name
+        for record in read_results(folder):
+            run_folder = folder / f"{record['bits']}-bit" / record["row"] / f"seed-{record['seed']}"
+            finished = load_checkpoint(run_folder / ("last.pt" if record["history"] else "best.pt"))[0]
+            lines.append({"experiment": experiment.name, **record, "weights": weights_checksum(finished)})
+    results.parent.mkdir(parents=True, exist_ok=True)
+    write_text(results, "".join(json.dumps(line) + "\n" for line in lines))
+    return len(lines)
+
+
+def machine() -> dict[str, Any]:
+    """Return what the figures depend on beside the code."""
+    return {
+        "processor": _processor(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+    }
+
+
+def _processor() -> str:
+    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return names[0].partition(":")[2].strip() if names else platform.processor()
+
+
+def main() -> None:
+    """Run, collect or report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=["run", "collect", "report"])
+    parser.add_argument("plan", type=Path)
+    parser.add_argument("--data", help="folder with train/ and val/ (benchmarks/cifar10_folders.py), or shards")
+    parser.add_argument("--out", type=Path, help="folder of the runs")
+    parser.add_argument("--only", nargs="*", default=[], metavar="EXPERIMENT", help="run these alone")
+    parser.add_argument("--minutes", type=float, help="stop and save after that time")
+    parser.add_argument("--results", type=Path, help="file of all that was measured (JSON lines)")
+    parser.add_argument("--document", type=Path, help="Markdown file whose section of the study is written anew")
+    arguments = parser.parse_args()
+    console = Console()
+    plan = read_plan(arguments.plan)
+    needed = {"run": ("data", "out"), "collect": ("data", "out", "results"), "report": ("results", "document")}
+    for name in needed[arguments.action]:
+        if getattr(arguments, name) is None:
+            parser.error(f"{arguments.action} needs --{name}")
+    try:
+        if arguments.action == "run":
+            run(plan, arguments.data, arguments.out, arguments.only, arguments.minutes, console)
+        elif arguments.action == "collect":
+            count = collect(plan, arguments.data, arguments.out, arguments.results)
+            console.print(f"{count - 1} runs and their teacher in {arguments.results}")
+        else:
+            write_report(plan, arguments.results, arguments.document)
+    except QvitError as error:
+        print(f"study: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

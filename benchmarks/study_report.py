@@ -1,0 +1,177 @@
+"""Tables and figures of the study, from the one file that ``study.py collect`` wrote."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from matplotlib.figure import Figure
+
+from qvit.analysis.figures import ablation_bars, layer_profiles, query_histograms, svg, training_curves
+from qvit.analysis.statistics import QueryKeyStatistics
+from qvit.errors import DataError
+from qvit.files import write_text
+from qvit.train.ablation import summarise
+
+if TYPE_CHECKING:
+    from study import Experiment, Plan
+
+Record = Mapping[str, Any]
+
+
+def write_report(plan: Plan, results: Path, document: Path) -> None:
+    """Write the study's section of ``document`` anew, between its two markers, and its figures beside it.
+
+    Args:
+        plan: says what each experiment is.
+        results: what ``collect`` wrote.
+        document: Markdown with the lines ``<!-- study: NAME -->`` and ``<!-- end of study -->``, NAME being that of
+            ``results`` without its ending.
+
+    Raises:
+        DataError: if the document has no such lines, or the results are not of the plan.
+    """
+    name = results.stem
+    begin, end = f"<!-- study: {name} -->", "<!-- end of study -->"
+    before, marker, rest = document.read_text().partition(begin)
+    _, closing, after = rest.partition(end)
+    if not marker or not closing:
+        raise DataError(f"{document} has no lines {begin} and {end}: put them where the study belongs.")
+    teacher, *records = [json.loads(line) for line in results.read_text().splitlines()]
+    unknown = {record["experiment"] for record in records} - {experiment.name for experiment in plan.experiments}
+    if unknown:
+        raise DataError(f"{results} holds {sorted(unknown)[0]}, which is not in the plan.")
+    folder = document.parent / "figures"
+    parts = [_teacher(teacher)]
+    for experiment in plan.experiments:
+        its = [record for record in records if record["experiment"] == experiment.name]
+        if experiment.table and its:
+            parts += [_table(experiment, its), *_figures(experiment, its, teacher, folder, name)]
+    parts += [_trials(plan, records), _best(records)]
+    write_text(document, before + begin + "\n\n" + "\n\n".join(part for part in parts if part) + "\n\n" + end + after)
+
+
+def _teacher(teacher: Record) -> str:
+    machine, schedule = teacher["machine"], teacher["recipe"]["full_precision"]
+    where = machine["gpu"] or machine["processor"]
+    return (
+        f"Teacher: {teacher['parameters']:,} parameters, {schedule['epochs']} epochs in full precision, top-1 "
+        f"**{teacher['top1']:.2f}**. Machine: {where}; PyTorch {machine['torch']}, timm {machine['timm']}, Python "
+        f"{machine['python']}."
+    )
+
+
+def _table(experiment: Experiment, records: Sequence[Record]) -> str:
+    epochs = max(len(record["history"]) for record in records)
+    lines = [
+        f"### {experiment.name}: {experiment.why}",
+        f"{epochs} epochs of training a run. Recipe changes: {_changes(experiment)}.",
+        "| bits | method | seeds | top-1 (%) | gain over the baseline | each seed's gain | query entropy (bits) "
+        "| attention distance |\n|---:|---|---:|---:|---:|---|---:|---:|",
+    ]
+    for row in summarise(records):  # type: ignore[arg-type]
+        gains = _gains(records, row)
+        lines[-1] += (
+            f"\n| {row['bits']} | {row['title']} | {row['seeds']} | {_spread(row['top1'], row['top1_std'])} | "
+            f"{'' if row['gain'] is None else _spread(row['gain'], row['gain_std'], '+')} | "
+            f"{', '.join(f'{gain:+.2f}' for gain in gains)} | {row['query_entropy']:.2f} of {row['bits']} | "
+            f"{row['attention_distance']:.3f} |"
+        )
+    return "\n\n".join(lines)
+
+
+def _gains(records: Sequence[Record], row: Record) -> list[float]:
+    base, own = (
+        {r["seed"]: r["top1"] for r in records if r["bits"] == row["bits"] and r["row"] == name}
+        for name in ("baseline", row["row"])
+    )
+    return [own[seed] - base[seed] for seed in own if seed in base] if row["gain"] is not None else []
+
+
+def _figures(
+    experiment: Experiment, records: Sequence[Record], teacher: Record, folder: Path, study: str
+) -> Iterable[str]:
+    lowest = min(record["bits"] for record in records)
+    first = {record["title"]: record for record in records if record["bits"] == lowest and record["seed"] == 0}
+    trained = {title: record for title, record in first.items() if record["history"]}
+    shown = {title: r for title, r in trained.items() if r["row"] in ("baseline", "rectify-head", "q-vit-head")}
+    histograms = {
+        title: [QueryKeyStatistics.from_dict(layer) for layer in record["layers"]]
+        for title, record in {"full precision": teacher, **shown}.items()
+    }
+    figures: dict[str, tuple[str, Figure]] = {
+        "bars": ("Top-1 by method", ablation_bars(records)),
+        "curves": (
+            f"Training at {lowest} bits, seed 0",
+            training_curves({title: record["history"] for title, record in trained.items()}),
+        ),
+        "queries": (
+            f"Queries of every block at {lowest} bits, seed 0",
+            query_histograms(histograms, range(len(teacher["layers"]))),
+        ),
+        "layers": (
+            f"The mechanism by block at {lowest} bits, seed 0",
+            layer_profiles({title: record["layers"] for title, record in trained.items()}),
+        ),
+    }
+    for kind, (title, figure) in figures.items():
+        path = folder / f"{study}-{experiment.name}-{kind}.svg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, svg(figure))
+        yield f"![{title}](figures/{path.name})"
+
+
+def _trials(plan: Plan, records: Sequence[Record]) -> str:
+    """Every experiment that changes one thing, beside the run of the same row, bits and seed that it changes."""
+    rows = []
+    for experiment in plan.experiments:
+        if experiment.against is None:
+            continue
+        others = {_cell(r): r["top1"] for r in records if r["experiment"] == experiment.against}
+        cells: dict[tuple[int, str], list[Record]] = {}
+        for record in records:
+            if record["experiment"] == experiment.name and _cell(record) in others:
+                cells.setdefault((record["bits"], record["title"]), []).append(record)
+        for (bits, title), its in cells.items():
+            gains = [record["top1"] - others[_cell(record)] for record in its]
+            gain = _spread(statistics.fmean(gains), statistics.stdev(gains) if len(gains) > 1 else None, "+")
+            rows.append(
+                f"| {experiment.why} | {_changes(experiment)} | {experiment.against} | {bits} | {title} | {len(its)} | "
+                f"{statistics.fmean(r['top1'] for r in its):.2f} | {gain} |"
+            )
+    if not rows:
+        return ""
+    head = (
+        "| what is tried | changes | against | bits | method | seeds | top-1 (%) | difference |\n"
+        "|---|---|---|---:|---|---:|---:|---:|"
+    )
+    return "### Every trial\n\n" + "\n".join([head, *rows])
+
+
+def _best(records: Sequence[Record]) -> str:
+    lines = ["| bits | experiment | method | seed | top-1 (%) | SHA-256 of the weights |\n|---:|---|---|---:|---:|---|"]
+    for bits in sorted({record["bits"] for record in records if record["bits"] <= 4}, reverse=True):
+        best = max((r for r in records if r["bits"] == bits), key=lambda r: r["top1"])
+        lines.append(
+            f"| {bits} | {best['experiment']} | {best['title']} | {best['seed']} | {best['top1']:.2f} | "
+            f"`{best['weights'][:16]}` |"
+        )
+    return "### The best models\n\n" + "\n".join(lines) if len(lines) > 1 else ""
+
+
+def _cell(record: Record) -> tuple[int, str, int]:
+    return record["bits"], record["row"], record["seed"]
+
+
+def _changes(experiment: Experiment) -> str:
+    changes = [change.removeprefix("quantized.") for change in experiment.set]
+    if experiment.ladder:
+        changes.append("bits " + " then ".join(map(str, experiment.bits)))
+    return ", ".join(f"`{change}`" for change in changes) or "none"
+
+
+def _spread(mean: float, std: float | None, sign: str = "") -> str:
+    return f"{mean:{sign}.2f}" + ("" if std is None else f" ± {std:.2f}")
