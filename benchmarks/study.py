@@ -36,7 +36,7 @@ from qvit.analysis.statistics import query_key_statistics
 from qvit.errors import QvitError
 from qvit.files import write_text
 from qvit.train.ablation import ANALYSED_IMAGES, ablate, read_results, rows_named
-from qvit.train.checkpoint import ModelCard, describe, load_checkpoint, weights_checksum
+from qvit.train.checkpoint import ModelCard, describe, load_checkpoint, save_checkpoint, weights_checksum
 from qvit.train.data import ImageSets, open_data
 from qvit.train.loop import Options, read_metrics
 from qvit.train.methods import FloatModel, train_full_precision, training_batches
@@ -148,10 +148,14 @@ def train_teacher(plan: Plan, card: ModelCard, sets: ImageSets, folder: Path, co
     """Return the teacher, trained first (or further) if it is not finished."""
     recipe = plan.recipe_of()
     epochs = recipe.full_precision.epochs
-    if not (can_go_on(folder) and len(read_metrics(folder)) == epochs):
-        console.rule("teacher")
-        train_full_precision(card, sets, recipe, Options(folder, resume=can_go_on(folder), **plan.teacher), console)
-    return FloatModel(*load_checkpoint(folder / "last.pt"))
+    finished = folder / "model.pt"
+    if not finished.exists():
+        if not (can_go_on(folder) and len(read_metrics(folder)) == epochs):
+            console.rule("teacher")
+            train_full_precision(card, sets, recipe, Options(folder, resume=can_go_on(folder), **plan.teacher), console)
+        model, card = load_checkpoint(folder / "last.pt")
+        save_checkpoint(finished, card, model)  # without the optimizer: what the experiments need of it
+    return FloatModel(*load_checkpoint(finished))
 
 
 def collect(plan: Plan, data: str, out: Path, results: Path) -> int:
@@ -159,7 +163,7 @@ def collect(plan: Plan, data: str, out: Path, results: Path) -> int:
 
     The first line is the teacher: accuracy, curve, statistics of its queries and keys, checksum and machine.
     """
-    model, card = load_checkpoint(out / "teacher" / "last.pt")
+    model, card = load_checkpoint(out / "teacher" / "model.pt")
     sets, _ = opened(plan, data)
     mixed = ImageSets(sets.val, sets.val, sets.classes)
     mixed_batches = training_batches(mixed, card, 128, Options(out))
@@ -178,11 +182,7 @@ def collect(plan: Plan, data: str, out: Path, results: Path) -> int:
         }
     ]
     for experiment in plan.experiments:
-        folder = out / experiment.name
-        for record in read_results(folder):
-            run_folder = folder / f"{record['bits']}-bit" / record["row"] / f"seed-{record['seed']}"
-            finished = load_checkpoint(run_folder / ("last.pt" if record["history"] else "best.pt"))[0]
-            lines.append({"experiment": experiment.name, **record, "weights": weights_checksum(finished)})
+        lines += [{"experiment": experiment.name, **record} for record in read_results(out / experiment.name)]
     results.parent.mkdir(parents=True, exist_ok=True)
     write_text(results, "".join(json.dumps(line) + "\n" for line in lines))
     return len(lines)

@@ -28,7 +28,7 @@ from qvit.config import Rectify
 from qvit.distill import DistillationLoss
 from qvit.errors import CheckpointError, ConfigError
 from qvit.files import write_text
-from qvit.train.checkpoint import load_checkpoint
+from qvit.train.checkpoint import load_checkpoint, weights_checksum
 from qvit.train.data import ImageSets, readable
 from qvit.train.loop import Options, make_accelerator
 from qvit.train.methods import METHODS, FloatModel, Result, train_quantized, training_batches
@@ -138,6 +138,7 @@ def ablate(
             record |= {"top1": result.accuracy.top1, "top5": result.accuracy.top5, "images": result.accuracy.images}
             record |= _analyse(teacher, result, data, recipe, run)
             record |= {"history": result.history, "seconds": time.monotonic() - begin}
+            record |= {"weights": weights_checksum(result.model)}
             if accelerator.is_main_process:
                 write_text(folder / "result.json", json.dumps(record, indent=1) + "\n")
     accelerator.wait_for_everyone()  # until the last result is written
@@ -151,7 +152,7 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     layers and heads), attention_distance (mean over layers and heads), layers (for each its
     :class:`QueryKeyStatistics`, attention_distance and, where the model was trained, gradients, that is
     :class:`qvit.analysis.gradients.LossGradients`), history (a record an
-    epoch) and seconds (of this process, the last if it was cut off).
+    epoch), seconds (of this process, the last if it was cut off) and weights (their SHA-256).
 
     Raises:
         CheckpointError: naming a file that cannot be read.
