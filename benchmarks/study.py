@@ -33,7 +33,7 @@ import yaml
 from rich.console import Console
 
 from qvit.analysis.statistics import query_key_statistics
-from qvit.errors import QvitError
+from qvit.errors import QvitError, TrainingStopped
 from qvit.files import write_text
 from qvit.train.ablation import ANALYSED_IMAGES, ablate, read_results, rows_named
 from qvit.train.checkpoint import ModelCard, describe, load_checkpoint, save_checkpoint, weights_checksum
@@ -110,6 +110,7 @@ def read_plan(path: Path) -> Plan:
 
 def run(plan: Plan, data: str, out: Path, only: Iterable[str], minutes: float | None, console: Console) -> None:
     """Train the teacher and every experiment that is not finished."""
+    signal.signal(signal.SIGTERM, _stop)  # between the runs; a run catches it by itself
     if minutes is not None:
         # As a scheduler would: the run saves itself and goes on the next time.
         timer = threading.Timer(60 * minutes, os.kill, (os.getpid(), signal.SIGTERM))
@@ -188,6 +189,10 @@ def collect(plan: Plan, data: str, out: Path, results: Path) -> int:
     return len(lines)
 
 
+def _stop(number: int, frame: object) -> None:
+    raise TrainingStopped("Stopped by SIGTERM between two runs.")
+
+
 def machine() -> dict[str, Any]:
     """Return what the figures depend on beside the code."""
     return {
@@ -230,6 +235,8 @@ def main() -> None:
             console.print(f"{count - 1} runs and their teacher in {arguments.results}")
         else:
             write_report(plan, arguments.results, arguments.document)
+    except TrainingStopped as stopped:
+        console.print(str(stopped), highlight=False, soft_wrap=True)
     except QvitError as error:
         print(f"study: {error}", file=sys.stderr)
         sys.exit(2)

@@ -8,13 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from matplotlib.figure import Figure
-
-from qvit.analysis.figures import ablation_bars, layer_profiles, query_histograms, svg, training_curves
+from qvit.analysis.figures import svg
 from qvit.analysis.statistics import QueryKeyStatistics
 from qvit.errors import DataError
 from qvit.files import write_text
-from qvit.train.ablation import summarise
+from qvit.train.ablation import mean_and_spread, summarise
+from qvit.train.ablation_report import ablation_figures
 
 if TYPE_CHECKING:
     from study import Experiment, Plan
@@ -72,11 +71,11 @@ def _table(experiment: Experiment, records: Sequence[Record]) -> str:
         "| bits | method | seeds | top-1 (%) | gain over the baseline | each seed's gain | query entropy (bits) "
         "| attention distance |\n|---:|---|---:|---:|---:|---|---:|---:|",
     ]
-    for row in summarise(records):  # type: ignore[arg-type]
+    for row in summarise(records):
         gains = _gains(records, row)
         lines[-1] += (
-            f"\n| {row['bits']} | {row['title']} | {row['seeds']} | {_spread(row['top1'], row['top1_std'])} | "
-            f"{'' if row['gain'] is None else _spread(row['gain'], row['gain_std'], '+')} | "
+            f"\n| {row['bits']} | {row['title']} | {row['seeds']} | {mean_and_spread(row['top1'], row['top1_std'])} | "
+            f"{'' if row['gain'] is None else mean_and_spread(row['gain'], row['gain_std'], '+')} | "
             f"{', '.join(f'{gain:+.2f}' for gain in gains)} | {row['query_entropy']:.2f} of {row['bits']} | "
             f"{row['attention_distance']:.3f} |"
         )
@@ -94,34 +93,12 @@ def _gains(records: Sequence[Record], row: Record) -> list[float]:
 def _figures(
     experiment: Experiment, records: Sequence[Record], teacher: Record, folder: Path, study: str
 ) -> Iterable[str]:
-    lowest = min(record["bits"] for record in records)
-    first = {record["title"]: record for record in records if record["bits"] == lowest and record["seed"] == 0}
-    trained = {title: record for title, record in first.items() if record["history"]}
-    shown = {title: r for title, r in trained.items() if r["row"] in ("baseline", "rectify-head", "q-vit-head")}
-    histograms = {
-        title: [QueryKeyStatistics.from_dict(layer) for layer in record["layers"]]
-        for title, record in {"full precision": teacher, **shown}.items()
-    }
-    figures: dict[str, tuple[str, Figure]] = {
-        "bars": ("Top-1 by method", ablation_bars(records)),
-        "curves": (
-            f"Training at {lowest} bits, seed 0",
-            training_curves({title: record["history"] for title, record in trained.items()}),
-        ),
-        "queries": (
-            f"Queries of every block at {lowest} bits, seed 0",
-            query_histograms(histograms, range(len(teacher["layers"]))),
-        ),
-        "layers": (
-            f"The mechanism by block at {lowest} bits, seed 0",
-            layer_profiles({title: record["layers"] for title, record in trained.items()}),
-        ),
-    }
-    for kind, (title, figure) in figures.items():
-        path = folder / f"{study}-{experiment.name}-{kind}.svg"
+    statistics_of_teacher = [QueryKeyStatistics.from_dict(layer) for layer in teacher["layers"]]
+    for drawing in ablation_figures(records, statistics_of_teacher):
+        path = folder / f"{study}-{experiment.name}-{drawing.name}.svg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, svg(figure))
-        yield f"![{title}](figures/{path.name})"
+        write_text(path, svg(drawing.figure))
+        yield f"![{drawing.caption}](figures/{path.name})\n\n*{drawing.caption}*"
 
 
 def _trials(plan: Plan, records: Sequence[Record]) -> str:
@@ -137,7 +114,7 @@ def _trials(plan: Plan, records: Sequence[Record]) -> str:
                 cells.setdefault((record["bits"], record["title"]), []).append(record)
         for (bits, title), its in cells.items():
             gains = [record["top1"] - others[_cell(record)] for record in its]
-            gain = _spread(statistics.fmean(gains), statistics.stdev(gains) if len(gains) > 1 else None, "+")
+            gain = mean_and_spread(statistics.fmean(gains), statistics.stdev(gains) if len(gains) > 1 else None, "+")
             rows.append(
                 f"| {experiment.why} | {_changes(experiment)} | {experiment.against} | {bits} | {title} | {len(its)} | "
                 f"{statistics.fmean(r['top1'] for r in its):.2f} | {gain} |"
@@ -171,7 +148,3 @@ def _changes(experiment: Experiment) -> str:
     if experiment.ladder:
         changes.append("bits " + " then ".join(map(str, experiment.bits)))
     return ", ".join(f"`{change}`" for change in changes) or "none"
-
-
-def _spread(mean: float, std: float | None, sign: str = "") -> str:
-    return f"{mean:{sign}.2f}" + ("" if std is None else f" ± {std:.2f}")

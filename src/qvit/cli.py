@@ -429,9 +429,9 @@ def ablate(
     Example:
       qvit ablate vit_tiny_patch16_224 --data digits --teacher runs/float/best.pt --bits 4,2 --seeds 3 --out runs/table
     """
-    from qvit.analysis.figures import ablation_bars, png
     from qvit.train.ablation import ablate as run
     from qvit.train.ablation import results_table, rows_named
+    from qvit.train.ablation_report import write_ablation_report
 
     options = _options(
         out, 0, workers, precision, compile_models, skip_corrupt, False, cpu, data, save_every, accumulate, fsdp
@@ -454,11 +454,12 @@ def ablate(
     if decode_once:
         sets = _decoded(sets, card, options)
     records = run(guide, sets, settings, options, console(), bits=widths, seeds=which, rows=chosen, ladder=ladder)
-    console().print(results_table(records, guide.card.metrics.get("val_top1")))
-    figure = out / "ablation.png"
-    if _rank() == 0:
-        figure.write_bytes(png(ablation_bars(records)))
-    console().print(f"Figure in {figure}, records in {out}/*-bit/*/seed-*/result.json", highlight=False, soft_wrap=True)
+    top1 = guide.card.metrics.get("val_top1")
+    console().print(results_table(records, top1))
+    report = out / "report.html"
+    if _rank() == 0 and records:
+        write_ablation_report(report, records, top1)
+    console().print(f"Report in {report}, records in {out}/*-bit/*/seed-*/result.json", highlight=False, soft_wrap=True)
 
 
 @app.command()

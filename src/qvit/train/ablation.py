@@ -13,7 +13,7 @@ import fcntl
 import json
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -168,13 +168,13 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     return [record for *_, record in sorted(records, key=lambda r: r[:3])]
 
 
-def summarise(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def summarise(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return one record a (bits, row): seeds, mean and standard deviation of top-1, and the gain over the baseline.
 
     The gain is the mean of the differences to the baseline of the same seed, with their standard deviation, where both
     were run (``None`` otherwise).
     """
-    cells: dict[tuple[int, str], dict[int, dict[str, Any]]] = {}
+    cells: dict[tuple[int, str], dict[int, Mapping[str, Any]]] = {}
     for record in records:
         cells.setdefault((record["bits"], record["row"]), {})[record["seed"]] = record
     summary = []
@@ -201,7 +201,7 @@ def summarise(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return summary
 
 
-def results_table(records: Sequence[dict[str, Any]], teacher_top1: float | None) -> Table:
+def results_table(records: Sequence[Mapping[str, Any]], teacher_top1: float | None) -> Table:
     """Return the ablation as a table for the terminal."""
     title = "Ablation" if teacher_top1 is None else f"Ablation (full precision: {teacher_top1:.2f})"
     table = Table(title=title)
@@ -212,15 +212,16 @@ def results_table(records: Sequence[dict[str, Any]], teacher_top1: float | None)
             str(row["bits"]),
             row["title"],
             str(row["seeds"]),
-            _mean_and_spread(row["top1"], row["top1_std"]),
-            "" if row["gain"] is None else _mean_and_spread(row["gain"], row["gain_std"], "+"),
+            mean_and_spread(row["top1"], row["top1_std"]),
+            "" if row["gain"] is None else mean_and_spread(row["gain"], row["gain_std"], "+"),
             f"{row['query_entropy']:.2f}",
             f"{row['attention_distance']:.3f}",
         )
     return table
 
 
-def _mean_and_spread(mean: float, std: float | None, sign: str = "") -> str:
+def mean_and_spread(mean: float, std: float | None, sign: str = "") -> str:
+    """Return ``"52.23 ± 0.27"``, in percent; ``sign`` as in a format specification."""
     return f"{mean:{sign}.2f}" + ("" if std is None else f" ± {std:.2f}")
 
 
