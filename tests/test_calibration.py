@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -275,3 +276,31 @@ def test_zero_weights_give_a_student_that_runs(vit: nn.Module, images: Tensor) -
     student = quantize(vit)
     calibrate(student, [images])
     assert bool(torch.isfinite(student(images)).all())
+
+
+def test_lsq_start_of_the_weights_is_its_formula(vit: nn.Module, images: Tensor) -> None:
+    student, other = quantize(vit, QuantConfig(3, 3)), quantize(vit, QuantConfig(3, 3))
+    calibrate(student, [images], weight_start="lsq")
+    calibrate(other, [images])
+    linear = student.blocks[0].mlp.fc1  # type: ignore[union-attr, index]
+    expected = 2 * linear.weight.abs().mean(dim=1) / math.sqrt(3)
+    torch.testing.assert_close(linear.weight_quantizer.scale.flatten(), expected)
+    ours, theirs = (dict(model.named_modules()) for model in (student, other))
+    for name, module in ours.items():
+        if isinstance(module, Quantizer) and module.batched:  # activations are fitted as ever
+            torch.testing.assert_close(module.scale, theirs[name].scale)
+    with pytest.raises(ConfigError, match="weight_start must be minimum_error or lsq, not 'max'"):
+        calibrate(student, [images], weight_start="max")  # type: ignore[arg-type]
+
+
+def test_kept_rectifiers_are_left_alone(vit: nn.Module, images: Tensor) -> None:
+    student = quantize(vit)
+    calibrate(student, [images])
+    rectifiers = [m for m in student.modules() if isinstance(m, Rectifier)]
+    with torch.no_grad():
+        for rectifier in rectifiers:
+            rectifier.gamma.mul_(1.5)
+    before = [{name: value.clone() for name, value in r.state_dict().items()} for r in rectifiers]
+    calibrate(student, [images], rectify_start="keep")
+    for rectifier, was in zip(rectifiers, before, strict=True):
+        assert all(torch.equal(value, was[name]) for name, value in rectifier.state_dict().items())

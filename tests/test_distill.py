@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qvit import DistillationLoss, QuantConfig, calibrate, quantize
 from qvit.distill import check_guidance, guided_distance
-from qvit.errors import TeacherMismatchError, UnsupportedModelError
+from qvit.errors import ConfigError, TeacherMismatchError, UnsupportedModelError
 from qvit.nn.attention import QueryKeyRecorder, attention_layers
 
 DISTILLED = "deit_tiny_distilled_patch16_224"
@@ -361,3 +361,31 @@ def test_loss_falls_in_a_few_steps(vit: nn.Module, images, labels) -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_lambda_falls_along_a_cosine_if_asked_to(vit: nn.Module, images: Tensor) -> None:
+    student, labels = calibrated(vit, images), torch.zeros(len(images), dtype=torch.int64)
+    loss_fn = DistillationLoss(vit, guided_weight=0.8, guided_decay=True)
+    for progress, share in ((0.0, 1.0), (1 / 3, 0.75), (0.5, 0.5), (1.0, 0.0)):
+        loss_fn.progress = progress
+        total = loss_fn(student, images, labels).item()
+        parts = loss_fn.last_parts
+        assert total == pytest.approx(float(parts["distillation"] + 0.8 * share * parts["guided"]), rel=1e-6)
+    constant = DistillationLoss(vit, guided_weight=0.8)
+    constant.progress = 1.0
+    assert constant.present_weight == 0.8
+
+
+def test_only_the_chosen_layers_are_guided(vit: nn.Module, images: Tensor) -> None:
+    student, labels = calibrated(vit, images), torch.zeros(len(images), dtype=torch.int64)
+    every = [guided_distance(t, s).mean() for t, s in zip(
+        queries_and_keys(vit, images), queries_and_keys(student, images), strict=True
+    )]  # fmt: skip
+    depth = len(every) // 2
+    for chosen, layers in (([0], [0]), ([-1], [depth - 1]), ([0, -1], [0, depth - 1])):
+        loss_fn = DistillationLoss(vit, guided_layers=chosen)
+        loss_fn(student, images, labels)
+        expected = torch.stack([every[layer + offset] for offset in (0, depth) for layer in layers]).mean()
+        torch.testing.assert_close(loss_fn.last_parts["guided"], expected)
+    with pytest.raises(ConfigError, match=f"no attention layer {depth} to guide: the teacher has {depth}"):
+        DistillationLoss(vit, guided_layers=[depth])

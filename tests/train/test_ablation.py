@@ -1,3 +1,4 @@
+import fcntl
 import io
 import json
 from collections.abc import Callable
@@ -6,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
+from qvit.config import QuantConfig
 from qvit.errors import CheckpointError, ConfigError
-from qvit.train import ablation
+from qvit.train import ablation, methods
 from qvit.train.ablation import ROWS, ablate, read_results, results_table, rows_named, summarise
+from qvit.train.ablation_report import ablation_figures, write_ablation_report
+from qvit.train.checkpoint import load_checkpoint, weights_checksum
 from qvit.train.data import ImageSets
 from qvit.train.loop import Options, read_metrics
 from qvit.train.methods import FloatModel
@@ -166,3 +171,71 @@ def test_another_recipe_or_teacher_is_not_mixed_in(
     (tmp_path / "experiment.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"experiment\.json is damaged"):
         run(teacher, digits, budget, tmp_path, "ptq", [0], [2])
+
+
+def test_a_ladder_starts_from_the_finished_run_of_the_bits_before(
+    tmp_path: Path, teacher: FloatModel, digits: ImageSets, budget: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = ablation.train_quantized
+    starts: list[FloatModel] = []
+
+    def note(start: FloatModel, *args: Any, **kwargs: Any) -> Any:
+        starts.append(start)
+        return train(start, *args, **kwargs)
+
+    monkeypatch.setattr(ablation, "train_quantized", note)
+    console, rows = Console(quiet=True), rows_named("q-vit-head")
+    ablate(
+        teacher, digits, budget, Options(tmp_path), console, bits=[8, 4], seeds=[0], rows=rows, ladder=True
+    )  # fmt: skip
+    first, second = starts
+    assert first is teacher
+    finished, _ = load_checkpoint(tmp_path / "8-bit" / "q-vit-head" / "seed-0" / "last.pt")
+    assert second.card.quant_config is not None
+    assert second.card.quant_config["weight_bits"] == 8
+    theirs = finished.state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in second.model.state_dict().items())
+    # The student has its weights and rectifiers, and scales of its own.
+    student = methods._student(second, QuantConfig(4, 4)).state_dict()
+    for name, value in student.items():
+        assert torch.equal(value, theirs[name]) or "quantizer" in name, name
+    with pytest.raises(CheckpointError, match="another recipe, teacher or ladder"):
+        run(teacher, digits, budget, tmp_path, "q-vit-head", [0], [4])
+
+
+def test_a_cell_that_another_command_is_at_is_left_to_it(
+    tmp_path: Path, teacher: FloatModel, digits: ImageSets, budget: Recipe
+) -> None:
+    folder = tmp_path / "2-bit" / "ptq" / "seed-0"
+    folder.mkdir(parents=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        records = run(teacher, digits, budget, tmp_path, "ptq", [0, 1], [2])
+    assert [r["seed"] for r in records] == [1]
+    assert [r["seed"] for r in run(teacher, digits, budget, tmp_path, "ptq", [0, 1], [2])] == [0, 1]
+
+
+def test_a_record_tells_curve_layers_gradients_and_checksum(
+    tmp_path: Path, teacher: FloatModel, digits: ImageSets, budget: Recipe
+) -> None:
+    ptq, trained = run(teacher, digits, budget, tmp_path, "ptq,q-vit-head", [0], [2])
+    assert ptq["history"] == []
+    assert "gradients" not in ptq["layers"][0]
+    assert [epoch["val_top1"] for epoch in trained["history"]] == [trained["top1"]]
+    assert len(trained["layers"]) == 4
+    assert all(layer["gradients"]["guided"] > 0 for layer in trained["layers"])
+    mean = sum(layer["query_entropy"] for layer in trained["layers"]) / 4
+    assert trained["query_entropy"] == pytest.approx(mean)
+    model, _ = load_checkpoint(tmp_path / "2-bit" / "q-vit-head" / "seed-0" / "last.pt")
+    assert trained["weights"] == weights_checksum(model)
+    with torch.no_grad():
+        next(iter(model.parameters())).view(-1)[0] += 1e-3
+    assert trained["weights"] != weights_checksum(model)
+
+    write_ablation_report(tmp_path / "report.html", [ptq, trained], 95.0)
+    text = (tmp_path / "report.html").read_text()
+    assert text.count("<img") == 4
+    assert f"{trained['top1']:.2f}" in text
+    assert "In full precision the model reaches 95.00 %" in text
+    names = [drawing.name for drawing in ablation_figures([ptq], ())]
+    assert names == ["bars"]
