@@ -219,10 +219,9 @@ def fit(
         # Of an earlier run in this process nothing is left: its code has no hooks for this run's guidance, and a class
         # is compiled for a limited number of different models.
         torch.compiler.reset()
-        model.compile()
-        teacher = getattr(loss_fn, "teacher", None)
-        if teacher is not None:
-            teacher.compile()
+        for part in (model, getattr(loss_fn, "teacher", None)):
+            if part is not None:
+                part.compile()
     if options.fsdp and accelerator.num_processes > 1:
         evaluated = copy.deepcopy(evaluated)  # a whole model, for evaluation alone
         if ema is not None:
@@ -338,6 +337,7 @@ def fit(
                 bar.console.print(_epoch_line(record, schedule.epochs), highlight=False)
             if sum_over_processes([sigterm.received], device)[0]:
                 raise TrainingStopped(_stopped(run))
+    model._compiled_call_impl = None  # what is measured of it next needs hooks, which compiled code does not call
     return evaluated, history
 
 
