@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from sklearn.metrics import top_k_accuracy_score
 
+from qvit.analysis.statistics import query_key_statistics
 from qvit.errors import CheckpointError, ConfigError, NonFiniteLossError
 from qvit.train.checkpoint import create_model, describe, load_checkpoint, read_checkpoint
 from qvit.train.data import ImageSets, make_loader, make_transform
@@ -178,10 +179,12 @@ def test_compiled_training_follows_the_eager_one(
     start = FloatModel(create_model(card).eval(), card)
     for name in ("eager", "compile"):
         options = Options(tmp_path / name, compile=name == "compile")
-        train_quantized(start, start, "q-vit", (8, 8), "head", digits, recipe, options, Console(quiet=True))
+        result = train_quantized(start, start, "q-vit", (8, 8), "head", digits, recipe, options, Console(quiet=True))
     eager, compiled = (read_metrics(tmp_path / name)[0] for name in ("eager", "compile"))
     for name in ("train_loss", "distillation", "guided"):
         assert compiled[name] == pytest.approx(eager[name], rel=0.02)
+    # Hooks are called again, and see what compiled code would have kept to itself.
+    assert len(query_key_statistics(result.model, [torch.zeros(2, 1, 8, 8)])) == 1
 
 
 def test_bf16_training_learns(tmp_path: Path, teacher: FloatModel, digits: ImageSets, recipe: Recipe) -> None:
