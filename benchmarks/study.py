@@ -57,6 +57,7 @@ class Experiment:
         seeds: of every cell.
         rows: names of the rows; ``None`` for all.
         set: changes of the recipe.
+        overrides: bits of modules by name.
         ladder: see :func:`qvit.train.ablation.ablate`.
         table: whether it is shown as a table of methods, with figures.
         against: experiment whose runs of the same row, bits and seed it is compared with.
@@ -68,6 +69,7 @@ class Experiment:
     seeds: list[int]
     rows: str | None = None
     set: list[str] = dataclasses.field(default_factory=list)
+    overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
     ladder: bool = False
     table: bool = False
     against: str | None = None
@@ -134,6 +136,7 @@ def run(plan: Plan, data: str, out: Path, only: Iterable[str], minutes: float | 
             seeds=experiment.seeds,
             rows=rows_named(experiment.rows),
             ladder=experiment.ladder,
+            overrides={name: tuple(b) if isinstance(b, list) else b for name, b in experiment.overrides.items()},
         )
 
 

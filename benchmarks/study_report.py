@@ -145,6 +145,7 @@ def _cell(record: Record) -> tuple[int, str, int]:
 
 def _changes(experiment: Experiment) -> str:
     changes = [change.removeprefix("quantized.") for change in experiment.set]
+    changes += [f"{name} {bits}" for name, bits in experiment.overrides.items()]
     if experiment.ladder:
         changes.append("bits " + " then ".join(map(str, experiment.bits)))
     return ", ".join(f"`{change}`" for change in changes) or "none"

@@ -150,6 +150,18 @@ def test_training_without_a_teacher_starts_from_float_weights(qvit: Run, student
     assert done.status == 0, done.err
 
 
+def test_a_quantized_checkpoint_starts_a_model_of_other_bits(
+    qvit: Run, student: list[str], teacher: Path, tmp_path: Path
+) -> None:
+    assert qvit(*student, "--teacher", teacher).status == 0
+    start = tmp_path / "run" / "last.pt"
+    fewer = [*student, "--bits", "3", "--out", tmp_path / "fewer", "--start", start, "--teacher", teacher]
+    done = qvit(*fewer, "--method", "baseline")
+    assert done.status == 0, done.err
+    assert "3 bits, QAT baseline" in done.out
+    assert "a teacher must be a float one" in sentence(qvit(*student, "--teacher", start, "--out", tmp_path / "none"))
+
+
 def test_resume_goes_on_and_a_second_start_is_refused(
     qvit: Run, student: list[str], teacher: Path, tmp_path: Path
 ) -> None:

@@ -56,6 +56,10 @@ DataRoot = Annotated[str | None, typer.Option(help="Folder of a timm data set.")
 Splits = Annotated[
     str, typer.Option(help="Training and validation split of a timm data set, or parts of the shards' names.")
 ]
+Override = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN=BITS", help="Bits of modules by name: 'blocks.0.*=8' or '*.fc2=2/4'; repeatable."),
+]
 RecipeName = Annotated[
     str | None,
     typer.Option("--recipe", help="YAML file or built-in recipe: cifar10, deit_imagenet, digits [default: by --data]."),
@@ -106,14 +110,12 @@ def train(
         ),
     ] = None,
     start: Annotated[
-        str | None, typer.Option(help="Float model to start from, given like --teacher [default: the teacher].")
-    ] = None,
-    override: Annotated[
-        list[str] | None,
+        str | None,
         typer.Option(
-            metavar="PATTERN=BITS", help="Bits of modules by name: 'blocks.0.*=8' or '*.fc2=2/4'; repeatable."
+            help="Model to start from, given like --teacher, or a checkpoint of other bits [default: the teacher]."
         ),
     ] = None,
+    override: Override = None,
     recipe: RecipeName = None,
     change: Changes = None,
     data_root: DataRoot = None,
@@ -405,6 +407,7 @@ def ablate(
             "[default: all]."
         ),
     ] = None,
+    override: Override = None,
     ladder: Annotated[
         bool, typer.Option("--ladder", help="Start each of --bits from the finished run of the bits before it.")
     ] = False,
@@ -453,7 +456,18 @@ def ablate(
         )
     if decode_once:
         sets = _decoded(sets, card, options)
-    records = run(guide, sets, settings, options, console(), bits=widths, seeds=which, rows=chosen, ladder=ladder)
+    records = run(
+        guide,
+        sets,
+        settings,
+        options,
+        console(),
+        bits=widths,
+        seeds=which,
+        rows=chosen,
+        ladder=ladder,
+        overrides=_overrides(override),
+    )
     top1 = guide.card.metrics.get("val_top1")
     console().print(results_table(records, top1))
     report = out / "report.html"
@@ -497,10 +511,10 @@ def _recipe(name: str | None, data: str, changes: list[str] | None) -> Recipe:
 def _float_model(source: str, card: ModelCard, role: str) -> FloatModel:
     from qvit.errors import TeacherMismatchError
     from qvit.train.data import check_classes
-    from qvit.train.float_models import load_float
+    from qvit.train.float_models import load_float, load_start
     from qvit.train.methods import FloatModel
 
-    model, its = load_float(source, card)
+    model, its = (load_start if role == "start" else load_float)(source, card)
     try:
         check_classes(f"the {role} {source}", its.classes, "the data", card.classes)
     except QvitError as error:

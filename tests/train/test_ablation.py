@@ -163,11 +163,16 @@ def test_another_recipe_or_teacher_is_not_mixed_in(
 ) -> None:
     run(teacher, digits, budget, tmp_path, "ptq", [0], [2])
     longer = replace(budget, quantized=replace(budget.quantized, epochs=2))
-    with pytest.raises(CheckpointError, match="another recipe, teacher or ladder: give another --out"):
+    with pytest.raises(CheckpointError, match="another recipe, teacher, ladder or overrides: give another --out"):
         run(teacher, digits, longer, tmp_path, "ptq", [0], [2])
     other = FloatModel(teacher.model, replace(teacher.card, metrics={"val_top1": 1.0}))
-    with pytest.raises(CheckpointError, match="another recipe, teacher or ladder"):
+    with pytest.raises(CheckpointError, match="another recipe, teacher, ladder or overrides"):
         run(other, digits, budget, tmp_path, "ptq", [0], [2])
+    console = Console(quiet=True)
+    with pytest.raises(CheckpointError, match="another recipe, teacher, ladder or overrides"):
+        ablate(
+            teacher, digits, budget, Options(tmp_path), console, bits=[2], seeds=[0], overrides={"*.mlp.*": 8}
+        )  # fmt: skip
     (tmp_path / "experiment.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"experiment\.json is damaged"):
         run(teacher, digits, budget, tmp_path, "ptq", [0], [2])
@@ -199,7 +204,7 @@ def test_a_ladder_starts_from_the_finished_run_of_the_bits_before(
     student = methods._student(second, QuantConfig(4, 4)).state_dict()
     for name, value in student.items():
         assert torch.equal(value, theirs[name]) or "quantizer" in name, name
-    with pytest.raises(CheckpointError, match="another recipe, teacher or ladder"):
+    with pytest.raises(CheckpointError, match="another recipe, teacher, ladder or overrides"):
         run(teacher, digits, budget, tmp_path, "q-vit-head", [0], [4])
 
 
@@ -239,3 +244,14 @@ def test_a_record_tells_curve_layers_gradients_and_checksum(
     assert "In full precision the model reaches 95.00 %" in text
     names = [drawing.name for drawing in ablation_figures([ptq], ())]
     assert names == ["bars"]
+
+
+def test_overrides_hold_in_every_run(tmp_path: Path, teacher: FloatModel, digits: ImageSets, budget: Recipe) -> None:
+    ablate(
+        teacher, digits, budget, Options(tmp_path), Console(quiet=True), bits=[2], seeds=[0], rows=rows_named("ptq"),
+        overrides={"*.query_quantizer": 8, "blocks.*.mlp.*": (8, 2)},
+    )  # fmt: skip
+    model, _ = load_checkpoint(tmp_path / "2-bit" / "ptq" / "seed-0" / "best.pt")
+    block: Any = model.blocks[0]
+    assert (block.attn.query_quantizer.bits, block.attn.key_quantizer.bits) == (8, 2)
+    assert (block.mlp.fc1.weight_quantizer.bits, block.attn.proj.weight_quantizer.bits) == (8, 2)

@@ -31,7 +31,7 @@ from qvit.files import write_text
 from qvit.train.checkpoint import load_checkpoint, weights_checksum
 from qvit.train.data import ImageSets, readable
 from qvit.train.loop import Options, make_accelerator
-from qvit.train.methods import METHODS, FloatModel, Result, train_quantized, training_batches
+from qvit.train.methods import METHODS, FloatModel, Overrides, Result, train_quantized, training_batches
 from qvit.train.recipe import Recipe
 from qvit.train.run import can_go_on
 
@@ -93,6 +93,7 @@ def ablate(
     seeds: Sequence[int],
     rows: Sequence[Row] = tuple(ROWS),
     ladder: bool = False,
+    overrides: Overrides | None = None,
 ) -> list[dict[str, Any]]:
     """Fill every missing cell and return all records found in the folder (see :func:`read_results`).
 
@@ -107,15 +108,17 @@ def ablate(
         rows: which methods.
         ladder: whether every run but those of the first of ``bits`` starts from the finished run of the bits before it,
             of the same row and seed; otherwise all start from the teacher.
+        overrides: bits of modules by name, in every run (:class:`QuantConfig`): with 8 for some of them it says what
+            their few bits cost.
 
     Raises:
-        CheckpointError: if the folder holds results of another recipe, teacher or ladder.
+        CheckpointError: if the folder holds results of another recipe, teacher, ladder or overrides.
     """
     cells = [(b, row, seed) for seed in seeds for b in bits for row in rows]
     rungs: dict[int, int] = dict(zip(bits[1:], bits[:-1], strict=True)) if ladder else {}
     accelerator = make_accelerator(options)
     if accelerator.is_main_process:
-        _check_same_experiment(options.out, recipe, teacher, bits if ladder else None)
+        _check_same_experiment(options.out, recipe, teacher, bits if ladder else None, overrides)
     accelerator.wait_for_everyone()
     for number, (b, row, seed) in enumerate(cells, 1):
         folder = _folder(options.out, b, row, seed)
@@ -132,7 +135,7 @@ def ablate(
             run = dataclasses.replace(options, out=folder, seed=seed, resume=can_go_on(folder))
             begin = time.monotonic()
             result = train_quantized(
-                start, teacher, row.method, (b, b), row.rectify or "head", data, recipe, run, console
+                start, teacher, row.method, (b, b), row.rectify or "head", data, recipe, run, console, overrides
             )
             record: dict[str, Any] = {"bits": b, "row": row.name, "title": row.title, "seed": seed}
             record |= {"top1": result.accuracy.top1, "top5": result.accuracy.top5, "images": result.accuracy.images}
@@ -269,11 +272,15 @@ def _analyse(teacher: FloatModel, result: Result, data: ImageSets, recipe: Recip
     return {**means, "layers": by_layer}
 
 
-def _check_same_experiment(folder: Path, recipe: Recipe, teacher: FloatModel, ladder: Sequence[int] | None) -> None:
+def _check_same_experiment(
+    folder: Path, recipe: Recipe, teacher: FloatModel, ladder: Sequence[int] | None, overrides: Overrides | None
+) -> None:
     """Keep recipe and teacher beside the results, and refuse to mix them with those of another."""
     card = dataclasses.asdict(teacher.card)
     del card["recipe"]  # its weights count, not how they came about
     experiment = json.loads(json.dumps({"recipe": recipe.to_dict(), "teacher": card, "ladder": ladder}))
+    if overrides:
+        experiment["overrides"] = json.loads(json.dumps(overrides))
     path = folder / "experiment.json"
     if path.exists():
         try:
@@ -281,6 +288,8 @@ def _check_same_experiment(folder: Path, recipe: Recipe, teacher: FloatModel, la
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path} is damaged: give another --out.") from error
         if found != experiment:
-            raise CheckpointError(f"{folder} holds results of another recipe, teacher or ladder: give another --out.")
+            raise CheckpointError(
+                f"{folder} holds results of another recipe, teacher, ladder or overrides: give another --out."
+            )
         return
     write_text(path, json.dumps(experiment, indent=1) + "\n")

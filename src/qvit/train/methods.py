@@ -46,6 +46,10 @@ METHODS: dict[str, Method] = {
 }
 
 
+Overrides = Mapping[str, int | tuple[int, int]]
+"""Bits of modules by name, see :class:`QuantConfig`."""
+
+
 class FloatModel(NamedTuple):
     """A full-precision model and what it is; where a student starts from one, it may also be quantized."""
 
@@ -91,7 +95,7 @@ def train_quantized(
     recipe: Recipe,
     options: Options,
     console: Console,
-    overrides: Mapping[str, int | tuple[int, int]] | None = None,
+    overrides: Overrides | None = None,
 ) -> Result:
     """Quantize ``start``, calibrate it and train it with the recipe's ``quantized`` schedule.
 
