@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
 import json
 import os
 import platform
@@ -32,14 +31,13 @@ import torch
 import yaml
 from rich.console import Console
 
-from qvit.analysis.statistics import query_key_statistics
 from qvit.errors import QvitError, TrainingStopped
 from qvit.files import write_text
-from qvit.train.ablation import ANALYSED_IMAGES, ablate, read_results, rows_named
+from qvit.train.ablation import ablate, read_results, rows_named, teacher_statistics
 from qvit.train.checkpoint import ModelCard, describe, load_checkpoint, save_checkpoint, weights_checksum
 from qvit.train.data import ImageSets, open_data
 from qvit.train.loop import Options, read_metrics
-from qvit.train.methods import FloatModel, train_full_precision, training_batches
+from qvit.train.methods import FloatModel, train_full_precision
 from qvit.train.recipe import Recipe, load_recipe
 from qvit.train.resident import decode_once
 from qvit.train.run import can_go_on
@@ -169,9 +167,7 @@ def collect(plan: Plan, data: str, out: Path, results: Path) -> int:
     """
     model, card = load_checkpoint(out / "teacher" / "model.pt")
     sets, _ = opened(plan, data)
-    mixed = ImageSets(sets.val, sets.val, sets.classes)
-    mixed_batches = training_batches(mixed, card, 128, Options(out))
-    batches = [batch.images for batch in itertools.islice(mixed_batches, ANALYSED_IMAGES // 128)]
+    layers = teacher_statistics(FloatModel(model, card), sets, Options(out))
     history = read_metrics(out / "teacher")
     lines: list[dict[str, Any]] = [
         {
@@ -179,7 +175,7 @@ def collect(plan: Plan, data: str, out: Path, results: Path) -> int:
             "top1": history[-1]["val_top1"],
             "parameters": sum(p.numel() for p in model.parameters()),
             "history": history,
-            "layers": [layer.to_dict() for layer in query_key_statistics(model, batches)],
+            "layers": [layer.to_dict() for layer in layers],
             "recipe": plan.recipe_of().to_dict(),
             "weights": weights_checksum(model),
             "machine": machine(),

@@ -189,6 +189,7 @@ def test_ablation_prints_a_table_and_keeps_finished_cells(
     ]
     report = (out / "report.html").read_text()
     assert "QAT baseline" in report
+    assert "full precision" in report
     written = {cell: cell.stat().st_mtime_ns for cell in cells}
     assert qvit(*arguments, "--bits", "4,2", "--seeds", "2", "--rows", "ptq,baseline").status == 0
     assert {cell: cell.stat().st_mtime_ns for cell in cells} == written

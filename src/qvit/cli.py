@@ -433,7 +433,7 @@ def ablate(
       qvit ablate vit_tiny_patch16_224 --data digits --teacher runs/float/best.pt --bits 4,2 --seeds 3 --out runs/table
     """
     from qvit.train.ablation import ablate as run
-    from qvit.train.ablation import results_table, rows_named
+    from qvit.train.ablation import results_table, rows_named, teacher_statistics
     from qvit.train.ablation_report import write_ablation_report
 
     options = _options(
@@ -472,7 +472,7 @@ def ablate(
     console().print(results_table(records, top1))
     report = out / "report.html"
     if _rank() == 0 and records:
-        write_ablation_report(report, records, top1)
+        write_ablation_report(report, records, top1, teacher_statistics(guide, sets, options))
     console().print(f"Report in {report}, records in {out}/*-bit/*/seed-*/result.json", highlight=False, soft_wrap=True)
 
 

@@ -21,14 +21,15 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from qvit.analysis.gradients import loss_gradients
-from qvit.analysis.statistics import attention_distance, query_key_statistics
+from qvit.analysis.statistics import QueryKeyStatistics, attention_distance, query_key_statistics
 from qvit.config import Rectify
 from qvit.distill import DistillationLoss
 from qvit.errors import CheckpointError, ConfigError
 from qvit.files import write_text
-from qvit.train.checkpoint import load_checkpoint, weights_checksum
+from qvit.train.checkpoint import ModelCard, load_checkpoint, weights_checksum
 from qvit.train.data import ImageSets, readable
 from qvit.train.loop import Options, make_accelerator
 from qvit.train.methods import METHODS, FloatModel, Overrides, Result, train_quantized, training_batches
@@ -148,6 +149,12 @@ def ablate(
     return read_results(options.out)
 
 
+def teacher_statistics(teacher: FloatModel, data: ImageSets, options: Options) -> list[QueryKeyStatistics]:
+    """Return the float model's queries and keys on the images that the runs are analysed on."""
+    batches = _analysed_batches(teacher.card, data, options)
+    return query_key_statistics(teacher.model.to(batches[0][0].device), batches)
+
+
 def read_results(folder: Path) -> list[dict[str, Any]]:
     """Return the records of all finished cells, ordered by bits (falling), row and seed.
 
@@ -248,17 +255,9 @@ def _mine(folder: Path) -> Iterator[bool]:
 
 
 def _analyse(teacher: FloatModel, result: Result, data: ImageSets, recipe: Recipe, options: Options) -> dict[str, Any]:
-    """Return what is measured of a finished run beside its accuracy, on validation images in random order."""
-    device = make_accelerator(options).device
-    mixed = ImageSets(data.val, data.val, data.classes)
-    loader = training_batches(mixed, result.card, 128, dataclasses.replace(options, seed=0))
-    batches, count = [], 0
-    for batch in readable(loader, skip_corrupt=options.skip_corrupt):
-        batches.append((batch.images.to(device), batch.labels.to(device)))
-        count += len(batch.labels)
-        if count >= ANALYSED_IMAGES:
-            break
-    teacher.model.to(device)
+    """Return what is measured of a finished run beside its accuracy."""
+    batches = _analysed_batches(result.card, data, options)
+    teacher.model.to(batches[0][0].device)
     layers = query_key_statistics(result.model, batches)
     distance = attention_distance(teacher.model, result.model, batches).mean(dim=1).tolist()
     by_layer: list[dict[str, Any]] = [
@@ -270,6 +269,19 @@ def _analyse(teacher: FloatModel, result: Result, data: ImageSets, recipe: Recip
             record["gradients"] = dataclasses.asdict(gradients)
     means = {name: statistics.fmean(layer[name] for layer in by_layer) for name in _MEANS}
     return {**means, "layers": by_layer}
+
+
+def _analysed_batches(card: ModelCard, data: ImageSets, options: Options) -> list[tuple[Tensor, Tensor]]:
+    """Return validation images and labels, always the same ones, of all classes mixed."""
+    device = make_accelerator(options).device
+    mixed = ImageSets(data.val, data.val, data.classes)
+    loader = training_batches(mixed, card, 128, dataclasses.replace(options, seed=0))
+    batches: list[tuple[Tensor, Tensor]] = []
+    for batch in readable(loader, skip_corrupt=options.skip_corrupt):
+        batches.append((batch.images.to(device), batch.labels.to(device)))
+        if sum(len(labels) for _, labels in batches) >= ANALYSED_IMAGES:
+            break
+    return batches
 
 
 def _check_same_experiment(
