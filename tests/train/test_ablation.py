@@ -1,4 +1,3 @@
-import fcntl
 import io
 import json
 from collections.abc import Callable
@@ -8,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from rich.console import Console
 
 from qvit.config import QuantConfig
@@ -213,8 +213,7 @@ def test_a_cell_that_another_command_is_at_is_left_to_it(
 ) -> None:
     folder = tmp_path / "2-bit" / "ptq" / "seed-0"
     folder.mkdir(parents=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(folder / "lock"):
         records = run(teacher, digits, budget, tmp_path, "ptq", [0, 1], [2])
     assert [r["seed"] for r in records] == [1]
     assert [r["seed"] for r in run(teacher, digits, budget, tmp_path, "ptq", [0, 1], [2])] == [0, 1]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import statistics
 import time
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -161,8 +161,8 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     A record has bits, row, title, seed, top1 and top5 (percent), images, query_entropy and key_entropy (bits, mean over
     layers and heads), attention_distance (mean over layers and heads), layers (for each its
     :class:`QueryKeyStatistics`, attention_distance and, where the model was trained, gradients, that is
-    :class:`qvit.analysis.gradients.LossGradients`), history (a record an
-    epoch), seconds (of this process, the last if it was cut off) and weights (their SHA-256).
+    :class:`qvit.analysis.gradients.LossGradients`), history (a record an epoch), seconds (of this process, the last if it
+    was cut off) and weights (their SHA-256).
 
     Raises:
         CheckpointError: naming a file that cannot be read.
@@ -244,14 +244,17 @@ def _mine(folder: Path) -> Iterator[bool]:
     """Say whether this command may work on a cell. Of its processes the main one holds the lock."""
     accelerator = PartialState()
     folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / "lock")  # released when the process ends, however it ends
     mine = [True]
-    with (folder / "lock").open("w") as lock:
-        if accelerator.is_main_process:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends, however it ends
-            except BlockingIOError:
-                mine = [False]
+    if accelerator.is_main_process:
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            mine = [False]
+    try:
         yield broadcast_object_list(mine)[0] if accelerator.num_processes > 1 else mine[0]
+    finally:
+        lock.release()
 
 
 def _analyse(teacher: FloatModel, result: Result, data: ImageSets, recipe: Recipe, options: Options) -> dict[str, Any]:
