@@ -161,8 +161,8 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     A record has bits, row, title, seed, top1 and top5 (percent), images, query_entropy and key_entropy (bits, mean over
     layers and heads), attention_distance (mean over layers and heads), layers (for each its
     :class:`QueryKeyStatistics`, attention_distance and, where the model was trained, gradients, that is
-    :class:`qvit.analysis.gradients.LossGradients`), history (a record an epoch), seconds (of this process, the last if it
-    was cut off) and weights (their SHA-256).
+    :class:`qvit.analysis.gradients.LossGradients`), history (a record an epoch), seconds (of this process, the last if
+    it was cut off) and weights (their SHA-256).
 
     Raises:
         CheckpointError: naming a file that cannot be read.
