@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from qvit import cli
+from qvit.train.checkpoint import load_checkpoint, weights_checksum
 
 MODEL = "vit_tiny_patch16_224"
 RECIPE = """
@@ -142,6 +143,9 @@ def test_every_method_trains_and_its_checkpoint_evaluates(
     evaluated = qvit("eval", tmp_path / "run" / "best.pt", "--data", "digits", "--batch-size", "100")
     assert evaluated.status == 0, evaluated.err
     assert printed[1] in evaluated.out
+    file = tmp_path / "run" / ("best.pt" if method == "ptq" else "last.pt")
+    checksum = weights_checksum(load_checkpoint(file)[0])
+    assert f"SHA-256 of the weights {checksum[:16]}..." in done.out
     assert "2/2" in evaluated.out
 
 

@@ -142,6 +142,7 @@ def train(
       torchrun --nproc-per-node 8 -m qvit.cli train deit_small_patch16_224 --bits 4 --teacher t.pth --data imagenet ...
     """
     from qvit.train import methods
+    from qvit.train.checkpoint import weights_checksum
 
     options = _options(
         out, seed, workers, precision, compile_models, skip_corrupt, resume, cpu, data, save_every, accumulate, fsdp
@@ -190,7 +191,7 @@ def train(
     accuracy = result.accuracy
     console().print(
         f"{title}: top-1 {accuracy.top1:.2f}, top-5 {accuracy.top5:.2f} on {accuracy.images} images; "
-        f"checkpoints in {out}",
+        f"checkpoints in {out}; SHA-256 of the weights {weights_checksum(result.model)[:16]}...",
         highlight=False,
         soft_wrap=True,
     )
