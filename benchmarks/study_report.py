@@ -49,7 +49,7 @@ def write_report(plan: Plan, results: Path, document: Path) -> None:
         its = [record for record in records if record["experiment"] == experiment.name]
         if experiment.table and its:
             parts += [_table(experiment, its), *_figures(experiment, its, teacher, folder, name)]
-    parts += [_trials(plan, records), _best(records)]
+    parts += [_trials(plan, records), _best(plan, records)]
     write_text(document, before + begin + "\n\n" + "\n\n".join(part for part in parts if part) + "\n\n" + end + after)
 
 
@@ -58,8 +58,8 @@ def _teacher(teacher: Record) -> str:
     where = machine["gpu"] or machine["processor"]
     return (
         f"Teacher: {teacher['parameters']:,} parameters, {schedule['epochs']} epochs in full precision, top-1 "
-        f"**{teacher['top1']:.2f}**. Machine: {where}; PyTorch {machine['torch']}, timm {machine['timm']}, Python "
-        f"{machine['python']}."
+        f"**{teacher['top1']:.2f}**, SHA-256 of the weights `{teacher['weights'][:16]}`. Machine: {where}; PyTorch "
+        f"{machine['torch']}, timm {machine['timm']}, Python {machine['python']}."
     )
 
 
@@ -115,28 +115,51 @@ def _trials(plan: Plan, records: Sequence[Record]) -> str:
         for (bits, title), its in cells.items():
             gains = [record["top1"] - others[_cell(record)] for record in its]
             gain = mean_and_spread(statistics.fmean(gains), statistics.stdev(gains) if len(gains) > 1 else None, "+")
+            top1, entropy, distance = (
+                statistics.fmean(record[name] for record in its)
+                for name in ("top1", "query_entropy", "attention_distance")
+            )
             rows.append(
-                f"| {experiment.why} | {_changes(experiment)} | {experiment.against} | {bits} | {title} | {len(its)} | "
-                f"{statistics.fmean(r['top1'] for r in its):.2f} | {gain} |"
+                f"| {experiment.why} | {_changes(experiment)} | {bits} | {title} | {len(its)} | {top1:.2f} | {gain} | "
+                f"{entropy:.2f} | {distance:.3f} |"
             )
     if not rows:
         return ""
     head = (
-        "| what is tried | changes | against | bits | method | seeds | top-1 (%) | difference |\n"
-        "|---|---|---|---:|---|---:|---:|---:|"
+        "| what is tried | changes | bits | method | seeds | top-1 (%) | difference | query entropy (bits) "
+        "| attention distance |\n|---|---|---:|---|---:|---:|---:|---:|---:|"
     )
-    return "### Every trial\n\n" + "\n".join([head, *rows])
+    text = "Each against the run of the same method, bits and seed in the tables above, of which it changes one thing."
+    return f"### Every trial\n\n{text}\n\n" + "\n".join([head, *rows])
 
 
-def _best(records: Sequence[Record]) -> str:
-    lines = ["| bits | experiment | method | seed | top-1 (%) | SHA-256 of the weights |\n|---:|---|---|---:|---:|---|"]
-    for bits in sorted({record["bits"] for record in records if record["bits"] <= 4}, reverse=True):
-        best = max((r for r in records if r["bits"] == bits), key=lambda r: r["top1"])
-        lines.append(
-            f"| {bits} | {best['experiment']} | {best['title']} | {best['seed']} | {best['top1']:.2f} | "
-            f"`{best['weights'][:16]}` |"
+def _best(plan: Plan, records: Sequence[Record]) -> str:
+    """The best model of each number of bits, and the command that makes it again."""
+    experiments = {e.name: e for e in plan.experiments if not e.overrides and not e.ladder}
+    own = [r for r in records if r["experiment"] in experiments and r["history"]]
+    parts = []
+    for bits in sorted({record["bits"] for record in own}, reverse=True):
+        best = max((r for r in own if r["bits"] == bits), key=lambda r: r["top1"])
+        method, _, reading = best["row"].rpartition("-") if best["row"].endswith(("-head", "-token")) else (
+            best["row"], "", ""
+        )  # fmt: skip
+        changes = plan.set + plan.quantized + experiments[best["experiment"]].set
+        words = [
+            f"qvit train {plan.model} --bits {bits} --method {method}",
+            f"--rectify {reading}" if reading else "",
+            f"--teacher study/teacher/model.pt --data cifar10 --recipe {plan.recipe}",
+            *(f"--set {change}" for change in changes),
+            f"--seed {best['seed']} --decode-once",
+            f"--precision {plan.options['precision']}" if "precision" in plan.options else "",
+            "--compile" if plan.options.get("compile") else "",
+            f"--out best-{bits}-bit",
+        ]
+        command = " ".join(word for word in words if word)
+        parts.append(
+            f"{bits} bits: **{best['top1']:.2f}**, {best['title']}, SHA-256 of the weights "
+            f"`{best['weights'][:16]}`\n\n    {command}"
         )
-    return "### The best models\n\n" + "\n".join(lines) if len(lines) > 1 else ""
+    return "### The best models\n\n" + "\n\n".join(parts) if parts else ""
 
 
 def _cell(record: Record) -> tuple[int, str, int]:

@@ -75,9 +75,14 @@ def test_training_curves():
     figure = training_curves(curves)
     assert len(figure.axes) == 2
     assert [len(axes.get_lines()) for axes in figure.axes] == [3, 3]
-    assert {"training loss", "validation top-1 (%), axis from 20", "epoch", "float", "4 bits"} <= set(texts(figure))
-    assert figure.axes[1].get_ylim()[0] == 20
+    assert {"training loss", "validation top-1 (%), axis from 35", "epoch", "float", "4 bits"} <= set(texts(figure))
+    assert figure.axes[1].get_ylim()[0] == 35
     assert png(figure).startswith(b"\x89PNG")
+
+
+def test_how_a_run_came_up_from_nothing_is_cut_off():
+    rise = [{"epoch": e, "train_loss": 2.0, "val_top1": top1} for e, top1 in enumerate((11.0, 55.0, 72.0))]
+    assert training_curves({"float": rise}).axes[1].get_ylim()[0] == 50
 
 
 def test_ablation_bars_show_mean_and_standard_deviation():

@@ -73,8 +73,8 @@ def query_histograms(rows: Mapping[str, Sequence[QueryKeyStatistics]], layers: S
 def training_curves(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
     """Draw training loss and validation top-1 over the epochs of several runs.
 
-    Top-1 is drawn from a round number well below the worst run's best epoch, which the axis names: how a run came up
-    from nothing matters less than where it ended.
+    Top-1 is drawn from a round number that the axis names: below all of it, or well below the worst run's best epoch if
+    that is higher, for how a run came up from nothing matters less than where it ended.
 
     Args:
         curves: for each run, by its name, a record an epoch with ``epoch``, ``train_loss`` and ``val_top1`` (percent).
@@ -94,7 +94,9 @@ def training_curves(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> Figu
                     marker="o" if len(records) == 1 else None,
                 )
         best = [max(record["val_top1"] for record in records) for records in curves.values() if records]
-        bottom = max(0, math.floor((min(best, default=0.0) - 15) / 10) * 10)
+        lowest = min((record["val_top1"] for records in curves.values() for record in records), default=0.0)
+        ended, all_of_it = (math.floor((min(best, default=0.0) - 15) / 10) * 10, math.floor((lowest - 1) / 5) * 5)
+        bottom = max(0, ended, all_of_it)
         top1.set_ylim(bottom=bottom)
         named = f"validation top-1 (%), axis from {bottom}" if bottom else "validation top-1 (%)"
         for axes, title in ((loss, "training loss"), (top1, named)):
