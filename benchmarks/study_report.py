@@ -65,21 +65,37 @@ def _teacher(teacher: Record) -> str:
 
 def _table(experiment: Experiment, records: Sequence[Record]) -> str:
     epochs = max(len(record["history"]) for record in records)
-    lines = [
-        f"### {experiment.name}: {experiment.why}",
-        f"{epochs} epochs of training a run. Recipe changes: {_changes(experiment)}.",
-        "| bits | method | seeds | top-1 (%) | gain over the baseline | each seed's gain | query entropy (bits) "
-        "| attention distance |\n|---:|---|---:|---:|---:|---|---:|---:|",
-    ]
+    rows = []
     for row in summarise(records):
-        gains = _gains(records, row)
-        lines[-1] += (
-            f"\n| {row['bits']} | {row['title']} | {row['seeds']} | {mean_and_spread(row['top1'], row['top1_std'])} | "
-            f"{'' if row['gain'] is None else mean_and_spread(row['gain'], row['gain_std'], '+')} | "
-            f"{', '.join(f'{gain:+.2f}' for gain in gains)} | {row['query_entropy']:.2f} of {row['bits']} | "
-            f"{row['attention_distance']:.3f} |"
+        early = [r["history"][0]["val_top1"] for r in records if _is_of(r, row) and r["history"]]
+        rows.append(
+            [
+                row["bits"],
+                row["title"],
+                row["seeds"],
+                f"{statistics.fmean(early):.2f}" if early else "",
+                mean_and_spread(row["top1"], row["top1_std"]),
+                "" if row["gain"] is None else mean_and_spread(row["gain"], row["gain_std"], "+"),
+                ", ".join(f"{gain:+.2f}" for gain in _gains(records, row)),
+                f"{row['query_entropy']:.2f} of {row['bits']}",
+                f"{row['attention_distance']:.3f}",
+            ]
         )
-    return "\n\n".join(lines)
+    columns = (
+        "bits, method, seeds, after one epoch (%), top-1 (%), gain over the baseline, each seed's gain, "
+        "query entropy (bits), attention distance"
+    )
+    return (
+        f"### {experiment.name}: {experiment.why}\n\n{epochs} epochs of training a run. Recipe changes: "
+        f"{_changes(experiment)}.\n\n{_markdown(columns.split(', '), rows)}"
+    )
+
+
+def _markdown(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a table; all columns but those of words are aligned to the right."""
+    words = ("method", "each seed's gain", "what is tried", "changes")
+    lines = [columns, ["---" if column in words else "---:" for column in columns], *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def _gains(records: Sequence[Record], row: Record) -> list[float]:
@@ -119,18 +135,18 @@ def _trials(plan: Plan, records: Sequence[Record]) -> str:
                 statistics.fmean(record[name] for record in its)
                 for name in ("top1", "query_entropy", "attention_distance")
             )
+            mean = f"{top1:.2f}"
+            changes = _changes(experiment)
             rows.append(
-                f"| {experiment.why} | {_changes(experiment)} | {bits} | {title} | {len(its)} | {top1:.2f} | {gain} | "
-                f"{entropy:.2f} | {distance:.3f} |"
+                [experiment.why, changes, bits, title, len(its), mean, gain, f"{entropy:.2f}", f"{distance:.3f}"]
             )
     if not rows:
         return ""
-    head = (
-        "| what is tried | changes | bits | method | seeds | top-1 (%) | difference | query entropy (bits) "
-        "| attention distance |\n|---|---|---:|---|---:|---:|---:|---:|---:|"
+    columns = (
+        "what is tried, changes, bits, method, seeds, top-1 (%), difference, query entropy (bits), attention distance"
     )
     text = "Each against the run of the same method, bits and seed in the tables above, of which it changes one thing."
-    return f"### Every trial\n\n{text}\n\n" + "\n".join([head, *rows])
+    return f"### Every trial\n\n{text}\n\n{_markdown(columns.split(', '), rows)}"
 
 
 def _best(plan: Plan, records: Sequence[Record]) -> str:
@@ -160,6 +176,10 @@ def _best(plan: Plan, records: Sequence[Record]) -> str:
             f"`{best['weights'][:16]}`\n\n    {command}"
         )
     return "### The best models\n\n" + "\n\n".join(parts) if parts else ""
+
+
+def _is_of(record: Record, row: Record) -> bool:
+    return (record["bits"], record["row"]) == (row["bits"], row["row"])
 
 
 def _cell(record: Record) -> tuple[int, str, int]:
