@@ -117,7 +117,7 @@ def run(plan: Plan, data: str, out: Path, only: Iterable[str], minutes: float | 
         timer.daemon = True
         timer.start()
     sets, card = opened(plan, data)
-    sets = decode_once(sets, card.preprocessing, console)
+    sets = decode_once(sets, card.preprocessing, console, workers=8 if torch.cuda.is_available() else 0)
     teacher = train_teacher(plan, card, sets, out / "teacher", console)
     for experiment in plan.experiments:
         if only and experiment.name not in only:
