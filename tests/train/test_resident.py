@@ -173,6 +173,15 @@ def test_unreadable_images_are_named_or_left_out(image_folder: Callable[..., Pat
         decode_once(open_data(str(folder)), PREPROCESSING, Console(quiet=True), skip_corrupt=True)
 
 
+def test_images_that_do_not_fit_in_memory_are_refused(image_folder: Callable[..., Path]) -> None:
+    sets = open_data(str(image_folder()))
+    huge = {**PREPROCESSING, "input_size": (3, 300_000, 300_000)}
+    with pytest.raises(
+        ConfigError, match=r"16 training images of 3 x 300000 x 300000 bytes need 4320\.0 GB.*leave out"
+    ):
+        decode_once(sets, huge, Console(quiet=True))
+
+
 def test_training_from_memory_repeats_itself(
     tmp_path: Path, teacher: FloatModel, digits: ImageSets, recipe: Recipe, console: Console
 ) -> None:

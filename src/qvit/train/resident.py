@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import psutil
 import timm.data
 import torch
 import torch.nn.functional as F
@@ -63,6 +64,7 @@ def decode_once(
 
     Raises:
         CorruptImageError: naming the first image that cannot be read, unless ``skip_corrupt``.
+        ConfigError: if memory is not enough.
     """
     train, val = (
         _decode(images, preprocessing, console, f"decoding {name}", workers, skip_corrupt)
@@ -187,21 +189,31 @@ def _decode(
     workers: int,
     skip_corrupt: bool,
 ) -> ResidentImages:
+    count: int = len(images)  # type: ignore[arg-type]
+    shape = (count, *preprocessing["input_size"])
+    needed, free = math.prod(shape), psutil.virtual_memory().available
+    if needed > free:
+        raise ConfigError(
+            f"{count} {description.split(' ', 1)[1]} of {' x '.join(map(str, shape[1:]))} bytes need "
+            f"{needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} are free: leave out --decode-once."
+        )
+    pixels, labels = torch.empty(shape, dtype=torch.uint8), torch.empty(count, dtype=torch.int64)
     to_bytes = timm.data.create_transform(**preprocessing, is_training=False, normalize=False)
     loader = make_loader(images, to_bytes, 256, shuffle=False, workers=workers)
-    pixels, labels, unreadable = [], [], []
+    done, unreadable = 0, []
     for batch in track(loader, description, len(loader), console=console, transient=True):
         if batch.unreadable and not skip_corrupt:
             raise CorruptImageError(f"{batch.unreadable[0].message} Mend or remove it, or go on with --skip-corrupt.")
         unreadable += batch.unreadable
         if len(batch.labels):
-            pixels.append(batch.images)
-            labels.append(batch.labels)
-    if not labels:
+            these = slice(done, done + len(batch.labels))
+            pixels[these], labels[these] = batch.images, batch.labels
+            done = these.stop
+    if not done:
         raise CorruptImageError(f"{unreadable[0].message} Nor can any other of the {description.split(' ', 1)[1]}.")
     if unreadable:
         console.print(f"{description}: {len(unreadable)} unreadable left out, the first: {unreadable[0].message}")
-    return ResidentImages(torch.cat(pixels), torch.cat(labels))
+    return ResidentImages(pixels[:done], labels[:done])
 
 
 def _supported(augmentation: Mapping[str, Any]) -> dict[str, Any]:
