@@ -31,8 +31,9 @@ import torch
 import yaml
 from rich.console import Console
 
-from qvit.errors import QvitError, TrainingStopped
-from qvit.files import write_text
+from qvit.bench import machine
+from qvit.errors import ConfigError, QvitError, TrainingStopped
+from qvit.files import first_line, write_text
 from qvit.train.ablation import ablate, read_results, rows_named, teacher_statistics
 from qvit.train.checkpoint import ModelCard, describe, load_checkpoint, save_checkpoint, weights_checksum
 from qvit.train.data import ImageSets, open_data
@@ -102,10 +103,17 @@ class Plan:
 
 
 def read_plan(path: Path) -> Plan:
-    """Return the plan of a YAML file."""
-    data = yaml.safe_load(path.read_text())
-    experiments = [Experiment(**experiment) for experiment in data.pop("experiments")]
-    return Plan(**data, experiments=experiments)
+    """Return the plan of a YAML file.
+
+    Raises:
+        ConfigError: if it is none, saying why.
+    """
+    try:
+        data = yaml.safe_load(path.read_text())
+        experiments = [Experiment(**experiment) for experiment in data.pop("experiments")]
+        return Plan(**data, experiments=experiments)
+    except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is no plan of a study: {first_line(error)}") from error
 
 
 def run(plan: Plan, data: str, out: Path, only: Iterable[str], minutes: float | None, console: Console) -> None:
@@ -178,7 +186,7 @@ def collect(plan: Plan, data: str, out: Path, results: Path) -> int:
             "layers": [layer.to_dict() for layer in layers],
             "recipe": plan.recipe_of().to_dict(),
             "weights": weights_checksum(model),
-            "machine": machine(),
+            "machine": environment(),
         }
     ]
     for experiment in plan.experiments:
@@ -192,20 +200,15 @@ def _stop(number: int, frame: object) -> None:
     raise TrainingStopped("Stopped by SIGTERM between two runs.")
 
 
-def machine() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
     """Return what the figures depend on beside the code."""
     return {
-        "processor": _processor(),
+        "processor": machine()["cpu"],
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "timm": timm.__version__,
     }
-
-
-def _processor() -> str:
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return names[0].partition(":")[2].strip() if names else platform.processor()
 
 
 def main() -> None:
@@ -221,12 +224,12 @@ def main() -> None:
     parser.add_argument("--document", type=Path, help="Markdown file whose section of the study is written anew")
     arguments = parser.parse_args()
     console = Console()
-    plan = read_plan(arguments.plan)
     needed = {"run": ("data", "out"), "collect": ("data", "out", "results"), "report": ("results", "document")}
     for name in needed[arguments.action]:
         if getattr(arguments, name) is None:
             parser.error(f"{arguments.action} needs --{name}")
     try:
+        plan = read_plan(arguments.plan)
         if arguments.action == "run":
             run(plan, arguments.data, arguments.out, arguments.only, arguments.minutes, console)
         elif arguments.action == "collect":

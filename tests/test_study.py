@@ -89,6 +89,15 @@ def test_report_is_made_from_that_file_alone(folder: Path, tmp_path: Path) -> No
     assert document.read_text() == text
 
 
+def test_what_is_no_plan_is_named(tmp_path: Path) -> None:
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(PLAN.replace("rows:", "methods:"))
+    done = study("run", plan, "--data", "digits", "--out", tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"study: {plan} is no plan of a study:")
+    assert "methods" in done.stderr
+
+
 def test_a_document_without_a_place_for_it_is_named(folder: Path, tmp_path: Path) -> None:
     document = tmp_path / "results.md"
     document.write_text("nothing\n")
