@@ -159,12 +159,13 @@ def _best(plan: Plan, records: Sequence[Record]) -> str:
         method, _, reading = best["row"].rpartition("-") if best["row"].endswith(("-head", "-token")) else (
             best["row"], "", ""
         )  # fmt: skip
-        changes = plan.set + plan.quantized + experiments[best["experiment"]].set
+        changes = dict(change.split("=", 1) for change in plan.quantized + experiments[best["experiment"]].set)
         words = [
             f"qvit train {plan.model} --bits {bits} --method {method}",
             f"--rectify {reading}" if reading else "",
             f"--teacher study/teacher/model.pt --data cifar10 --recipe {plan.recipe}",
-            *(f"--set {change}" for change in changes),
+            *(f"--set {change}" for change in plan.set),
+            *(f"--set {name}={value}" for name, value in changes.items()),
             f"--seed {best['seed']} --decode-once",
             f"--precision {plan.options['precision']}" if "precision" in plan.options else "",
             "--compile" if plan.options.get("compile") else "",
