@@ -93,7 +93,7 @@ def _table(experiment: Experiment, records: Sequence[Record]) -> str:
 
 def _markdown(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Return a table; all columns but those of words are aligned to the right."""
-    words = ("method", "each seed's gain", "what is tried", "changes")
+    words = ("method", "each seed's gain", "what is tried", "changes", "against")
     lines = [columns, ["---" if column in words else "---:" for column in columns], *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
@@ -138,14 +138,26 @@ def _trials(plan: Plan, records: Sequence[Record]) -> str:
             mean = f"{top1:.2f}"
             changes = _changes(experiment)
             rows.append(
-                [experiment.why, changes, bits, title, len(its), mean, gain, f"{entropy:.2f}", f"{distance:.3f}"]
+                [
+                    experiment.why,
+                    changes,
+                    experiment.against,
+                    bits,
+                    title,
+                    len(its),
+                    mean,
+                    gain,
+                    f"{entropy:.2f}",
+                    f"{distance:.3f}",
+                ]
             )
     if not rows:
         return ""
     columns = (
-        "what is tried, changes, bits, method, seeds, top-1 (%), difference, query entropy (bits), attention distance"
+        "what is tried, changes, against, bits, method, seeds, top-1 (%), difference, query entropy (bits), "
+        "attention distance"
     )
-    text = "Each against the run of the same method, bits and seed in the tables above, of which it changes one thing."
+    text = "Each is compared with the run of the same method, bits and seed of the experiment that it changes in one thing."
     return f"### Every trial\n\n{text}\n\n{_markdown(columns.split(', '), rows)}"
 
 

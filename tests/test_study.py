@@ -76,7 +76,7 @@ def test_report_is_made_from_that_file_alone(folder: Path, tmp_path: Path) -> No
         ("chain", "baseline"), ("chain", "q-vit-head"), ("lambda-1", "q-vit-head")
     ))  # fmt: skip
     assert f"| {both[0] - base[0]:+.2f}, {both[1] - base[1]:+.2f} |" in text
-    assert f"| a heavier pull | `guided_weight=1.0` | 2 | Q-ViT (both), head | 1 | {trial[0]:.2f} |" in text
+    assert f"| a heavier pull | `guided_weight=1.0` | chain | 2 | Q-ViT (both), head | 1 | {trial[0]:.2f} |" in text
     assert f"| {trial[0] - both[0]:+.2f} |" in text
     best = max(runs, key=lambda r: r["top1"])
     assert f"2 bits: **{best['top1']:.2f}**" in text
