@@ -157,7 +157,7 @@ def _trials(plan: Plan, records: Sequence[Record]) -> str:
         "what is tried, changes, against, bits, method, seeds, top-1 (%), difference, query entropy (bits), "
         "attention distance"
     )
-    text = "Each is compared with the run of the same method, bits and seed of the experiment that it changes in one thing."
+    text = "Each beside the run of the same method, bits and seed of the experiment that it changes in one thing."
     return f"### Every trial\n\n{text}\n\n{_markdown(columns.split(', '), rows)}"
 
 
