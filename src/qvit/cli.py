@@ -62,7 +62,10 @@ Override = Annotated[
 ]
 RecipeName = Annotated[
     str | None,
-    typer.Option("--recipe", help="YAML file or built-in recipe: cifar10, deit_imagenet, digits [default: by --data]."),
+    typer.Option(
+        "--recipe",
+        help="YAML file or built-in recipe: cifar10, cifar10_small, deit_imagenet, digits [default: by --data].",
+    ),
 ]
 Changes = Annotated[
     list[str] | None,

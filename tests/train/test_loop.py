@@ -92,7 +92,8 @@ def test_killed_run_resumes_from_its_last_epoch(tmp_path: Path, teacher_file: Pa
     command += ["--teacher", str(teacher_file), "--out", str(tmp_path / "run"), "--set", "quantized.epochs=200"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not (tmp_path / "run" / "last.pt").exists() and time.monotonic() < deadline:
+    metrics = tmp_path / "run" / "metrics.jsonl"  # written after the checkpoint of the same epoch
+    while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()

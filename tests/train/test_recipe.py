@@ -63,7 +63,7 @@ def test_wrong_change_is_explained(file: Path, change: str, message: str) -> Non
 
 
 def test_absent_recipe_names_the_builtin_ones() -> None:
-    with pytest.raises(ConfigError, match="cifar10, deit_imagenet, digits"):
+    with pytest.raises(ConfigError, match="cifar10, cifar10_small, deit_imagenet, digits"):
         load_recipe("nowhere.yaml")
 
 
