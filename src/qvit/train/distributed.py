@@ -33,7 +33,8 @@ def spread(model: VisionTransformer, accelerator: Accelerator, *, fsdp: bool) ->
         shard(model)
         return model
     devices = None if accelerator.device.type == "cpu" else [accelerator.device]
-    return DistributedDataParallel(model, device_ids=devices)
+    # No broadcast of buffers at every step: the rectifiers compute their statistics over all processes.
+    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
 
 
 def shard(model: VisionTransformer) -> None:
