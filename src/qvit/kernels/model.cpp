@@ -100,8 +100,8 @@ Steps steps_of(Activation activation, const Quantizer& quantizer) {
     double low = -10.0, high = 0.0;  // around the minimum
     for (int third = 0; third < 200; ++third) {
         const double a = low + (high - low) / 3.0, b = high - (high - low) / 3.0;
-        (activated(a, activation) < activated(b, activation) ? high : low) =
-            activated(a, activation) < activated(b, activation) ? b : a;
+        const bool left = activated(a, activation) < activated(b, activation);
+        (left ? high : low) = left ? b : a;
     }
     const double minimum = activation == Activation::relu ? 0.0 : low;
     steps.count = static_cast<size_t>(quantizer.top);

@@ -38,6 +38,31 @@ template <int Rows, int Columns, class Function>
     unrolled<Rows>([&](auto r) { unrolled<Columns>([&](auto c) { f(r, c); }); });
 }
 
+// Sums of up to kLookupRows rows with some groups of channels and some steps of k, by lookup; `first` says whether they
+// are the first ones, or are added to what is there.
+using LookupTile = void (*)(const uint8_t* rows, size_t stride, const uint8_t* packed, size_t group_stride,
+                            size_t steps, bool first, int32_t* out, size_t out_stride);
+constexpr int kLookupRows = 3;
+
+// All rows with channels first to last, in tiles[groups - 1][rows - 1]: AtOnce steps of k after one another, as many as
+// their narrow sums hold. A step is StepBytes of a row and a byte of each channel.
+template <size_t Group, size_t AtOnce, size_t StepBytes, size_t Groups>
+void run_lookup_tiles(const LookupTile* const (&tiles)[Groups], const uint8_t* rows, size_t stride, size_t count,
+                      const uint8_t* packed, size_t steps, size_t first, size_t last, int32_t* out, size_t out_stride) {
+    for (size_t start = 0; start < steps; start += AtOnce) {
+        const size_t some = std::min(AtOnce, steps - start);
+        for (size_t channel = first; channel < last; channel += Groups * Group) {
+            const size_t groups = std::min(Groups, (last - channel) / Group);
+            for (size_t r = 0; r < count; r += kLookupRows) {
+                const size_t height = std::min<size_t>(kLookupRows, count - r);
+                tiles[groups - 1][height - 1](rows + r * stride + StepBytes * start, stride,
+                                              packed + channel * steps + start * Group, steps * Group, some, start == 0,
+                                              out + r * out_stride + channel - first, out_stride);
+            }
+        }
+    }
+}
+
 // Four codes as one 32-bit word, to be broadcast.
 inline int32_t load_word(const uint8_t* p) {
     int32_t word;

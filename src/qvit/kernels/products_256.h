@@ -166,29 +166,14 @@ void lookup_tile(const uint8_t* a, size_t stride, const uint8_t* w, size_t group
     });
 }
 
-using LookupTile = void (*)(const uint8_t*, size_t, const uint8_t*, size_t, size_t, bool, int32_t*, size_t);
-
-constexpr int kLookupRows = 3, kLookupGroups = 2;
-
 template <int Groups>
 constexpr LookupTile kLookups[kLookupRows] = {lookup_tile<1, Groups>, lookup_tile<2, Groups>, lookup_tile<3, Groups>};
-constexpr const LookupTile* kLookupTiles[kLookupGroups] = {kLookups<1>, kLookups<2>};
+constexpr const LookupTile* kLookupTiles[] = {kLookups<1>, kLookups<2>};
 
 void run_lookup(const uint8_t* rows, size_t stride, size_t count, const uint8_t* packed, size_t, size_t k, size_t first,
                 size_t last, int32_t* out, size_t out_stride) {
-    const size_t all = k / 4;
-    for (size_t start = 0; start < all; start += kBytesAtOnce) {
-        const size_t some = std::min(kBytesAtOnce, all - start);
-        for (size_t channel = first; channel < last; channel += kLookupGroups * kGroup) {
-            const size_t groups = std::min<size_t>(kLookupGroups, (last - channel) / kGroup);
-            for (size_t r = 0; r < count; r += kLookupRows) {
-                const size_t height = std::min<size_t>(kLookupRows, count - r);
-                kLookupTiles[groups - 1][height - 1](rows + r * stride + 2 * start, stride,
-                                                     packed + channel * all + start * kGroup, all * kGroup, some,
-                                                     start == 0, out + r * out_stride + channel - first, out_stride);
-            }
-        }
-    }
+    run_lookup_tiles<kGroup, kBytesAtOnce, 2>(kLookupTiles, rows, stride, count, packed, k / 4, first, last, out,
+                                              out_stride);
 }
 
 constexpr Product kLookup = {"lookup",
