@@ -99,13 +99,7 @@ def training_curves(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> Figu
         bottom = max(0, ended, all_of_it)
         top1.set_ylim(bottom=bottom)
         named = f"validation top-1 (%), axis from {bottom}" if bottom else "validation top-1 (%)"
-        for axes, title in ((loss, "training loss"), (top1, named)):
-            axes.set_title(title)
-            axes.set_xlabel("epoch")
-            axes.xaxis.get_major_locator().set_params(integer=True)
-            axes.grid(color=_FAINT, linewidth=0.8)
-        handles, labels = loss.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=min(3, len(labels)), frameon=False)
+        _label(figure, {loss: "training loss", top1: named}, "epoch")
     return figure
 
 
@@ -185,32 +179,23 @@ def layer_profiles(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
         figure = _figure(10, 7)
         entropy, distance, norms, cosines = figure.subplots(2, 2).flat
         for number, (name, layers) in enumerate(rows.items()):
-            colour = _COLOURS[number % len(_COLOURS)]
-
-            def draw(axes: Axes, values: Sequence[float], dashes: str = "-", label: str = "", c: str = colour) -> None:
-                axes.plot(range(len(values)), values, dashes, color=c, marker="o", markersize=4, label=label)
-
-            draw(entropy, [layer["query_entropy"] for layer in layers], label=name)
-            draw(distance, [layer["attention_distance"] for layer in layers])
+            style: dict[str, Any] = {"color": _COLOURS[number % len(_COLOURS)], "marker": "o", "markersize": 4}
+            entropy.plot([layer["query_entropy"] for layer in layers], label=name, **style)
+            distance.plot([layer["attention_distance"] for layer in layers], **style)
             trained = [layer["gradients"] for layer in layers if "gradients" in layer]
-            draw(norms, [gradients["labels"] for gradients in trained])
-            draw(norms, [gradients["guided"] for gradients in trained], "--")
-            draw(cosines, [gradients["cosine"] for gradients in trained])
+            norms.plot([gradients["labels"] for gradients in trained], **style)
+            norms.plot([gradients["guided"] for gradients in trained], "--", **style)
+            cosines.plot([gradients["cosine"] for gradients in trained], **style)
         norms.set_yscale("log")
         cosines.axhline(0, color="#808080", linewidth=0.8)
         bound = next(iter(rows.values()))[0]["query_bits"]
-        for axes, title in (
-            (entropy, f"entropy of the query codes (bits, at most {bound})"),
-            (distance, "attention distance to the teacher"),
-            (norms, "gradient norm: labels (solid), guidance (dashed)"),
-            (cosines, "cosine between the two gradients"),
-        ):
-            axes.set_title(title)
-            axes.set_xlabel("block")
-            axes.xaxis.get_major_locator().set_params(integer=True)
-            axes.grid(color=_FAINT, linewidth=0.8)
-        handles, labels = entropy.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=min(3, len(labels)), frameon=False)
+        titles = {
+            entropy: f"entropy of the query codes (bits, at most {bound})",
+            distance: "attention distance to the teacher",
+            norms: "gradient norm: labels (solid), guidance (dashed)",
+            cosines: "cosine between the two gradients",
+        }
+        _label(figure, titles, "block")
     return figure
 
 
@@ -275,6 +260,17 @@ def _figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def _label(figure: Figure, titles: Mapping[Axes, str], counted: str) -> None:
+    """Give panels of lines their titles, an axis of whole numbers and a grid; the first one's lines make the legend."""
+    for axes, title in titles.items():
+        axes.set_title(title)
+        axes.set_xlabel(counted)
+        axes.locator_params(axis="x", integer=True)
+        axes.grid(color=_FAINT, linewidth=0.8)
+    handles, labels = next(iter(titles)).get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(3, len(labels)), frameon=False)
 
 
 def _query_histogram(axes: Axes, layer: QueryKeyStatistics, colour: str) -> None:
