@@ -4,7 +4,8 @@ Runs a quantized checkpoint in PyTorch and its export in the engine on the same 
 both, how often they choose the same class, the distance of the logits, and for each kind of quantizer how many codes
 differ. A code differs where the value lay so near the border between two codes that another order of float operations
 falls on its other side; from there the difference spreads to what follows in that image. So two more columns: the share
-of differing codes that differ by 1, and of images in which no code of that kind differs at all.
+of differing codes that differ by 1, and of images in which no code of that kind differs at all. Below the table: in
+which quantizer it begins, in how many images.
 
 Example: python benchmarks/agreement.py runs/q4/best.pt --data digits --json agreement.json
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +92,10 @@ def main() -> None:
         with torch.no_grad():
             model(batch.images)
         theirs = engine.codes(batch.images.numpy())
+        counts.next_batch()
         for name, ours in recorder.codes.items():
             codes = patches(ours, engine.architecture.patch_size) if name == "patch_embed.proj" else ours
-            counts.add(name.rpartition(".")[2] if name != "patch_embed.proj" else "patch_embed", codes, theirs[name])
+            counts.add(name, codes, theirs[name])
 
     fake, ours = np.concatenate(logits["fake"]), np.concatenate(logits["engine"])
     truth = np.concatenate(labels)
@@ -110,6 +113,7 @@ def main() -> None:
         "instruction_set": engine.instruction_set,
         "code_images": seen,
         "quantizers": counts.result(),
+        "begins": dict(counts.beginnings),
     }
     console = Console()
     console.print(
@@ -133,25 +137,38 @@ def main() -> None:
             f"{row['images_without']:.1f}",
         )
     console.print(table)
+    for name, images in counts.beginnings.items():
+        console.print(f"It begins in {name} in {images} images.", highlight=False)
     if arguments.json:
         arguments.json.write_text(json.dumps(result))
 
 
 class Counts:
-    """How many codes of each kind of quantizer differ."""
+    """How many codes of each kind of quantizer differ, and in which one it begins in how many images."""
 
     def __init__(self) -> None:
         self.rows: dict[str, dict[str, Any]] = {}
+        self.beginnings: Counter[str] = Counter()
+        self.same: np.ndarray | bool = True
 
-    def add(self, kind: str, ours: np.ndarray, theirs: np.ndarray) -> None:
-        """Compare the codes ``(B, ...)`` of one quantizer on a batch."""
+    def next_batch(self) -> None:
+        """Say that the next codes are of other images."""
+        self.same = True
+
+    def add(self, name: str, ours: np.ndarray, theirs: np.ndarray) -> None:
+        """Compare the codes ``(B, ...)`` of one quantizer on a batch; those of a batch in the order they run."""
+        kind = "patch_embed" if name == "patch_embed.proj" else name.rpartition(".")[2]
         row = self.rows.setdefault(kind, {"codes": 0, "differ": 0, "one": 0, "images": 0, "touched": 0})
         distance = np.abs(ours.astype(int) - theirs.astype(int)).reshape(len(ours), -1)
         row["codes"] += distance.size
         row["differ"] += int((distance > 0).sum())
         row["one"] += int((distance == 1).sum())
         row["images"] += len(ours)
-        row["touched"] += int((distance > 0).any(axis=1).sum())
+        touched = (distance > 0).any(axis=1)
+        row["touched"] += int(touched.sum())
+        if begins := int((touched & self.same).sum()):
+            self.beginnings[name] += begins
+        self.same = ~touched & self.same
 
     def result(self) -> list[dict[str, Any]]:
         """Return one record a kind of quantizer, in the order they run."""
