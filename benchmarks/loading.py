@@ -25,8 +25,9 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 from qvit import DistillationLoss, QuantConfig, calibrate, quantize
-from qvit.train.checkpoint import ModelCard, create_model, describe
-from qvit.train.data import ImageSets, make_loader, make_transform, open_data
+from qvit.train.checkpoint import ModelCard, create_model
+from qvit.train.data import ImageSets, make_loader, make_transform
+from qvit.train.methods import open_images
 from qvit.train.recipe import Recipe, load_recipe
 
 
@@ -104,9 +105,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     recipe = load_recipe(arguments.recipe)
-    grey = recipe.model_args.get("in_chans") == 1
-    data = open_data(arguments.data, mode="L" if grey else "RGB", root=arguments.data_root)
-    card = describe(arguments.model, recipe.model_args, data.classes, recipe.preprocessing)
+    data, card = open_images(arguments.model, recipe, arguments.data, root=arguments.data_root)
 
     loading = {w: loading_rate(data, card, recipe, w, arguments.seconds) for w in range(arguments.workers + 1)}
     training = training_rate(data, card, recipe, arguments.steps, compiled=arguments.compile)

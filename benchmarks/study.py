@@ -18,7 +18,6 @@ import argparse
 import dataclasses
 import json
 import os
-import platform
 import signal
 import sys
 import threading
@@ -35,10 +34,10 @@ from qvit.bench import machine
 from qvit.errors import ConfigError, QvitError, TrainingStopped
 from qvit.files import first_line, write_text
 from qvit.train.ablation import ablate, read_results, rows_named, teacher_statistics
-from qvit.train.checkpoint import ModelCard, describe, load_checkpoint, save_checkpoint, weights_checksum
-from qvit.train.data import ImageSets, open_data
+from qvit.train.checkpoint import ModelCard, load_checkpoint, save_checkpoint, weights_checksum
+from qvit.train.data import ImageSets
 from qvit.train.loop import Options, read_metrics
-from qvit.train.methods import FloatModel, train_full_precision
+from qvit.train.methods import FloatModel, open_images, train_full_precision
 from qvit.train.recipe import Recipe, load_recipe
 from qvit.train.resident import decode_once
 from qvit.train.run import can_go_on
@@ -124,7 +123,7 @@ def run(plan: Plan, data: str, out: Path, only: Iterable[str], minutes: float | 
         timer = threading.Timer(60 * minutes, os.kill, (os.getpid(), signal.SIGTERM))
         timer.daemon = True
         timer.start()
-    sets, card = opened(plan, data)
+    sets, card = open_images(plan.model, plan.recipe_of(), data)
     sets = decode_once(sets, card.preprocessing, console, workers=8 if torch.cuda.is_available() else 0)
     teacher = train_teacher(plan, card, sets, out / "teacher", console)
     for experiment in plan.experiments:
@@ -144,14 +143,6 @@ def run(plan: Plan, data: str, out: Path, only: Iterable[str], minutes: float | 
             ladder=experiment.ladder,
             overrides={name: tuple(b) if isinstance(b, list) else b for name, b in experiment.overrides.items()},
         )
-
-
-def opened(plan: Plan, data: str) -> tuple[ImageSets, ModelCard]:
-    """Return the images and the card of the plan's float model."""
-    recipe = plan.recipe_of()
-    mode = describe(plan.model, recipe.model_args, ["a", "b"], recipe.preprocessing).mode
-    sets = open_data(data, mode=mode)
-    return sets, describe(plan.model, recipe.model_args, sets.classes, recipe.preprocessing)
 
 
 def train_teacher(plan: Plan, card: ModelCard, sets: ImageSets, folder: Path, console: Console) -> FloatModel:
@@ -174,7 +165,7 @@ def collect(plan: Plan, data: str, out: Path, results: Path) -> int:
     The first line is the teacher: accuracy, curve, statistics of its queries and keys, checksum and machine.
     """
     model, card = load_checkpoint(out / "teacher" / "model.pt")
-    sets, _ = opened(plan, data)
+    sets, _ = open_images(plan.model, plan.recipe_of(), data)
     layers = teacher_statistics(FloatModel(model, card), sets, Options(out))
     history = read_metrics(out / "teacher")
     lines: list[dict[str, Any]] = [
@@ -202,10 +193,11 @@ def _stop(number: int, frame: object) -> None:
 
 def environment() -> dict[str, Any]:
     """Return what the figures depend on beside the code."""
+    about = machine()
     return {
-        "processor": machine()["cpu"],
+        "processor": about["cpu"],
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
+        "python": about["python"],
         "torch": torch.__version__,
         "timm": timm.__version__,
     }

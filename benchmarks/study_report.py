@@ -12,7 +12,7 @@ from qvit.analysis.figures import svg
 from qvit.analysis.statistics import QueryKeyStatistics
 from qvit.errors import DataError
 from qvit.files import write_text
-from qvit.train.ablation import mean_and_spread, summarise
+from qvit.train.ablation import mean_and_spread, rows_named, summarise
 from qvit.train.ablation_report import ablation_figures
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def _table(experiment: Experiment, records: Sequence[Record]) -> str:
                 f"{statistics.fmean(early):.2f}" if early else "",
                 mean_and_spread(row["top1"], row["top1_std"]),
                 "" if row["gain"] is None else mean_and_spread(row["gain"], row["gain_std"], "+"),
-                ", ".join(f"{gain:+.2f}" for gain in _gains(records, row)),
+                ", ".join(f"{gain:+.2f}" for gain in row["gains"]),
                 f"{row['query_entropy']:.2f} of {row['bits']}",
                 f"{row['attention_distance']:.3f}",
             ]
@@ -96,14 +96,6 @@ def _markdown(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     words = ("method", "each seed's gain", "what is tried", "changes", "against")
     lines = [columns, ["---" if column in words else "---:" for column in columns], *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
-def _gains(records: Sequence[Record], row: Record) -> list[float]:
-    base, own = (
-        {r["seed"]: r["top1"] for r in records if r["bits"] == row["bits"] and r["row"] == name}
-        for name in ("baseline", row["row"])
-    )
-    return [own[seed] - base[seed] for seed in own if seed in base] if row["gain"] is not None else []
 
 
 def _figures(
@@ -135,22 +127,8 @@ def _trials(plan: Plan, records: Sequence[Record]) -> str:
                 statistics.fmean(record[name] for record in its)
                 for name in ("top1", "query_entropy", "attention_distance")
             )
-            mean = f"{top1:.2f}"
-            changes = _changes(experiment)
-            rows.append(
-                [
-                    experiment.why,
-                    changes,
-                    experiment.against,
-                    bits,
-                    title,
-                    len(its),
-                    mean,
-                    gain,
-                    f"{entropy:.2f}",
-                    f"{distance:.3f}",
-                ]
-            )
+            cells_of_trial = (experiment.why, _changes(experiment), experiment.against, bits, title, len(its))
+            rows.append([*cells_of_trial, f"{top1:.2f}", gain, f"{entropy:.2f}", f"{distance:.3f}"])
     if not rows:
         return ""
     columns = (
@@ -168,13 +146,11 @@ def _best(plan: Plan, records: Sequence[Record]) -> str:
     parts = []
     for bits in sorted({record["bits"] for record in own}, reverse=True):
         best = max((r for r in own if r["bits"] == bits), key=lambda r: r["top1"])
-        method, _, reading = best["row"].rpartition("-") if best["row"].endswith(("-head", "-token")) else (
-            best["row"], "", ""
-        )  # fmt: skip
+        (row,) = rows_named(best["row"])
         changes = dict(change.split("=", 1) for change in plan.quantized + experiments[best["experiment"]].set)
         words = [
-            f"qvit train {plan.model} --bits {bits} --method {method}",
-            f"--rectify {reading}" if reading else "",
+            f"qvit train {plan.model} --bits {bits} --method {row.method}",
+            f"--rectify {row.rectify}" if row.rectify else "",
             f"--teacher study/teacher/model.pt --data cifar10 --recipe {plan.recipe}",
             *(f"--set {change}" for change in plan.set),
             *(f"--set {name}={value}" for name, value in changes.items()),

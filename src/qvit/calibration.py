@@ -15,6 +15,7 @@ from qvit.nn.linear import QuantConv2d, QuantLinear
 from qvit.nn.quantizer import Quantizer, from_codes, to_codes
 from qvit.nn.rectify import Rectifier, Start
 
+WeightStart = Literal["minimum_error", "lsq"]
 SAMPLES = 2**17
 """Values kept a quantizer (all its groups and batches together); the fit's error falls with their square root."""
 RECTIFIER_IMAGES = 256
@@ -22,7 +23,6 @@ _SHARES = tuple(0.84**k for k in range(13))
 _FINE_SHARES = tuple(0.95**k for k in range(44))
 """How much of the data's range the fit tries to cover: each side of the mean, or both sides of zero."""
 _ROUNDS = 12
-WeightStart = Literal["minimum_error", "lsq"]
 _COARSE = 2**13
 """Values a row on which the ranges are tried; the refinement that follows sees all of them."""
 

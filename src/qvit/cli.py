@@ -154,7 +154,7 @@ def train(
     if full_precision:
         if bits is not None or teacher is not None or start is not None:
             raise ConfigError("--full-precision makes a float model: leave out --bits, --teacher and --start.")
-        sets, card = _open(model, settings, data, data_root, splits)
+        sets, card = methods.open_images(model, settings, data, root=data_root, splits=splits)
         _fresh(options)
         if decode_once:
             sets = _decoded(sets, card, options)
@@ -174,7 +174,7 @@ def train(
             )
         widths = _check_bits(bits, activation_bits)
         overrides = _overrides(override)
-        sets, card = _open(model, settings, data, data_root, splits)
+        sets, card = methods.open_images(model, settings, data, root=data_root, splits=splits)
         guide = None if teacher is None else _float_model(teacher, card, "teacher")
         first = guide if start is None else _float_model(start, card, "start")
         assert first is not None
@@ -439,6 +439,7 @@ def ablate(
     from qvit.train.ablation import ablate as run
     from qvit.train.ablation import results_table, rows_named, teacher_statistics
     from qvit.train.ablation_report import write_ablation_report
+    from qvit.train.methods import open_images
 
     options = _options(
         out, 0, workers, precision, compile_models, skip_corrupt, False, cpu, data, save_every, accumulate, fsdp
@@ -451,7 +452,7 @@ def ablate(
     which = list(range(numbers[0])) if len(numbers) == 1 and "," not in seeds else numbers
     if not which or min(which) < 0:
         raise ConfigError(f"--seeds must be at least 1, or a list of seeds from 0 up, not {seeds!r}.")
-    sets, card = _open(model, settings, data, data_root, splits)
+    sets, card = open_images(model, settings, data, root=data_root, splits=splits)
     guide = _float_model(teacher, card, "teacher")
     if (guide.card.name, guide.card.model_args) != (card.name, card.model_args):
         raise ConfigError(
@@ -494,16 +495,6 @@ def demo(
     run_demo(out, console())
 
 
-def _open(model: str, recipe: Recipe, data: str, root: str | None, splits: str) -> tuple[ImageSets, ModelCard]:
-    from qvit.train.checkpoint import describe
-    from qvit.train.data import open_data
-
-    # The model first: a wrong name should not wait for a data set to be listed.
-    mode = describe(model, recipe.model_args, ["a", "b"], recipe.preprocessing).mode
-    sets = open_data(data, mode=mode, root=root, splits=splits)
-    return sets, describe(model, recipe.model_args, sets.classes, recipe.preprocessing)
-
-
 def _recipe(name: str | None, data: str, changes: list[str] | None) -> Recipe:
     from qvit.train.recipe import builtin_recipes, load_recipe
 
@@ -515,10 +506,10 @@ def _recipe(name: str | None, data: str, changes: list[str] | None) -> Recipe:
 def _float_model(source: str, card: ModelCard, role: str) -> FloatModel:
     from qvit.errors import TeacherMismatchError
     from qvit.train.data import check_classes
-    from qvit.train.float_models import load_float, load_start
+    from qvit.train.float_models import load_float
     from qvit.train.methods import FloatModel
 
-    model, its = (load_start if role == "start" else load_float)(source, card)
+    model, its = load_float(source, card, quantized=role == "start")
     try:
         check_classes(f"the {role} {source}", its.classes, "the data", card.classes)
     except QvitError as error:

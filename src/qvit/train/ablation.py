@@ -181,8 +181,8 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 def summarise(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return one record a (bits, row): seeds, mean and standard deviation of top-1, and the gain over the baseline.
 
-    The gain is the mean of the differences to the baseline of the same seed, with their standard deviation, where both
-    were run (``None`` otherwise).
+    The gain is the mean of the differences to the baseline of the same seed (``gains``), with their standard deviation,
+    where both were run (``None`` otherwise).
     """
     cells: dict[tuple[int, str], dict[int, Mapping[str, Any]]] = {}
     for record in records:
@@ -204,6 +204,7 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "top1_std": statistics.stdev(top1) if len(top1) > 1 else None,
                 "gain": statistics.fmean(compared) if compared else None,
                 "gain_std": statistics.stdev(compared) if len(compared) > 1 else None,
+                "gains": compared,
                 "query_entropy": statistics.fmean(run["query_entropy"] for run in runs),
                 "attention_distance": statistics.fmean(run["attention_distance"] for run in runs),
             }
@@ -277,8 +278,7 @@ def _analyse(teacher: FloatModel, result: Result, data: ImageSets, recipe: Recip
 def _analysed_batches(card: ModelCard, data: ImageSets, options: Options) -> list[tuple[Tensor, Tensor]]:
     """Return validation images and labels, always the same ones, of all classes mixed."""
     device = make_accelerator(options).device
-    mixed = ImageSets(data.val, data.val, data.classes)
-    loader = training_batches(mixed, card, 128, dataclasses.replace(options, seed=0))
+    loader = training_batches(data.val, card, 128, dataclasses.replace(options, seed=0))
     batches: list[tuple[Tensor, Tensor]] = []
     for batch in readable(loader, skip_corrupt=options.skip_corrupt):
         batches.append((batch.images.to(device), batch.labels.to(device)))

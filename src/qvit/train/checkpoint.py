@@ -226,32 +226,23 @@ def load_checkpoint(path: str | Path) -> tuple[VisionTransformer, ModelCard]:
         raise CheckpointError(f"{path} is damaged: {first_line(error)}") from error
 
 
-def is_quantized(path: str | Path) -> bool:
-    """Say whether a file is a checkpoint of a quantized model.
-
-    Raises:
-        CheckpointError: if it cannot be read.
-    """
-    content = _read(path)
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        return False
-    return read_checkpoint(path)[0].quant_config is not None
-
-
-def load_float_model(path: str | Path, expected: ModelCard) -> tuple[VisionTransformer, ModelCard]:
+def load_float_model(
+    path: str | Path, expected: ModelCard, *, quantized: bool = False
+) -> tuple[VisionTransformer, ModelCard]:
     """Return a float model and its card: from a qvit checkpoint, or from a plain state dict of ``expected``'s model.
 
     Args:
         path: a checkpoint of ``qvit train --full-precision``, or a ``.pth``/``.safetensors`` file of timm weights.
         expected: card by which a plain state dict is read.
+        quantized: whether a checkpoint of a quantized model will do as well.
 
     Raises:
-        CheckpointError: if it is neither, or a quantized model.
+        CheckpointError: if it is neither, or a quantized model that will not do.
     """
     content = _read(path)
     if isinstance(content, dict) and content.get("format") == FORMAT:
         model, card = load_checkpoint(path)
-        if card.quant_config is not None:
+        if card.quant_config is not None and not quantized:
             raise CheckpointError(f"{path} holds a quantized model; a teacher must be a float one.")
         return model, card
     for key in ("state_dict", "model", "model_state_dict"):

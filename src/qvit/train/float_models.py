@@ -12,20 +12,15 @@ from timm.models import VisionTransformer
 from qvit.errors import ConfigError, HubError, UnsupportedModelError
 from qvit.files import first_line
 from qvit.hub import CHECKPOINT, PREFIX, fetch
-from qvit.train.checkpoint import (
-    ModelCard,
-    describe,
-    is_quantized,
-    load_checkpoint,
-    load_float_model,
-    same_architecture,
-)
+from qvit.train.checkpoint import ModelCard, describe, load_float_model, same_architecture
 from qvit.train.transformers_vit import class_names, is_transformers_config, load_transformers, read_json
 
 _FILES = ["config.json", "preprocessor_config.json", "model.safetensors", CHECKPOINT]
 
 
-def load_float(source: str | Path, expected: ModelCard) -> tuple[VisionTransformer, ModelCard]:
+def load_float(
+    source: str | Path, expected: ModelCard, *, quantized: bool = False
+) -> tuple[VisionTransformer, ModelCard]:
     """Return a float model and its card, wherever it is.
 
     Args:
@@ -33,6 +28,7 @@ def load_float(source: str | Path, expected: ModelCard) -> tuple[VisionTransform
             transformers ViT or DeiT, or a float checkpoint of qvit's; the name of a timm model that has pretrained
             weights; or a file, as :func:`qvit.train.checkpoint.load_float_model` takes it.
         expected: the model and the classes that the user works with.
+        quantized: whether a file may also be a checkpoint of a quantized model.
 
     Raises:
         HubError: if the Hub or timm cannot hand it out.
@@ -48,19 +44,7 @@ def load_float(source: str | Path, expected: ModelCard) -> tuple[VisionTransform
         if not timm.is_model_pretrained(source):
             raise ConfigError(f"timm has no pretrained weights for {source}: give a checkpoint.")
         return _from_timm(source, source.partition(".")[0], {}, source, expected)
-    return load_float_model(source, expected)
-
-
-def load_start(source: str | Path, expected: ModelCard) -> tuple[VisionTransformer, ModelCard]:
-    """Return a model to start from: as :func:`load_float` does, or that of a quantized checkpoint.
-
-    Raises:
-        CheckpointError: if it is absent or damaged.
-        QvitError: as :func:`load_float`.
-    """
-    if Path(source).is_file() and is_quantized(source):
-        return load_checkpoint(source)
-    return load_float(source, expected)
+    return load_float_model(source, expected, quantized=quantized)
 
 
 def _from_folder(folder: Path, source: str, expected: ModelCard) -> tuple[VisionTransformer, ModelCard]:

@@ -187,7 +187,7 @@ def fit(
     Args:
         model: a float model, or a calibrated quantized one; it is trained in place.
         loss_fn: see :class:`Loss`.
-        train: this process's share of the training batches, from :func:`qvit.train.methods.batches_of`.
+        train: this process's share of the training batches, from :func:`qvit.train.methods.training_batches`.
         val: this process's share of the validation batches, evaluated after each epoch.
         schedule: budget and optimizer.
         card: what goes into the checkpoints.

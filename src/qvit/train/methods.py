@@ -13,6 +13,7 @@ from accelerate.utils import set_seed
 from rich.console import Console
 from timm.models import VisionTransformer
 from timm.models.deit import VisionTransformerDistilled
+from torch.utils.data import Dataset
 
 from qvit.calibration import calibrate
 from qvit.config import QuantConfig, Rectify
@@ -20,8 +21,8 @@ from qvit.convert import quantize
 from qvit.distill import DistillationLoss, check_guidance
 from qvit.errors import ConfigError, TeacherMismatchError
 from qvit.nn.quantizer import Quantizer
-from qvit.train.checkpoint import ModelCard, create_model, save_checkpoint
-from qvit.train.data import Batches, ImageSets, make_loader, make_transform, readable
+from qvit.train.checkpoint import ModelCard, create_model, describe, save_checkpoint
+from qvit.train.data import Batches, ImageSets, make_loader, make_transform, open_data, readable
 from qvit.train.loop import Accuracy, LabelLoss, Loss, Options, evaluate, fit, make_accelerator, share_of
 from qvit.train.order import ALONE, EvaluationOrder, Share, TrainOrder
 from qvit.train.recipe import Recipe, Schedule
@@ -72,6 +73,28 @@ class Result:
     card: ModelCard
     accuracy: Accuracy
     history: list[dict[str, float]]
+
+
+def open_images(
+    model: str, recipe: Recipe, data: str, *, root: str | None = None, splits: str = "train,validation"
+) -> tuple[ImageSets, ModelCard]:
+    """Open a data set for a model to be made, and return it with the model's card.
+
+    Args:
+        model: timm's name.
+        recipe: its arguments and preprocessing.
+        data: see :func:`qvit.train.data.open_data`, as ``root`` and ``splits``.
+        root: folder of a timm data set or of ``"wds/"``.
+        splits: names of the splits.
+
+    Raises:
+        ConfigError: for a model that cannot be made.
+        DataError: for images that cannot be found.
+    """
+    # The model first: a wrong name should not wait for a data set to be listed.
+    mode = describe(model, recipe.model_args, ["a", "b"], recipe.preprocessing).mode
+    sets = open_data(data, mode=mode, root=root, splits=splits)
+    return sets, describe(model, recipe.model_args, sets.classes, recipe.preprocessing)
 
 
 def train_full_precision(
@@ -168,8 +191,7 @@ def _student(start: FloatModel, config: QuantConfig) -> VisionTransformer:
     student = quantize(create_model(dataclasses.replace(start.card, quant_config=None)), config)
     quantizers = tuple(f"{name}." for name, m in student.named_modules() if isinstance(m, Quantizer))
     carried = {name: value for name, value in start.model.state_dict().items() if not name.startswith(quantizers)}
-    known = set(student.state_dict())
-    student.load_state_dict({name: value for name, value in carried.items() if name in known}, strict=False)
+    student.load_state_dict(carried, strict=False)  # which has no scales, and maybe rectifiers that this one lacks
     return student
 
 
@@ -179,7 +201,7 @@ def calibration_images(data: ImageSets, card: ModelCard, schedule: Schedule, opt
     Every process gets the same.
     """
     batch_size = min(schedule.calibration_images, 128)
-    loader = training_batches(data, card, batch_size, options)
+    loader = training_batches(data.train, card, batch_size, options)
     batches = itertools.islice(
         readable(loader, skip_corrupt=options.skip_corrupt), -(-schedule.calibration_images // batch_size)
     )
@@ -187,7 +209,7 @@ def calibration_images(data: ImageSets, card: ModelCard, schedule: Schedule, opt
 
 
 def training_batches(
-    data: ImageSets,
+    images: Dataset[Any],
     card: ModelCard,
     batch_size: int,
     options: Options,
@@ -197,10 +219,10 @@ def training_batches(
     accumulate: int = 1,
     share: Share = ALONE,
 ) -> Batches:
-    """Return batches of the training images, in the order of the seed, prepared for a model and perhaps augmented.
+    """Return batches of images in the order of the seed, prepared for a model and perhaps augmented.
 
     Args:
-        data: training and validation images.
+        images: of :class:`ImageSets`.
         card: whose preprocessing is used.
         batch_size: images an optimizer step, over all processes.
         options: seed, workers and device.
@@ -214,11 +236,11 @@ def training_batches(
     """
     device = make_accelerator(options).device
     ordering: dict[str, Any] = {"repeats": repeats, "accumulate": accumulate, "share": share}
-    if isinstance(data.train, ResidentImages):
-        order = TrainOrder(len(data.train), batch_size, options.seed, **ordering)
-        return ResidentLoader(data.train, order, card.preprocessing, augmentation, device)
+    if isinstance(images, ResidentImages):
+        order = TrainOrder(len(images), batch_size, options.seed, **ordering)
+        return ResidentLoader(images, order, card.preprocessing, augmentation, device)
     return make_loader(
-        data.train,
+        images,
         make_transform(card.preprocessing, augmentation),
         batch_size,
         shuffle=True,
@@ -226,24 +248,6 @@ def training_batches(
         device=device,
         seed=options.seed,
         **ordering,
-    )
-
-
-def validation_batches(data: ImageSets, card: ModelCard, batch_size: int, options: Options) -> Batches:
-    """Return this process's share of the validation images, prepared for a model."""
-    accelerator = make_accelerator(options)
-    share = share_of(accelerator)
-    if isinstance(data.val, ResidentImages):
-        order = EvaluationOrder(len(data.val), batch_size, share)
-        return ResidentLoader(data.val, order, card.preprocessing, None, accelerator.device)
-    return make_loader(
-        data.val,
-        make_transform(card.preprocessing),
-        batch_size,
-        shuffle=False,
-        workers=options.workers,
-        device=accelerator.device,
-        share=share,
     )
 
 
@@ -258,7 +262,7 @@ def _fit(
     console: Console,
 ) -> Result:
     train = training_batches(
-        data,
+        data.train,
         card,
         schedule.batch_size,
         options,
@@ -275,8 +279,20 @@ def _fit(
 
 
 def _validation(data: ImageSets, card: ModelCard, schedule: Schedule, options: Options) -> Batches:
-    processes = make_accelerator(options).num_processes
-    return validation_batches(data, card, -(-schedule.batch_size // processes), options)
+    accelerator = make_accelerator(options)
+    batch_size, share = -(-schedule.batch_size // accelerator.num_processes), share_of(accelerator)
+    if isinstance(data.val, ResidentImages):
+        order = EvaluationOrder(len(data.val), batch_size, share)
+        return ResidentLoader(data.val, order, card.preprocessing, None, accelerator.device)
+    return make_loader(
+        data.val,
+        make_transform(card.preprocessing),
+        batch_size,
+        shuffle=False,
+        workers=options.workers,
+        device=accelerator.device,
+        share=share,
+    )
 
 
 def _metrics(accuracy: Accuracy) -> dict[str, float]:

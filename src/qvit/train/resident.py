@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from qvit.errors import ConfigError, CorruptImageError
-from qvit.train.data import Batch, ImageSets, make_loader
+from qvit.train.data import Batch, ImageSets, make_loader, readable
 from qvit.train.order import EvaluationOrder, Sample, TrainOrder
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
@@ -67,7 +67,7 @@ def decode_once(
         ConfigError: if memory is not enough.
     """
     train, val = (
-        _decode(images, preprocessing, console, f"decoding {name}", workers, skip_corrupt)
+        _decode(images, name, preprocessing, console, workers, skip_corrupt)
         for images, name in ((sets.train, "training images"), (sets.val, "validation images"))
     )
     return ImageSets(train, val, sets.classes)
@@ -183,9 +183,9 @@ def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 def _decode(
     images: Dataset[Any],
+    name: str,
     preprocessing: Mapping[str, Any],
     console: Console,
-    description: str,
     workers: int,
     skip_corrupt: bool,
 ) -> ResidentImages:
@@ -194,25 +194,24 @@ def _decode(
     needed, free = math.prod(shape), psutil.virtual_memory().available
     if needed > free:
         raise ConfigError(
-            f"{count} {description.split(' ', 1)[1]} of {' x '.join(map(str, shape[1:]))} bytes need "
+            f"{count} {name} of {' x '.join(map(str, shape[1:]))} bytes need "
             f"{needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} are free: leave out --decode-once."
         )
     pixels, labels = torch.empty(shape, dtype=torch.uint8), torch.empty(count, dtype=torch.int64)
     to_bytes = timm.data.create_transform(**preprocessing, is_training=False, normalize=False)
     loader = make_loader(images, to_bytes, 256, shuffle=False, workers=workers)
     done, unreadable = 0, []
-    for batch in track(loader, description, len(loader), console=console, transient=True):
-        if batch.unreadable and not skip_corrupt:
-            raise CorruptImageError(f"{batch.unreadable[0].message} Mend or remove it, or go on with --skip-corrupt.")
+    batches = readable(loader, skip_corrupt=skip_corrupt)
+    for batch in track(batches, f"decoding {name}", len(loader), console=console, transient=True):
         unreadable += batch.unreadable
         if len(batch.labels):
             these = slice(done, done + len(batch.labels))
             pixels[these], labels[these] = batch.images, batch.labels
             done = these.stop
     if not done:
-        raise CorruptImageError(f"{unreadable[0].message} Nor can any other of the {description.split(' ', 1)[1]}.")
+        raise CorruptImageError(f"{unreadable[0].message} Nor can any other of the {name}.")
     if unreadable:
-        console.print(f"{description}: {len(unreadable)} unreadable left out, the first: {unreadable[0].message}")
+        console.print(f"decoding {name}: {len(unreadable)} unreadable left out, the first: {unreadable[0].message}")
     return ResidentImages(pixels[:done], labels[:done])
 
 
