@@ -1,11 +1,10 @@
 """Whether the engine does what the fake-quantized model does: classes, logits and the codes of every quantizer.
 
-Runs a quantized checkpoint in PyTorch and its export in the engine on the same validation images, and prints top-1 of
-both, how often they choose the same class, the distance of the logits, and for each kind of quantizer how many codes
-differ. A code differs where the value lay so near the border between two codes that another order of float operations
-falls on its other side; from there the difference spreads to what follows in that image. So two more columns: the share
-of differing codes that differ by 1, and of images in which no code of that kind differs at all. Below the table: in
-which quantizer it begins, in how many images.
+Runs a quantized checkpoint in PyTorch, in double precision and in float32, and its export in the engine on the same
+validation images. Double precision says what the model is; a code differs from it where a value lies so near the border
+between two codes that the rounding of floats takes it to the other side, and from there the difference spreads to what
+follows in that image. Prints how near the engine and the float32 model are to it and to each other, how many codes of
+each kind of quantizer differ, and in which quantizer it begins, in how many images.
 
 Example: python benchmarks/agreement.py runs/q4/best.pt --data digits --json agreement.json
 """
@@ -13,6 +12,7 @@ Example: python benchmarks/agreement.py runs/q4/best.pt --data digits --json agr
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import tempfile
 from collections import Counter
@@ -56,8 +56,10 @@ class CodeRecorder:
         quantizer.register_forward_pre_hook(keep)
 
 
-def patches(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Return the codes of images ``(B, C, H, W)`` as the engine sees them: ``(B, patches, C * ph * pw)``."""
+def patches(pixels: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
+    """Return codes as the engine has them: those of images ``(B, C, H, W)`` as ``(B, patches, C * ph * pw)``."""
+    if size is None:
+        return pixels
     (b, c, h, w), (ph, pw) = pixels.shape, size
     cut = pixels[:, :, : h // ph * ph, : w // pw * pw].reshape(b, c, h // ph, ph, w // pw, pw)
     return cut.transpose(0, 2, 4, 1, 3, 5).reshape(b, (h // ph) * (w // pw), c * ph * pw)
@@ -76,78 +78,105 @@ def main() -> None:
         packed = Path(folder) / "model.safetensors"
         export_checkpoint(arguments.checkpoint, packed)
         engine = qvit.load(packed)
-    logits: dict[str, list[np.ndarray]] = {"fake": [], "engine": []}
-    labels, counts = [], Counts()
+    exact = copy.deepcopy(model).double()
+    runs: dict[str, list[np.ndarray]] = {"engine": [], "float32": [], "double": []}
+    labels = []
     for batch in make_loader(sets.val, transform, 64, shuffle=False):
-        images = batch.images.numpy()
         with torch.no_grad():
-            logits["fake"].append(model(batch.images).numpy())
-        logits["engine"].append(engine(images))
+            runs["float32"].append(model(batch.images).numpy())
+            runs["double"].append(exact(batch.images.double()).numpy())
+        runs["engine"].append(engine(batch.images.numpy()))
         labels.append(batch.labels.numpy())
-    recorder, seen = CodeRecorder(model), 0
+    logits, truth = {name: np.concatenate(parts) for name, parts in runs.items()}, np.concatenate(labels)
+
+    counts = {"engine": Counts(), "float32": Counts()}
+    recorder, recorder_exact, seen = CodeRecorder(model), CodeRecorder(exact), 0
     for batch in make_loader(sets.val, transform, 64, shuffle=False):
         if seen >= COMPARED_IMAGES:
             break
         seen += len(batch.labels)
         with torch.no_grad():
             model(batch.images)
-        theirs = engine.codes(batch.images.numpy())
-        counts.next_batch()
-        for name, ours in recorder.codes.items():
-            codes = patches(ours, engine.architecture.patch_size) if name == "patch_embed.proj" else ours
-            counts.add(name, codes, theirs[name])
+            exact(batch.images.double())
+        engine_codes = engine.codes(batch.images.numpy())
+        for count in counts.values():
+            count.next_batch()
+        for name, codes in recorder_exact.codes.items():
+            patch = engine.architecture.patch_size if name == "patch_embed.proj" else None
+            counts["engine"].add(name, patches(codes, patch), engine_codes[name])
+            counts["float32"].add(name, codes, recorder.codes[name])
 
-    fake, ours = np.concatenate(logits["fake"]), np.concatenate(logits["engine"])
-    truth = np.concatenate(labels)
     result: dict[str, Any] = {
         "checkpoint": str(arguments.checkpoint),
         "data": arguments.data,
         "images": len(truth),
         "bits": [card.quant_config["weight_bits"], card.quant_config["activation_bits"]] if card.quant_config else None,
-        "top1_fake_quantized": 100 * float((fake.argmax(1) == truth).mean()),
-        "top1_engine": 100 * float((ours.argmax(1) == truth).mean()),
-        "agreement": 100 * float((fake.argmax(1) == ours.argmax(1)).mean()),
-        "logit_distance_mean": float(np.abs(fake - ours).mean()),
-        "logit_distance_max": float(np.abs(fake - ours).max()),
-        "logit_std": float(fake.std()),
         "instruction_set": engine.instruction_set,
+        "top1": {name: 100 * float((values.argmax(1) == truth).mean()) for name, values in logits.items()},
+        "logit_std": float(logits["double"].std()),
+        "pairs": [
+            {"model": a, "beside": b, **distance(logits[a], logits[b])}
+            for a, b in (("engine", "double"), ("float32", "double"), ("engine", "float32"))
+        ],
         "code_images": seen,
-        "quantizers": counts.result(),
-        "begins": dict(counts.beginnings),
+        "quantizers": {name: count.rows for name, count in counts.items()},
+        "begins": {name: dict(count.beginnings) for name, count in counts.items()},
     }
-    console = Console()
+    show(result, Console())
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result))
+
+
+def distance(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
+    """Return how far logits ``(N, classes)`` are apart; ``same_class`` and ``images_apart`` (by over 1e-3) in %."""
+    apart = np.abs(a - b)
+    return {
+        "same_class": 100 * float((a.argmax(1) == b.argmax(1)).mean()),
+        "images_apart": 100 * float((apart.max(1) > 1e-3).mean()),
+        "mean": float(apart.mean()),
+        "largest": float(apart.max()),
+    }
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """Print the tables of a comparison."""
+    top1 = ", ".join(f"{name} {value:.2f}" for name, value in result["top1"].items())
     console.print(
-        f"{arguments.checkpoint} on {len(truth)} images of {arguments.data}, {engine.instruction_set}: "
-        f"fake-quantized {result['top1_fake_quantized']:.2f}, engine {result['top1_engine']:.2f}, "
-        f"same class {result['agreement']:.2f} %, logits apart {result['logit_distance_mean']:.2g} in the mean and "
-        f"{result['logit_distance_max']:.2g} at most (their standard deviation: {result['logit_std']:.2g})",
+        f"{result['checkpoint']} on {result['images']} images of {result['data']}, {result['instruction_set']}; "
+        f"top-1: {top1}; standard deviation of the logits: {result['logit_std']:.2g}",
         highlight=False,
         markup=False,
     )
-    table = Table(title=f"Codes of {seen} images")
-    for column in ("quantizer", "codes", "differ", "per million", "by 1 (%)", "images without (%)"):
-        table.add_column(column, justify="left" if column == "quantizer" else "right")
-    for row in result["quantizers"]:
+    table = Table(title="Classes and logits")
+    for column in ("model", "beside", "same class (%)", "images apart (%)", "mean distance", "largest"):
+        table.add_column(column, justify="left" if column in ("model", "beside") else "right")
+    for pair in result["pairs"]:
         table.add_row(
-            row["quantizer"],
-            str(row["codes"]),
-            str(row["differ"]),
-            f"{1e6 * row['differ'] / row['codes']:.1f}",
-            f"{row['by_one']:.1f}" if row["differ"] else "",
-            f"{row['images_without']:.1f}",
+            pair["model"],
+            pair["beside"],
+            f"{pair['same_class']:.2f}",
+            f"{pair['images_apart']:.2f}",
+            f"{pair['mean']:.2g}",
+            f"{pair['largest']:.2g}",
         )
     console.print(table)
-    for name, images in counts.beginnings.items():
-        console.print(f"It begins in {name} in {images} images.", highlight=False)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result))
+    table = Table(title=f"Codes of {result['code_images']} images that differ from double precision")
+    for column in ("quantizer", "codes", "engine", "float32"):
+        table.add_column(column, justify="left" if column == "quantizer" else "right")
+    for kind, row in result["quantizers"]["engine"].items():
+        other = result["quantizers"]["float32"][kind]
+        table.add_row(kind, str(row["codes"]), str(row["differ"]), str(other["differ"]))
+    console.print(table)
+    for name, beginnings in result["begins"].items():
+        for quantizer, images in beginnings.items():
+            console.print(f"{name}: begins in {quantizer} in {images} images.", highlight=False)
 
 
 class Counts:
     """How many codes of each kind of quantizer differ, and in which one it begins in how many images."""
 
     def __init__(self) -> None:
-        self.rows: dict[str, dict[str, Any]] = {}
+        self.rows: dict[str, dict[str, int]] = {}
         self.beginnings: Counter[str] = Counter()
         self.same: np.ndarray | bool = True
 
@@ -155,33 +184,17 @@ class Counts:
         """Say that the next codes are of other images."""
         self.same = True
 
-    def add(self, name: str, ours: np.ndarray, theirs: np.ndarray) -> None:
+    def add(self, name: str, expected: np.ndarray, found: np.ndarray) -> None:
         """Compare the codes ``(B, ...)`` of one quantizer on a batch; those of a batch in the order they run."""
         kind = "patch_embed" if name == "patch_embed.proj" else name.rpartition(".")[2]
-        row = self.rows.setdefault(kind, {"codes": 0, "differ": 0, "one": 0, "images": 0, "touched": 0})
-        distance = np.abs(ours.astype(int) - theirs.astype(int)).reshape(len(ours), -1)
-        row["codes"] += distance.size
-        row["differ"] += int((distance > 0).sum())
-        row["one"] += int((distance == 1).sum())
-        row["images"] += len(ours)
-        touched = (distance > 0).any(axis=1)
-        row["touched"] += int(touched.sum())
+        row = self.rows.setdefault(kind, {"codes": 0, "differ": 0})
+        differ = (expected.astype(int) != found.astype(int)).reshape(len(expected), -1)
+        row["codes"] += differ.size
+        row["differ"] += int(differ.sum())
+        touched = differ.any(axis=1)
         if begins := int((touched & self.same).sum()):
             self.beginnings[name] += begins
         self.same = ~touched & self.same
-
-    def result(self) -> list[dict[str, Any]]:
-        """Return one record a kind of quantizer, in the order they run."""
-        return [
-            {
-                "quantizer": kind,
-                "codes": row["codes"],
-                "differ": row["differ"],
-                "by_one": 100 * row["one"] / max(row["differ"], 1),
-                "images_without": 100 * (1 - row["touched"] / row["images"]),
-            }
-            for kind, row in self.rows.items()
-        ]
 
 
 if __name__ == "__main__":

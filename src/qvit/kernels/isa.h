@@ -87,9 +87,11 @@ struct RowOps {
     // codes = clamp(round(sums * scale[c] + shift[c]), 0, top)
     void (*quantize_sums)(const int32_t* sums, size_t stride, size_t rows, size_t width, const float* scale,
                           const float* shift, float top, uint8_t* out, size_t out_stride);
-    // codes = clamp(round(sums * scale + shift[row]), 0, top)
-    void (*quantize_head)(const int32_t* sums, size_t stride, size_t rows, size_t width, float scale,
-                          const float* shift, float top, uint8_t* out, size_t out_stride);
+    // codes = clamp(round(sums * scale + shift[row]), 0, top), in double precision: the attention's output has few
+    // different values, so one that lies beside a border between codes, nearer than a float resolves, is in many
+    // images.
+    void (*quantize_head)(const int32_t* sums, size_t stride, size_t rows, size_t width, double scale,
+                          const double* shift, float top, uint8_t* out, size_t out_stride);
     // codes = quantize(activation(sums * scale[c] + shift[c]))
     void (*activate_sums)(const int32_t* sums, size_t stride, size_t rows, size_t width, const float* scale,
                           const float* shift, Activation activation, Quantize quantize, uint8_t* out,

@@ -388,8 +388,10 @@ void Model::finish(Attention& a) const {
     a.scores = &choose(isa_.moving, isa_.moving_count, a.query_quantizer[0].bits, a.key_quantizer[0].bits);
     a.mix = &choose(isa_.moving, isa_.moving_count, a.map_quantizer[0].bits, a.value_quantizer[0].bits);
     const double factor = shape_.attention_scale * kLog2E;
-    const Quantize next = a.proj.input.folded();
-    const bool codes = !a.inner.present;
+    // Codes at once, unless a norm comes first.
+    const Quantizer& next = a.proj.input;
+    const double per_step = a.inner.present ? 1.0 : 1.0 / next.scale;
+    a.out_shift = -next.start * per_step;
     for (size_t head = 0; head < heads.count; ++head) {
         const Quantizer &q = a.query_quantizer[head], &k = a.key_quantizer[head], &v = a.value_quantizer[head];
         const double low = 1 << (v.bits - 1), map = a.map_quantizer[head].scale;
@@ -399,8 +401,8 @@ void Model::finish(Attention& a) const {
         a.key_bias.push_back(static_cast<float>(factor * q.start * k.scale));
         a.map_inverse.push_back(static_cast<float>(1.0 / map));
         const double offset = v.start + v.scale * low;  // of signed codes
-        a.out_scale.push_back(static_cast<float>(map * v.scale * (codes ? next.scale : 1.0f)));
-        a.out_total.push_back(static_cast<float>(map * offset * (codes ? next.scale : 1.0f)));
+        a.out_scale.push_back(map * v.scale * per_step);
+        a.out_total.push_back(map * offset * per_step);
     }
     if (a.inner.present) a.inner.fold({a.proj.input});
 }
@@ -566,7 +568,6 @@ void Model::attend(Pass& pass, Scratch& s, const Rows& rows, size_t index) const
         const size_t which = rows.image * branches_ + branch;
         const float top = a.map_quantizer[0].top;
         const int value_low = 1 << (a.value_quantizer[0].bits - 1);
-        const Quantize next = a.proj.input.folded();
         for (size_t head = 0; head < heads.count; ++head) {
             const size_t base = which * pass.branch_bytes + head * padded * depth;
             const uint8_t* query = half.query.data() + base;
@@ -593,15 +594,16 @@ void Model::attend(Pass& pass, Scratch& s, const Rows& rows, size_t index) const
                            mix_width);
                 clock.lap(kAttentionProducts);
                 if (!a.inner.present) {
-                    for (size_t i = 0; i < some; ++i) s.totals[i] = s.totals[i] * a.out_total[head] + next.shift;
-                    isa_.ops.quantize_head(s.sums.data(), mix_width, some, padded, a.out_scale[head], s.totals.data(),
-                                           next.top, s.codes.data() + r * head_width_ + head * padded, head_width_);
+                    double shift[kAttentionRows];
+                    for (size_t i = 0; i < some; ++i) shift[i] = s.totals[i] * a.out_total[head] + a.out_shift;
+                    isa_.ops.quantize_head(s.sums.data(), mix_width, some, padded, a.out_scale[head], shift,
+                                           a.proj.input.top, s.codes.data() + r * head_width_ + head * padded,
+                                           head_width_);
                 } else {
                     for (size_t i = 0; i < some; ++i)
                         for (size_t c = 0; c < heads.size; ++c)
-                            s.first[(r + i) * head_width_ + head * padded + c] =
-                                static_cast<float>(s.sums[i * mix_width + c]) * a.out_scale[head] +
-                                s.totals[i] * a.out_total[head];
+                            s.first[(r + i) * head_width_ + head * padded + c] = static_cast<float>(
+                                s.sums[i * mix_width + c] * a.out_scale[head] + s.totals[i] * a.out_total[head]);
                 }
                 clock.lap(kEpilogues);
             }
@@ -615,8 +617,8 @@ void Model::attend(Pass& pass, Scratch& s, const Rows& rows, size_t index) const
                 for (size_t head = 0; head < heads.count; ++head)
                     std::copy_n(s.first.data() + r * head_width_ + head * padded, heads.size, to + head * heads.size);
             }
-            isa_.ops.normalize_codes(s.second.data(), packed_width, count, a.inner.part(), next.top, s.hidden.data(),
-                                     packed_width);
+            isa_.ops.normalize_codes(s.second.data(), packed_width, count, a.inner.part(), a.proj.input.top,
+                                     s.hidden.data(), packed_width);
             for (size_t r = 0; r < count; ++r)
                 for (size_t head = 0; head < heads.count; ++head)
                     std::copy_n(s.hidden.data() + r * packed_width + head * heads.size, heads.size,

@@ -87,7 +87,9 @@ struct Attention {
     // Folded by finish(): multiply-adds from the sums of qkv to codes, of logits, of the output.
     Buffer<float> code_scale, code_shift;
     const Product *scores = nullptr, *mix = nullptr;
-    std::vector<float> logit_scale, key_bias, map_inverse, out_scale, out_total;
+    std::vector<float> logit_scale, key_bias, map_inverse;
+    std::vector<double> out_scale, out_total;  // out = sums * out_scale + total of the row's codes * out_total
+    double out_shift = 0.0;                    // of codes
 };
 
 struct Mlp {

@@ -104,13 +104,13 @@ void quantize_sums(const int32_t* sums, size_t stride, size_t rows, size_t width
         }
 }
 
-void quantize_head(const int32_t* sums, size_t stride, size_t rows, size_t width, float scale, const float* shift,
+void quantize_head(const int32_t* sums, size_t stride, size_t rows, size_t width, double scale, const double* shift,
                    float top, uint8_t* out, size_t out_stride) {
-    const Float t = simd::set(top), s = simd::set(scale);
+    const Float t = simd::set(top), zero = simd::set(0.0f);
     for (size_t r = 0; r < rows; ++r)
         for (size_t c = 0; c < width; c += kWidth) {
-            const Float y = simd::fma(simd::load_sums(sums + r * stride + c), s, simd::set(shift[r]));
-            simd::store_codes(out + r * out_stride + c, clamp_code(y, t));
+            const Float whole = simd::round_sums(sums + r * stride + c, scale, shift[r]);
+            simd::store_codes(out + r * out_stride + c, simd::max(simd::min(whole, t), zero));
         }
 }
 

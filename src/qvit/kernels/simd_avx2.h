@@ -18,6 +18,15 @@ inline void store(float* p, Float x) { _mm256_storeu_ps(p, x); }
 inline Float load_sums(const int32_t* p) {
     return _mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
+inline Float round_sums(const int32_t* p, double scale, double shift) {
+    constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    const auto four = [=](const int32_t* at) {
+        const __m256d x = _mm256_cvtepi32_pd(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+        const __m256d y = _mm256_fmadd_pd(x, _mm256_set1_pd(scale), _mm256_set1_pd(shift));
+        return _mm256_cvtpd_ps(_mm256_round_pd(y, kNearest));
+    };
+    return _mm256_set_m128(four(p + 4), four(p));
+}
 inline Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
 inline Float sub(Float a, Float b) { return _mm256_sub_ps(a, b); }
 inline Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }

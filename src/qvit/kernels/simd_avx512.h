@@ -16,6 +16,16 @@ inline Float set(float x) { return _mm512_set1_ps(x); }
 inline Float load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, Float x) { _mm512_storeu_ps(p, x); }
 inline Float load_sums(const int32_t* p) { return _mm512_cvtepi32_ps(_mm512_loadu_si512(p)); }
+inline Float round_sums(const int32_t* p, double scale, double shift) {
+    constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    const auto eight = [=](const int32_t* at) {
+        const __m512d x = _mm512_cvtepi32_pd(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
+        const __m512d y = _mm512_fmadd_pd(x, _mm512_set1_pd(scale), _mm512_set1_pd(shift));
+        return _mm512_cvtpd_ps(_mm512_roundscale_pd(y, kNearest));
+    };
+    const __m512d low = _mm512_castps_pd(_mm512_castps256_ps512(eight(p)));
+    return _mm512_castpd_ps(_mm512_insertf64x4(low, _mm256_castps_pd(eight(p + 8)), 1));
+}
 inline Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
 inline Float sub(Float a, Float b) { return _mm512_sub_ps(a, b); }
 inline Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }

@@ -17,6 +17,14 @@ inline Float set(float x) { return vdupq_n_f32(x); }
 inline Float load(const float* p) { return vld1q_f32(p); }
 inline void store(float* p, Float x) { vst1q_f32(p, x); }
 inline Float load_sums(const int32_t* p) { return vcvtq_f32_s32(vld1q_s32(p)); }
+inline Float round_sums(const int32_t* p, double scale, double shift) {
+    const auto two = [=](int32x2_t sums) {
+        const float64x2_t x = vcvtq_f64_s64(vmovl_s32(sums));
+        return vcvt_f32_f64(vrndnq_f64(vfmaq_f64(vdupq_n_f64(shift), x, vdupq_n_f64(scale))));
+    };
+    const int32x4_t sums = vld1q_s32(p);
+    return vcombine_f32(two(vget_low_s32(sums)), two(vget_high_s32(sums)));
+}
 inline Float add(Float a, Float b) { return vaddq_f32(a, b); }
 inline Float sub(Float a, Float b) { return vsubq_f32(a, b); }
 inline Float mul(Float a, Float b) { return vmulq_f32(a, b); }

@@ -15,6 +15,10 @@ inline Float set(float x) { return x; }
 inline Float load(const float* p) { return *p; }
 inline void store(float* p, Float x) { *p = x; }
 inline Float load_sums(const int32_t* p) { return static_cast<float>(*p); }
+// sums * scale + shift to the next whole number, in double precision until it is one
+inline Float round_sums(const int32_t* p, double scale, double shift) {
+    return static_cast<float>(std::nearbyint(*p * scale + shift));
+}
 inline Float add(Float a, Float b) { return a + b; }
 inline Float sub(Float a, Float b) { return a - b; }
 inline Float mul(Float a, Float b) { return a * b; }
