@@ -57,7 +57,8 @@ class Experiment:
         set: changes of the recipe.
         overrides: bits of modules by name.
         ladder: see :func:`qvit.train.ablation.ablate`.
-        table: whether it is shown as a table of methods, with figures.
+        table: whether it is shown as a table of methods.
+        figures: whether its figures are drawn below the table.
         against: experiment whose runs of the same row, bits and seed it is compared with.
     """
 
@@ -70,6 +71,7 @@ class Experiment:
     overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
     ladder: bool = False
     table: bool = False
+    figures: bool = False
     against: str | None = None
 
 

@@ -48,7 +48,9 @@ def write_report(plan: Plan, results: Path, document: Path) -> None:
     for experiment in plan.experiments:
         its = [record for record in records if record["experiment"] == experiment.name]
         if experiment.table and its:
-            parts += [_table(experiment, its), *_figures(experiment, its, teacher, folder, name)]
+            parts.append(_table(experiment, its))
+            if experiment.figures:
+                parts += _figures(experiment, its, teacher, folder, name)
     parts += [_trials(plan, records), _best(plan, records)]
     write_text(document, before + begin + "\n\n" + "\n\n".join(part for part in parts if part) + "\n\n" + end + after)
 

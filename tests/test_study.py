@@ -18,7 +18,7 @@ quantized: [quantized.epochs=1, quantized.batch_size=256]
 teacher: {}
 options: {cpu: true}
 experiments:
-  - {name: chain, why: both methods, bits: [2], seeds: [0, 1], rows: "baseline,q-vit-head", table: true}
+  - {name: chain, why: both methods, bits: [2], seeds: [0, 1], rows: "baseline,q-vit-head", table: true, figures: true}
   - name: lambda-1
     why: a heavier pull
     bits: [2]
