@@ -88,7 +88,7 @@ def _table(experiment: Experiment, records: Sequence[Record]) -> str:
         "query entropy (bits), attention distance"
     )
     return (
-        f"### {experiment.name}: {experiment.why}\n\n{epochs} epochs of training a run. Recipe changes: "
+        f"### {experiment.name}: {experiment.why}\n\nEpochs of training a run: {epochs}. Recipe changes: "
         f"{_changes(experiment)}.\n\n{_markdown(columns.split(', '), rows)}"
     )
 
@@ -166,7 +166,7 @@ def _best(plan: Plan, records: Sequence[Record]) -> str:
             f"{bits} bits: **{best['top1']:.2f}**, {best['title']}, SHA-256 of the weights "
             f"`{best['weights'][:16]}`\n\n    {command}"
         )
-    return "### The best models\n\n" + "\n\n".join(parts) if parts else ""
+    return "### The best trained models\n\n" + "\n\n".join(parts) if parts else ""
 
 
 def _is_of(record: Record, row: Record) -> bool:
