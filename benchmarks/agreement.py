@@ -56,10 +56,8 @@ class CodeRecorder:
         quantizer.register_forward_pre_hook(keep)
 
 
-def patches(pixels: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
-    """Return codes as the engine has them: those of images ``(B, C, H, W)`` as ``(B, patches, C * ph * pw)``."""
-    if size is None:
-        return pixels
+def patches(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return the codes of images ``(B, C, H, W)`` as the engine sees them: ``(B, patches, C * ph * pw)``."""
     (b, c, h, w), (ph, pw) = pixels.shape, size
     cut = pixels[:, :, : h // ph * ph, : w // pw * pw].reshape(b, c, h // ph, ph, w // pw, pw)
     return cut.transpose(0, 2, 4, 1, 3, 5).reshape(b, (h // ph) * (w // pw), c * ph * pw)
@@ -102,8 +100,8 @@ def main() -> None:
         for count in counts.values():
             count.next_batch()
         for name, codes in recorder_exact.codes.items():
-            patch = engine.architecture.patch_size if name == "patch_embed.proj" else None
-            counts["engine"].add(name, patches(codes, patch), engine_codes[name])
+            cut = patches(codes, engine.architecture.patch_size) if name == "patch_embed.proj" else codes
+            counts["engine"].add(name, cut, engine_codes[name])
             counts["float32"].add(name, codes, recorder.codes[name])
 
     result: dict[str, Any] = {

@@ -166,6 +166,12 @@ void check_sums(const char* isa, const RowOps& ops) {
         for (size_t r = 0; r < rows; ++r)
             for (size_t c = 0; c < width; ++c)
                 check_code(isa, "quantize_sums", codes[r * stride + c], value(r, c), top, close);
+        const std::vector<double> shifts(shift.data(), shift.data() + rows);
+        ops.quantize_head(sums.data(), stride, rows, width, scale[0], shifts.data(), top, codes.data(), stride);
+        for (size_t r = 0; r < rows; ++r)
+            for (size_t c = 0; c < width; ++c)
+                check_code(isa, "quantize_head", codes[r * stride + c],
+                           static_cast<double>(sums[r * stride + c]) * scale[0] + shift[r], top, 1e-9);
         // Values a hundred-millionth of a step below and above the borders between codes, which no float could tell.
         Buffer<int32_t> even(rows * stride);
         for (size_t i = 0; i < even.size(); ++i) even[i] = 2 * static_cast<int32_t>(i % stride) - 6;
@@ -173,8 +179,7 @@ void check_sums(const char* isa, const RowOps& ops) {
         ops.quantize_head(even.data(), stride, rows, width, step, borders, top, codes.data(), stride);
         for (size_t r = 0; r < rows; ++r)
             for (size_t c = 0; c < width; ++c)
-                check_code(isa, "quantize_head", codes[r * stride + c], even[r * stride + c] * step + borders[r], top,
-                           1e-9);
+                check_code(isa, "border", codes[r * stride + c], even[r * stride + c] * step + borders[r], top, 1e-9);
         for (const Activation activation : kActivations) {
             const Quantize quantize{3.7f, 1.25f, top};
             ops.activate_sums(sums.data(), stride, rows, width, scale.data(), shift.data(), activation, quantize,
