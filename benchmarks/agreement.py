@@ -26,12 +26,13 @@ from rich.table import Table
 from torch import nn
 
 import qvit
-from qvit.exporting import export_checkpoint
+from qvit.data.loader import make_loader, make_transform
+from qvit.data.sources import open_data
+from qvit.export.packed import export_checkpoint
+from qvit.models.checkpoint import load_checkpoint
 from qvit.nn.attention import QuantAttention
 from qvit.nn.linear import QuantConv2d, QuantLinear
 from qvit.nn.quantizer import Quantizer
-from qvit.train.checkpoint import load_checkpoint
-from qvit.train.data import make_loader, make_transform, open_data
 
 COMPARED_IMAGES = 256
 """Images whose codes are compared; classes and logits are compared on all."""

@@ -21,9 +21,10 @@ from rich.table import Table
 
 from qvit import QuantConfig, calibrate, quantize
 from qvit.analysis.statistics import attention_distance
+from qvit.data.loader import make_loader, make_transform
+from qvit.data.sources import open_data
+from qvit.models.checkpoint import load_checkpoint
 from qvit.nn.rectify import Start
-from qvit.train.checkpoint import load_checkpoint
-from qvit.train.data import make_loader, make_transform, open_data
 
 BITS = (8, 4, 3, 2)
 CALIBRATION_IMAGES = 512

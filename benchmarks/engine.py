@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 import qvit
-from qvit.bench import ROUNDS, Comparison, Timing, compare, machine
-from qvit.peers import PEERS
+from qvit.bench.compare import ROUNDS, Comparison, Timing, compare, machine
+from qvit.bench.peers import PEERS
 from random_models import HEADS, write_random
 
 BATCHES = (1, 2, 4, 8, 16, 32)

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from qvit.distill import guided_distance
+from qvit.quantization.distill import guided_distance
 
 TOKENS = (197, 785)
 BATCH, HEADS, HEAD_DIM = 8, 12, 64

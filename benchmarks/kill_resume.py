@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qvit.errors import CheckpointError
-from qvit.train.checkpoint import read_checkpoint
+from qvit.models.checkpoint import read_checkpoint
 from qvit.train.run import Progress, can_go_on
 
 TRAIN = [sys.executable, "-m", "qvit.cli", "train", "vit_tiny_patch16_224", "--data", "digits", "--cpu"]

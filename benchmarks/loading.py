@@ -25,8 +25,9 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 from qvit import DistillationLoss, QuantConfig, calibrate, quantize
-from qvit.train.checkpoint import ModelCard, create_model
-from qvit.train.data import ImageSets, make_loader, make_transform
+from qvit.data.loader import make_loader, make_transform
+from qvit.data.sources import ImageSets
+from qvit.models.checkpoint import ModelCard, create_model
 from qvit.train.methods import open_images
 from qvit.train.recipe import Recipe, load_recipe
 

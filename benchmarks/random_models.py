@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from qvit.architecture import Architecture, Norm
 from qvit.config import Bits
-from qvit.packed import PackedModel, expected_entries, pack_codes, write_packed
+from qvit.format.architecture import Architecture, Norm
+from qvit.format.codes import pack_codes
+from qvit.format.packed import PackedModel, expected_entries, write_packed
 
 HEADS = {"deit_tiny_patch16_224": 3, "deit_small_patch16_224": 6, "deit_base_patch16_224": 12}
 """Of 64 channels each; the sizes of a DeiT follow from them."""

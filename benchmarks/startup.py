@@ -60,7 +60,7 @@ def prepare(folder: Path, name: str) -> None:
     import torch
     from PIL import Image
 
-    from qvit.peers import Case, export_onnx, float_model
+    from qvit.bench.peers import Case, export_onnx, float_model
     from random_models import architecture, preprocessing, write_random
 
     noise = np.random.default_rng(0).integers(0, 255, (12, 16, 3), dtype=np.uint8)
@@ -132,7 +132,7 @@ def main() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from qvit.bench import machine
+    from qvit.bench.compare import machine
 
     medians = {
         title: [statistics.median(values) for values in zip(*pairs, strict=True)] for title, pairs in runs.items()

@@ -6,17 +6,15 @@ import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qvit.analysis.figures import svg
 from qvit.analysis.statistics import QueryKeyStatistics
 from qvit.errors import DataError
 from qvit.files import write_text
-from qvit.train.ablation import mean_and_spread, rows_named, summarise
-from qvit.train.ablation_report import ablation_figures
-
-if TYPE_CHECKING:
-    from study import Experiment, Plan
+from qvit.study.ablation import mean_and_spread, rows_named, summarise
+from qvit.study.report import ablation_figures
+from study_plan import Experiment, Plan
 
 Record = Mapping[str, Any]
 

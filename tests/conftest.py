@@ -1,18 +1,27 @@
-"""Small models, the same on every run."""
+"""Small models, the same on every run; a float ViT trained on the digits once for all tests; small image folders."""
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
+from rich.console import Console
 from torch import nn
 
 import qvit
+from qvit.data.sources import ImageSets, open_data
+from qvit.models.checkpoint import describe
+from qvit.train.methods import FloatModel, train_full_precision
+from qvit.train.options import Options
+from qvit.train.recipe import Recipe, load_recipe
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
@@ -77,3 +86,54 @@ def images() -> torch.Tensor:
 @pytest.fixture
 def labels() -> torch.Tensor:
     return torch.randint(10, (16,), generator=torch.Generator().manual_seed(2))
+
+
+MODEL = "vit_tiny_patch16_224"
+
+
+@pytest.fixture
+def console() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+@pytest.fixture(scope="session")
+def recipe() -> Recipe:
+    return load_recipe("digits", ["full_precision.epochs=25", "full_precision.lr=4e-3", "quantized.epochs=2"])
+
+
+@pytest.fixture(scope="session")
+def digits() -> ImageSets:
+    return open_data("digits", mode="L")
+
+
+@pytest.fixture(scope="session")
+def teacher_file(tmp_path_factory: pytest.TempPathFactory, recipe: Recipe, digits: ImageSets) -> Path:
+    out = tmp_path_factory.mktemp("float")
+    card = describe(MODEL, recipe.model_args, digits.classes, recipe.preprocessing)
+    train_full_precision(card, digits, recipe, Options(out), Console(file=io.StringIO()))
+    return out / "best.pt"
+
+
+@pytest.fixture
+def teacher(teacher_file: Path) -> FloatModel:
+    from qvit.models.checkpoint import load_checkpoint
+
+    return FloatModel(*load_checkpoint(teacher_file))
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Callable[..., Path]:
+    """Return a maker of ``root/split/class/n.png`` trees of 8 x 8 images that differ by class."""
+
+    def make(root: str = "images", splits: dict[str, int] | None = None, classes: tuple[str, ...] = ("a", "b")) -> Path:
+        rng = np.random.default_rng(0)
+        for split, count in (splits or {"train": 8, "val": 4}).items():
+            for index, name in enumerate(classes):
+                folder = tmp_path / root / split / name
+                folder.mkdir(parents=True)
+                for n in range(count):
+                    pixels = rng.integers(60 * index, 60 * index + 60, (8, 8, 3), dtype=np.uint8)
+                    Image.fromarray(pixels).save(folder / f"{n}.png")
+        return tmp_path / root
+
+    return make

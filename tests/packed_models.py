@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from qvit.architecture import Architecture, Norm
 from qvit.config import Bits
-from qvit.packed import PackedModel, expected_entries, pack_codes
+from qvit.format.architecture import Architecture, Norm
+from qvit.format.codes import pack_codes
+from qvit.format.packed import PackedModel, expected_entries
 
 LAYER = Norm("layer", 1e-6)
 TINY: dict[str, Any] = {

@@ -19,9 +19,10 @@ from safetensors import safe_open
 from torch import nn
 
 import qvit
-from qvit import QuantConfig, calibrate, cli, hub, quantize
+from qvit import QuantConfig, calibrate, hub, quantize
+from qvit.cli import app as cli
 from qvit.errors import CheckpointError, HubError
-from qvit.train.checkpoint import describe, read_checkpoint, save_checkpoint
+from qvit.models.checkpoint import describe, read_checkpoint, save_checkpoint
 from qvit.train.recipe import load_recipe
 
 ARGS = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
@@ -77,7 +78,7 @@ def checkpoint(tmp_path: Path, make_model: Callable[..., nn.Module], images: tor
 
 @pytest.fixture
 def packed(tmp_path: Path, checkpoint: Path) -> Path:
-    from qvit.exporting import export_checkpoint
+    from qvit.export.packed import export_checkpoint
 
     path = tmp_path / "model.safetensors"
     export_checkpoint(checkpoint, path)
@@ -136,7 +137,7 @@ def test_model_card_tells_accuracy_bits_size_and_recipe(
 def test_float_checkpoint_has_a_card_and_is_a_teacher(
     remote: Path, tmp_path: Path, make_model: Callable[..., nn.Module], images: torch.Tensor
 ) -> None:
-    from qvit.train.float_models import load_float
+    from qvit.models.float_models import load_float
 
     float_model = make_model()
     card = describe("vit_tiny_patch16_224", ARGS, [str(i) for i in range(10)], {})
@@ -149,7 +150,7 @@ def test_float_checkpoint_has_a_card_and_is_a_teacher(
 
 
 def test_quantized_checkpoint_of_the_hub_is_no_teacher(remote: Path, checkpoint: Path) -> None:
-    from qvit.train.float_models import load_float
+    from qvit.models.float_models import load_float
 
     hub.push_to_hub(checkpoint, "me/small")
     with pytest.raises(CheckpointError, match="quantized model"):

@@ -9,22 +9,23 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from qvit import errors
+from qvit._version import __version__
 from qvit.config import QuantConfig
 from qvit.errors import QvitError
 
 if TYPE_CHECKING:
-    from qvit.calibration import calibrate
-    from qvit.convert import quantize
-    from qvit.distill import DistillationLoss
-    from qvit.exporting import export
+    from qvit.export.packed import export
+    from qvit.quantization.calibrate import calibrate
+    from qvit.quantization.convert import quantize
+    from qvit.quantization.distill import DistillationLoss
     from qvit.runtime.engine import Engine, load
 
-__version__ = "0.1.0"
 __all__ = [
     "DistillationLoss",
     "Engine",
     "QuantConfig",
     "QvitError",
+    "__version__",
     "calibrate",
     "errors",
     "export",
@@ -35,10 +36,10 @@ __all__ = [
 _HOMES = {
     "Engine": "runtime.engine",
     "load": "runtime.engine",
-    "quantize": "convert",
-    "calibrate": "calibration",
-    "export": "exporting",
-    "DistillationLoss": "distill",
+    "quantize": "quantization.convert",
+    "calibrate": "quantization.calibrate",
+    "export": "export.packed",
+    "DistillationLoss": "quantization.distill",
 }
 
 
@@ -48,6 +49,8 @@ def __getattr__(name: str) -> Any:
     try:
         module = importlib.import_module(f"qvit.{_HOMES[name]}")
     except ModuleNotFoundError as missing:
+        if (missing.name or "qvit").partition(".")[0] == "qvit":
+            raise
         raise errors.MissingExtraError(
             f"qvit.{name} needs {missing.name}, part of the training extra: pip install 'qvit[train]'."
         ) from missing

@@ -16,16 +16,16 @@ from huggingface_hub.errors import HFValidationError
 
 from qvit.errors import CheckpointError, HubError
 from qvit.files import first_line, write_text
-from qvit.packed import PackedModel, read_packed, write_packed
+from qvit.format.packed import PackedModel, read_packed, write_packed
+from qvit.models.fetch import CHECKPOINT, PREFIX, fetch
 from qvit.runtime.engine import Engine, load
 
 if TYPE_CHECKING:
     from timm.models import VisionTransformer
 
-    from qvit.train.checkpoint import ModelCard
+    from qvit.models.checkpoint import ModelCard
 
-PREFIX = "hf-hub:"
-CHECKPOINT, PACKED = "checkpoint.pt", "model.safetensors"
+PACKED = "model.safetensors"
 
 
 def push_to_hub(path: str | Path, repository: str, *, private: bool = False) -> str:
@@ -51,7 +51,7 @@ def push_to_hub(path: str | Path, repository: str, *, private: bool = False) -> 
             file = Path(folder) / PACKED
             write_packed(file, content)
         else:
-            from qvit.train.checkpoint import load_checkpoint, save_checkpoint
+            from qvit.models.checkpoint import load_checkpoint, save_checkpoint
 
             model, content = load_checkpoint(path)
             file = Path(folder) / CHECKPOINT
@@ -91,22 +91,9 @@ def from_pretrained(repository: str, *, packed: bool = False) -> tuple[VisionTra
         raise CheckpointError(f"{repository} has no {name}.")
     if packed:
         return load(path)
-    from qvit.train.checkpoint import load_checkpoint
+    from qvit.models.checkpoint import load_checkpoint
 
     return load_checkpoint(path)
-
-
-def fetch(repository: str, patterns: list[str]) -> Path:
-    """Return the folder with a snapshot of ``OWNER/NAME[@REVISION]``: its files with one of the names ``patterns``.
-
-    Raises:
-        HubError: if the Hub does not hand it out.
-    """
-    name, _, revision = repository.partition("@")
-    try:
-        return Path(huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=patterns))
-    except (OSError, HFValidationError) as error:
-        raise HubError(f"The Hub does not hand out {repository}: {first_line(error)}") from error
 
 
 def model_card(content: ModelCard | PackedModel, repository: str, size: int) -> str:

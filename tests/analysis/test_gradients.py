@@ -6,9 +6,9 @@ import torch.nn.functional as F
 
 from qvit import DistillationLoss, QuantConfig, calibrate, quantize
 from qvit.analysis.gradients import loss_gradients
-from qvit.distill import guided_distance
 from qvit.errors import DataError
 from qvit.nn.attention import QueryKeyRecorder, attention_layers
+from qvit.quantization.distill import guided_distance
 
 LABELS = torch.tensor([0, 1, 2, 3])
 

@@ -13,12 +13,12 @@ import pytest
 from numpy.typing import NDArray
 
 from conftest import make_vit
+from members import DISTILLED, MEMBERS, SIZES, VIT, images_for, packed, student_of
 from packed_models import make_packed
 from qvit import QuantConfig
 from qvit.errors import ConfigError, DataError
 from qvit.runtime.engine import Engine, instruction_sets, load
 from qvit.runtime.reference import ReferenceEngine
-from test_exporting import DISTILLED, MEMBERS, SIZES, VIT, images_for, packed, student_of
 
 BATCHES = (1, 3, 17)
 CLOSE, FAR = 1e-5, 0.03

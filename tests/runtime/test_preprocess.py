@@ -8,7 +8,7 @@ import timm.data
 from PIL import Image
 
 from qvit.errors import ConfigError, CorruptImageError
-from qvit.header import CROP_MODES, INTERPOLATIONS
+from qvit.format.header import CROP_MODES, INTERPOLATIONS
 from qvit.images import to_mode
 from qvit.runtime.preprocess import preprocess, preprocess_batch
 

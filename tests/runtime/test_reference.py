@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 
 from packed_models import make_packed
-from qvit.architecture import Norm
 from qvit.config import Bits
 from qvit.errors import DataError
+from qvit.format.architecture import Norm
+from qvit.format.codes import pack_codes
+from qvit.format.packed import PackedLayer
 from qvit.nn.quantizer import to_codes
 from qvit.nn.rectify import TokenRectifier
-from qvit.packed import PackedLayer, pack_codes
 from qvit.runtime.reference import (
     ReferenceEngine,
     activate,

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from qvit.train.checkpoint import create_model, describe
-from qvit.train.data import ImageSets, open_data
-from qvit.train.loop import Options
+from qvit.data.sources import ImageSets, open_data
+from qvit.models.checkpoint import create_model, describe
 from qvit.train.methods import FloatModel, train_full_precision, train_quantized
+from qvit.train.options import Options
 from qvit.train.recipe import Recipe, load_recipe
 
 TINY = ["model_args.depth=2", "model_args.embed_dim=24", "model_args.num_heads=2"]

@@ -10,11 +10,14 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
+from qvit.data.loader import make_loader, make_transform
+from qvit.data.order import ALONE, EvaluationOrder, Share, TrainOrder
+from qvit.data.sources import open_data
 from qvit.errors import ConfigError
-from qvit.train.checkpoint import load_checkpoint
-from qvit.train.data import make_loader, make_transform, open_data
-from qvit.train.loop import Options, evaluate, make_accelerator, read_metrics, share_of
-from qvit.train.order import ALONE, EvaluationOrder, Share, TrainOrder
+from qvit.models.checkpoint import load_checkpoint
+from qvit.train.evaluate import evaluate
+from qvit.train.loop import read_metrics
+from qvit.train.options import Options, make_accelerator, share_of
 from qvit.train.oscillation import Oscillation
 from qvit.train.run import SaveEvery
 

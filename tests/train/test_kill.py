@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qvit.errors import CheckpointError, OutputError
-from qvit.train.checkpoint import load_checkpoint, read_checkpoint
+from qvit.models.checkpoint import load_checkpoint, read_checkpoint
 from qvit.train.loop import read_metrics
 from qvit.train.run import SaveEvery
 

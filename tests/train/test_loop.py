@@ -15,11 +15,15 @@ from rich.console import Console
 from sklearn.metrics import top_k_accuracy_score
 
 from qvit.analysis.statistics import query_key_statistics
+from qvit.data.loader import make_loader, make_transform
+from qvit.data.sources import ImageSets
 from qvit.errors import CheckpointError, ConfigError, NonFiniteLossError
-from qvit.train.checkpoint import create_model, describe, load_checkpoint, read_checkpoint
-from qvit.train.data import ImageSets, make_loader, make_transform
-from qvit.train.loop import LabelLoss, Options, evaluate, parameter_groups, read_metrics
+from qvit.models.checkpoint import create_model, describe, load_checkpoint, read_checkpoint
+from qvit.train.evaluate import evaluate
+from qvit.train.loop import LabelLoss, read_metrics
 from qvit.train.methods import FloatModel, train_full_precision, train_quantized
+from qvit.train.optim import parameter_groups
+from qvit.train.options import Options
 from qvit.train.recipe import Recipe, load_recipe
 
 
@@ -73,7 +77,7 @@ def test_resumed_run_equals_the_uninterrupted_one(
             raise KeyboardInterrupt
         return original(self, *args)
 
-    from qvit.distill import DistillationLoss
+    from qvit.quantization.distill import DistillationLoss
 
     original = DistillationLoss.forward
     monkeypatch.setattr(DistillationLoss, "forward", stop_in_second_epoch)
@@ -88,7 +92,7 @@ def test_resumed_run_equals_the_uninterrupted_one(
 
 
 def test_killed_run_resumes_from_its_last_epoch(tmp_path: Path, teacher_file: Path) -> None:
-    command = [sys.executable, "-m", "qvit.cli", "train", "vit_tiny_patch16_224", "--bits", "2", "--data", "digits"]
+    command = [sys.executable, "-m", "qvit.cli.app", "train", "vit_tiny_patch16_224", "--bits", "2", "--data", "digits"]
     command += ["--teacher", str(teacher_file), "--out", str(tmp_path / "run"), "--set", "quantized.epochs=200"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
@@ -109,7 +113,7 @@ def test_killed_run_resumes_from_its_last_epoch(tmp_path: Path, teacher_file: Pa
 def test_nan_stops_and_keeps_the_last_good_checkpoint(
     tmp_path: Path, teacher: FloatModel, digits: ImageSets, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qvit.distill import DistillationLoss
+    from qvit.quantization.distill import DistillationLoss
 
     original, calls = DistillationLoss.forward, 0
 
@@ -195,7 +199,7 @@ def test_bf16_training_learns(tmp_path: Path, teacher: FloatModel, digits: Image
 
 
 def test_corrupt_image_is_counted_in_the_metrics(tmp_path: Path, image_folder: Callable[..., Path]) -> None:
-    from qvit.train.data import open_data
+    from qvit.data.sources import open_data
 
     folder = image_folder(splits={"train": 40, "val": 4})
     (folder / "train" / "a" / "7.png").write_bytes(b"")
@@ -219,7 +223,7 @@ def test_corrupt_image_is_counted_in_the_metrics(tmp_path: Path, image_folder: C
 
 def test_scales_have_their_own_rate_and_no_weight_decay(teacher: FloatModel, recipe: Recipe) -> None:
     from qvit.config import QuantConfig
-    from qvit.convert import quantize
+    from qvit.quantization.convert import quantize
 
     student = quantize(teacher.model, QuantConfig(2, 2))
     schedule = replace(recipe.quantized, scale_lr=3.0, weight_decay=0.1)

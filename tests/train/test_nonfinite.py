@@ -9,9 +9,9 @@ import torch
 from rich.console import Console
 
 from qvit.errors import NonFiniteLossError
-from qvit.train.checkpoint import load_checkpoint, read_checkpoint
-from qvit.train.loop import Options
+from qvit.models.checkpoint import load_checkpoint, read_checkpoint
 from qvit.train.methods import train_full_precision, train_quantized
+from qvit.train.options import Options
 from qvit.train.run import SaveEvery
 
 

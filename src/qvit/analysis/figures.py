@@ -110,7 +110,7 @@ def ablation_bars(records: Sequence[Mapping[str, Any]]) -> Figure:
 
     Args:
         records: a run each: ``bits``, ``seed``, ``top1`` (percent) and ``method``, or ``title`` for its name in full
-            as :func:`qvit.train.ablation.read_results` gives it. Methods are drawn in the order they come in.
+            as :func:`qvit.study.ablation.read_results` gives it. Methods are drawn in the order they come in.
     """
     runs: dict[tuple[int, str], list[float]] = {}
     for record in records:
@@ -173,7 +173,7 @@ def layer_profiles(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     """Draw, over the layers, entropy of the query codes, attention distance, and the gradients of the loss's two terms.
 
     Args:
-        rows: for each model, by its name, the ``layers`` of a record of :func:`qvit.train.ablation.read_results`.
+        rows: for each model, by its name, the ``layers`` of a record of :func:`qvit.study.ablation.read_results`.
     """
     with rc_context(_STYLE):
         figure = _figure(10, 7)

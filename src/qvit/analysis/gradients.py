@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qvit.distill import DistillationLoss
 from qvit.errors import DataError
 from qvit.nn.attention import attention_layers
+from qvit.quantization.distill import DistillationLoss
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from qvit import _kernels
-from qvit.architecture import Architecture, Branch, Norm
 from qvit.errors import ConfigError, DataError
+from qvit.format.architecture import Architecture, Branch, Norm
+from qvit.format.packed import PackedModel, read_packed
 from qvit.images import mode_of, open_image
-from qvit.packed import PackedModel, read_packed
 from qvit.runtime.preprocess import preprocess_batch
 
 RECTIFIER_EPS = 1e-6
@@ -52,7 +52,8 @@ class Engine:
     at once: their calls take turns, each with all of the engine's threads.
 
     Args:
-        packed: what :func:`qvit.packed.read_packed` returned; its tensors are taken out as the kernels take them in.
+        packed: what :func:`qvit.format.packed.read_packed` returned; its tensors are taken out as the kernels take
+            them in.
         threads: see :func:`load`.
         instruction_set: see :func:`load`.
 

@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from qvit.architecture import Branch, Norm
 from qvit.errors import DataError
-from qvit.packed import PackedLayer, PackedModel
+from qvit.format.architecture import Branch, Norm
+from qvit.format.packed import PackedLayer, PackedModel
 
 Array = np.ndarray
 Watch = Callable[[str, Array], None]
@@ -108,7 +108,7 @@ _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def activate(x: Array, kind: str) -> Array:
-    """Return the activation function called ``kind`` in :class:`qvit.architecture.Architecture`, float32."""
+    """Return the activation function called ``kind`` in :class:`qvit.format.architecture.Architecture`, float32."""
     return _ACTIVATIONS[kind](x.astype(np.float64)).astype(np.float32)
 
 
@@ -116,7 +116,7 @@ class ReferenceEngine:
     """A packed model that runs in NumPy.
 
     Args:
-        packed: what :func:`qvit.packed.read_packed` returned.
+        packed: what :func:`qvit.format.packed.read_packed` returned.
         watch: sees the codes of every quantizer, by the name that its bits have in the file.
     """
 

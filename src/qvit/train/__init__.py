@@ -1,1 +1,1 @@
-"""Training, evaluation and the ablation: recipes, data, checkpoints and the loop."""
+"""Training: recipes, the loop, evaluation, checkpoints of a run."""

@@ -15,18 +15,21 @@ from timm.models import VisionTransformer
 from timm.models.deit import VisionTransformerDistilled
 from torch.utils.data import Dataset
 
-from qvit.calibration import calibrate
 from qvit.config import QuantConfig, Rectify
-from qvit.convert import quantize
-from qvit.distill import DistillationLoss, check_guidance
+from qvit.data.loader import Batches, make_loader, make_transform, readable
+from qvit.data.order import ALONE, EvaluationOrder, Share, TrainOrder
+from qvit.data.resident import ResidentImages, ResidentLoader
+from qvit.data.sources import ImageSets, open_data
 from qvit.errors import ConfigError, TeacherMismatchError
+from qvit.models.checkpoint import ModelCard, create_model, describe, save_checkpoint
 from qvit.nn.quantizer import Quantizer
-from qvit.train.checkpoint import ModelCard, create_model, describe, save_checkpoint
-from qvit.train.data import Batches, ImageSets, make_loader, make_transform, open_data, readable
-from qvit.train.loop import Accuracy, LabelLoss, Loss, Options, evaluate, fit, make_accelerator, share_of
-from qvit.train.order import ALONE, EvaluationOrder, Share, TrainOrder
+from qvit.quantization.calibrate import calibrate
+from qvit.quantization.convert import quantize
+from qvit.quantization.distill import DistillationLoss, check_guidance
+from qvit.train.evaluate import Accuracy, evaluate
+from qvit.train.loop import LabelLoss, Loss, fit
+from qvit.train.options import Options, make_accelerator, share_of
 from qvit.train.recipe import Recipe, Schedule
-from qvit.train.resident import ResidentImages, ResidentLoader
 
 
 class Method(NamedTuple):
@@ -83,7 +86,7 @@ def open_images(
     Args:
         model: timm's name.
         recipe: its arguments and preprocessing.
-        data: see :func:`qvit.train.data.open_data`, as ``root`` and ``splits``.
+        data: see :func:`qvit.data.sources.open_data`, as ``root`` and ``splits``.
         root: folder of a timm data set or of ``"wds/"``.
         splits: names of the splits.
 

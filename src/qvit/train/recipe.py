@@ -14,10 +14,10 @@ from typing import Any, get_args
 import timm.data
 import yaml
 
-from qvit.calibration import WeightStart
-from qvit.distill import GUIDED_WEIGHT
 from qvit.errors import ConfigError
 from qvit.nn.rectify import Start
+from qvit.quantization.calibrate import WeightStart
+from qvit.quantization.distill import GUIDED_WEIGHT
 
 
 class _Loader(yaml.SafeLoader):

@@ -25,13 +25,13 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from qvit.data.order import TrainOrder
+from qvit.data.randomness import random_state, set_random_state
 from qvit.errors import CheckpointError, ConfigError, NonFiniteLossError
 from qvit.files import first_line
-from qvit.train.checkpoint import ModelCard, build, read_checkpoint, save_checkpoint
+from qvit.models.checkpoint import ModelCard, build, read_checkpoint, save_checkpoint
 from qvit.train.distributed import whole_weights
-from qvit.train.order import TrainOrder
 from qvit.train.oscillation import Oscillation
-from qvit.train.randomness import random_state, set_random_state
 
 LAST, PREVIOUS, DAMAGED = "last.pt", "previous.pt", "damaged.pt"
 

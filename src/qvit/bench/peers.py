@@ -1,0 +1,307 @@
+"""The runtimes that a user would pick instead of qvit's engine, each set up as it is fastest on a CPU.
+
+All run the float model of the same architecture, with random weights: speed does not depend on them. Shapes are static,
+one thread pool of the given size works on one inference, and every optimisation that the runtime offers is on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qvit.errors import UnsupportedModelError
+from qvit.files import write_atomically
+from qvit.format.architecture import Architecture, Norm
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Images = NDArray[np.float32]
+Runner = Callable[[Images], NDArray[np.float32]]
+"""Images ``(B, C, H, W)``, float32, to logits ``(B, classes)``."""
+CALIBRATION_IMAGES = 4
+"""Random images, one at a time: the ranges that they set do not change what the int8 models cost."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What all runtimes have in common in one comparison.
+
+    Args:
+        architecture: of the packed model; the float models are built after it.
+        batch: images an inference.
+        threads: of every runtime.
+        onnx: where the float model of this batch size is, or will be, as an ONNX file (:func:`export_onnx`).
+    """
+
+    architecture: Architecture
+    batch: int
+    threads: int
+    onnx: Path
+
+    def images(self, seed: int = 0) -> Images:
+        """Return normally distributed images, as preprocessing gives them."""
+        shape = (self.batch, self.architecture.channels, *self.architecture.image_size)
+        return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    """A runtime to compare with: its name for people, the packages it needs, and how a model is loaded into it."""
+
+    title: str
+    packages: tuple[str, ...]
+    load: Callable[[Case], Runner]
+
+    def versions(self) -> str:
+        """Return the packages with their versions.
+
+        Raises:
+            ModuleNotFoundError: naming the first one that is not installed.
+        """
+        try:
+            return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in self.packages)
+        except importlib.metadata.PackageNotFoundError as error:
+            raise ModuleNotFoundError(f"{error.name} is not installed", name=error.name) from error
+
+
+def float_model(architecture: Architecture) -> nn.Module:
+    """Return timm's float model of an architecture with random weights, in evaluation mode.
+
+    Raises:
+        UnsupportedModelError: if timm cannot build it: its heads fill the embedding.
+    """
+    a = architecture
+    if a.attention_dim != a.embed_dim:
+        raise UnsupportedModelError(
+            f"timm's vision transformer has no {a.num_heads} heads of {a.head_dim} channels at width {a.embed_dim}."
+        )
+    import timm.layers
+    import torch
+    from timm.models.deit import VisionTransformerDistilled
+    from timm.models.vision_transformer import Block, ParallelThingsBlock, ResPostBlock, VisionTransformer
+    from torch import nn
+
+    def norm(kind: Norm) -> Any:
+        return functools.partial({"layer": nn.LayerNorm, "rms": timm.layers.RmsNorm}[kind.kind], eps=kind.eps)
+
+    block: Any = {
+        "pre": Block,
+        "post": ResPostBlock,
+        "parallel": functools.partial(ParallelThingsBlock, num_parallel=a.parallel),
+    }[a.block]
+    mlp: Any = {
+        "plain": timm.layers.Mlp,
+        "glu": functools.partial(timm.layers.GluMlp, gate_last=a.gate_last),
+        "swiglu": timm.layers.SwiGLU,
+    }[a.mlp]
+    # timm rounds dim * mlp_ratio down, and a `glu` halves it.
+    hidden = (2 if a.mlp == "glu" else 1) * a.mlp_hidden
+    pool: Any = a.pool
+    torch.manual_seed(0)
+    model = (VisionTransformerDistilled if a.distillation_token else VisionTransformer)(
+        img_size=a.image_size,
+        patch_size=a.patch_size,
+        in_chans=a.channels,
+        num_classes=a.class_count,
+        global_pool=pool,
+        embed_dim=a.embed_dim,
+        depth=a.depth,
+        num_heads=a.num_heads,
+        mlp_ratio=(hidden + 0.5) / a.embed_dim,
+        qk_norm=a.qk_norm is not None,
+        scale_attn_norm=a.attention_norm is not None,
+        scale_mlp_norm=a.mlp_norm is not None,
+        class_token=a.class_token,
+        reg_tokens=a.register_tokens,
+        pos_embed="none" if a.position_embedding == "none" else "learn",
+        no_embed_class=a.position_embedding == "patches",
+        pre_norm=a.pre_norm is not None,
+        final_norm=a.final_norm is not None or a.pool_norm is not None,
+        fc_norm=a.pool_norm is not None,
+        pool_include_prefix=a.pool != "token" and a.pool_skip == 0,
+        embed_norm_layer=None if a.embed_norm is None else norm(a.embed_norm),
+        norm_layer=norm(a.norm),
+        act_layer=a.activation,
+        block_fn=block,
+        mlp_layer=mlp,
+    )
+    return model.eval()
+
+
+def export_onnx(case: Case) -> Path:
+    """Return the case's ONNX file, a float model with a static batch size; it is written if it is not there yet."""
+    import torch
+
+    if not case.onnx.exists():
+        program = torch.onnx.export(
+            float_model(case.architecture),
+            (torch.from_numpy(case.images()),),
+            input_names=["images"],
+            output_names=["logits"],
+            dynamo=True,
+            verbose=False,
+        )
+        assert program is not None
+        write_atomically(case.onnx, lambda temporary: program.save(temporary, external_data=False))
+    return case.onnx
+
+
+def _torch_eager(case: Case) -> Runner:
+    model = float_model(case.architecture)
+    import torch
+
+    _torch_threads(case.threads)
+
+    def run(images: Images) -> NDArray[np.float32]:
+        with torch.inference_mode():
+            logits: NDArray[np.float32] = model(torch.from_numpy(images)).numpy()
+        return logits
+
+    return run
+
+
+def _torch_compile(case: Case) -> Runner:
+    import torch
+
+    _torch_threads(case.threads)
+    torch._dynamo.reset()
+    # Frozen weights are folded and laid out for the matrix products once.
+    model = torch.compile(float_model(case.architecture), dynamic=False, options={"freezing": True})
+
+    def run(images: Images) -> NDArray[np.float32]:
+        with torch.no_grad():
+            logits: NDArray[np.float32] = model(torch.from_numpy(images)).numpy()
+        return logits
+
+    return run
+
+
+def _torch_threads(threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+    if torch.get_num_interop_threads() != 1:
+        torch.set_num_interop_threads(1)
+
+
+def _onnxruntime(case: Case) -> Runner:
+    return _onnx_session(export_onnx(case), case.threads)
+
+
+def _onnxruntime_int8_dynamic(case: Case) -> Runner:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    path = case.onnx.with_suffix(".dynamic.onnx")
+    quantize_dynamic(_prepared(case), path, weight_type=QuantType.QInt8, per_channel=True)
+    return _onnx_session(path, case.threads)
+
+
+def _onnxruntime_int8_static(case: Case) -> Runner:
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
+
+    path = case.onnx.with_suffix(".static.onnx")
+    quantize_static(
+        _prepared(case),
+        path,
+        _Calibration(case),
+        quant_format=QuantFormat.QDQ,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+        per_channel=True,
+    )
+    return _onnx_session(path, case.threads)
+
+
+class _Calibration:
+    """Random images, as :func:`onnxruntime.quantization.quantize_static` reads them."""
+
+    def __init__(self, case: Case) -> None:
+        self.batches: Iterator[Images] = (case.images(seed) for seed in range(CALIBRATION_IMAGES))
+
+    def get_next(self) -> dict[str, Images] | None:
+        """Return the next batch, or ``None`` after the last."""
+        images = next(self.batches, None)
+        return None if images is None else {"images": images}
+
+
+def _prepared(case: Case) -> Path:
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    path = case.onnx.with_suffix(".prepared.onnx")
+    quant_pre_process(export_onnx(case), path, skip_symbolic_shape=True)  # shapes are static and already there
+    return path
+
+
+def _onnx_session(path: Path, threads: int) -> Runner:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def run(images: Images) -> NDArray[np.float32]:
+        logits: NDArray[np.float32] = session.run(None, {"images": images})[0]
+        return logits
+
+    return run
+
+
+def _openvino(case: Case) -> Runner:
+    import openvino
+
+    return _openvino_request(
+        openvino.Core().read_model(export_onnx(case)), case.threads, INFERENCE_PRECISION_HINT="f32"
+    )
+
+
+def _openvino_int8(case: Case) -> Runner:
+    import logging
+
+    import nncf
+    import openvino
+
+    nncf.set_log_level(logging.ERROR)
+    images = [case.images(seed) for seed in range(CALIBRATION_IMAGES)]
+    model = nncf.quantize(
+        openvino.Core().read_model(export_onnx(case)),
+        nncf.Dataset(images),
+        model_type=nncf.ModelType.TRANSFORMER,
+        subset_size=CALIBRATION_IMAGES,
+    )
+    return _openvino_request(model, case.threads)
+
+
+def _openvino_request(model: Any, threads: int, **settings: str) -> Runner:
+    import openvino
+
+    settings |= {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1", "INFERENCE_NUM_THREADS": str(threads)}
+    request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
+
+    def run(images: Images) -> NDArray[np.float32]:
+        logits: NDArray[np.float32] = request.infer([images], share_inputs=True)[0]
+        return logits
+
+    return run
+
+
+_EXPORT = ("torch", "timm", "onnx", "onnxscript")
+PEERS = {
+    "torch": Peer("PyTorch eager, float32", ("torch", "timm"), _torch_eager),
+    "torch-compile": Peer("PyTorch compile, float32", ("torch", "timm"), _torch_compile),
+    "onnxruntime": Peer("ONNX Runtime, float32", ("onnxruntime", *_EXPORT), _onnxruntime),
+    "onnxruntime-dynamic": Peer("ONNX Runtime, int8 dynamic", ("onnxruntime", *_EXPORT), _onnxruntime_int8_dynamic),
+    "onnxruntime-static": Peer("ONNX Runtime, int8 static QDQ", ("onnxruntime", *_EXPORT), _onnxruntime_int8_static),
+    "openvino": Peer("OpenVINO, float32", ("openvino", *_EXPORT), _openvino),
+    "openvino-int8": Peer("OpenVINO, int8 (NNCF)", ("openvino", "nncf", *_EXPORT), _openvino_int8),
+}
+"""By the name that ``qvit bench --peers`` takes."""

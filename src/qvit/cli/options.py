@@ -1,0 +1,185 @@
+"""Options that commands share, and what they mean."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qvit.errors import ConfigError, QvitError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from qvit.data.sources import ImageSets
+    from qvit.models.checkpoint import ModelCard
+    from qvit.train.evaluate import Accuracy
+    from qvit.train.methods import FloatModel
+    from qvit.train.options import Options
+    from qvit.train.recipe import Recipe
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="timm's name of a vision transformer (vit_*, deit_*).")]
+Packed = Annotated[Path, typer.Argument(metavar="MODEL", help="What qvit export wrote: a .safetensors file.")]
+Data = Annotated[
+    str,
+    typer.Option(
+        help="digits; a folder with train/ and val/ of class folders or WebDataset shards; a folder of either (a tenth "
+        "is held out); wds/FOLDER with the shards of both splits; or a timm data set: torch/NAME, hfds/NAME."
+    ),
+]
+DataRoot = Annotated[str | None, typer.Option(help="Folder of a timm data set.")]
+Splits = Annotated[
+    str, typer.Option(help="Training and validation split of a timm data set, or parts of the shards' names.")
+]
+Override = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN=BITS", help="Bits of modules by name: 'blocks.0.*=8' or '*.fc2=2/4'; repeatable."),
+]
+RecipeName = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        help="YAML file or built-in recipe: cifar10, cifar10_small, deit_imagenet, digits [default: by --data].",
+    ),
+]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="Change a recipe entry, e.g. quantized.epochs=5; repeatable."),
+]
+Out = Annotated[Path, typer.Option(help="Folder for checkpoints, metrics and TensorBoard.")]
+Seed = Annotated[int, typer.Option(help="Same seed, same result (on one machine).", min=0)]
+Workers = Annotated[int | None, typer.Option(help="Processes that decode images [default: by machine].", min=0)]
+Precision = Annotated[str, typer.Option(help="no (float32) or bf16 (autocast).")]
+Compile = Annotated[bool, typer.Option("--compile", help="torch.compile the models: slower to start, faster to run.")]
+SkipCorrupt = Annotated[bool, typer.Option("--skip-corrupt", help="Go on without unreadable images, and count them.")]
+DecodeOnce = Annotated[
+    bool,
+    typer.Option("--decode-once", help="Decode all images once, keep them on the device as bytes, augment there."),
+]
+Cpu = Annotated[bool, typer.Option("--cpu", help="Do not use a GPU.")]
+SaveEvery = Annotated[str, typer.Option(help="How often to save inside an epoch: 10m, 30s, or 500 (steps).")]
+Accumulate = Annotated[int, typer.Option(help="Parts in which a batch is computed, to save memory.", min=1)]
+Fsdp = Annotated[bool, typer.Option("--fsdp", help="Under torchrun, shard the training state (FSDP2), not copy it.")]
+
+
+@functools.cache
+def console() -> Console:
+    """Return where the commands print; rich is imported here, for ``qvit predict`` is to start quickly."""
+    from rich.console import Console
+
+    return Console(quiet=rank() > 0)
+
+
+def recipe_of(name: str | None, data: str, changes: list[str] | None) -> Recipe:
+    """Return the recipe called ``name``, or the one that fits ``data``, with its entries changed."""
+    from qvit.train.recipe import builtin_recipes, load_recipe
+
+    guess = data.rsplit("/", 1)[-1]
+    default = guess if guess in builtin_recipes() else "deit_imagenet"
+    return load_recipe(name or default, changes or ())
+
+
+def float_model(source: str, card: ModelCard, role: str) -> FloatModel:
+    """Return the float model ``source`` (a teacher or a start) with its card, whose classes are the data's."""
+    from qvit.data.sources import check_classes
+    from qvit.errors import TeacherMismatchError
+    from qvit.models.float_models import load_float
+    from qvit.train.methods import FloatModel
+
+    model, its = load_float(source, card, quantized=role == "start")
+    try:
+        check_classes(f"the {role} {source}", its.classes, "the data", card.classes)
+    except QvitError as error:
+        raise TeacherMismatchError(str(error)) from error
+    return FloatModel(model, its)
+
+
+def options_of(
+    out: Path,
+    seed: int,
+    workers: int | None,
+    precision: str,
+    compile_models: bool,
+    skip_corrupt: bool,
+    resume: bool,
+    cpu: bool,
+    data: str,
+    save_every: str = "10m",
+    accumulate: int = 1,
+    fsdp: bool = False,
+) -> Options:
+    """Return how a run is carried out, from a command's options."""
+    import torch
+
+    from qvit.train.options import Options
+    from qvit.train.run import SaveEvery
+
+    if precision not in ("no", "bf16"):
+        raise ConfigError(f"--precision must be no or bf16, not {precision!r}.")
+    if workers is None:
+        # Decoding beside training pays where a GPU trains; on the CPU the cores are the model's.
+        workers = min(8, torch.get_num_threads()) if torch.cuda.is_available() and data != "digits" else 0
+    interval = SaveEvery.parse(save_every)
+    return Options(out, seed, workers, precision, compile_models, skip_corrupt, resume, cpu, accumulate, fsdp, interval)
+
+
+def decoded(sets: ImageSets, card: ModelCard, options: Options) -> ImageSets:
+    """Return ``sets`` with every image decoded and kept on the device as bytes."""
+    from qvit.data.resident import decode_once
+
+    return decode_once(sets, card.preprocessing, console(), workers=options.workers, skip_corrupt=options.skip_corrupt)
+
+
+def say_skipped(accuracy: Accuracy) -> None:
+    """Print how many images could not be read, if any."""
+    if accuracy.unreadable:
+        console().print(f"Unreadable images skipped: {accuracy.unreadable}.", highlight=False)
+
+
+def check_out(options: Options) -> None:
+    """Refuse to overwrite a run, or to resume none."""
+    from qvit.train.run import can_go_on
+
+    exists = can_go_on(options.out)
+    if options.resume and not exists:
+        raise ConfigError(f"There is no {options.out / 'last.pt'} to resume: leave out --resume to start.")
+    if exists and not options.resume:
+        raise ConfigError(f"{options.out} holds a run already: give --resume to go on with it, or another --out.")
+
+
+def check_bits(bits: int, activation_bits: int | None) -> tuple[int, int]:
+    """Return the bits of weights and of activations, checked."""
+    from qvit.config import QuantConfig
+
+    config = QuantConfig(bits, bits if activation_bits is None else activation_bits)
+    return config.weight_bits, config.activation_bits
+
+
+def parse_overrides(items: list[str] | None) -> dict[str, int | tuple[int, int]]:
+    """Return what ``--override PATTERN=BITS`` means: bits by pattern."""
+    overrides: dict[str, int | tuple[int, int]] = {}
+    for item in items or ():
+        pattern, _, value = item.rpartition("=")
+        widths = value.split("/")
+        if not pattern or len(widths) > 2 or not all(width.isdecimal() for width in widths):
+            raise ConfigError(f"--override takes PATTERN=BITS or PATTERN=WEIGHT/ACTIVATION, not {item!r}.")
+        overrides[pattern] = int(widths[0]) if len(widths) == 1 else (int(widths[0]), int(widths[1]))
+    return overrides
+
+
+def parse_numbers(option: str, text: str) -> list[int]:
+    """Return the whole numbers of an option such as ``4,3,2``."""
+    try:
+        numbers = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        numbers = []
+    if not numbers:
+        raise ConfigError(f"{option} takes whole numbers separated by commas, not {text!r}.")
+    return numbers
+
+
+def rank() -> int:
+    """Return which process this is under torchrun or accelerate launch; the others stay silent."""
+    return int(os.environ.get("RANK", "0"))

@@ -1,0 +1,144 @@
+"""Commands about packed files: export, predict, bench, info, push."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qvit.cli.options import Packed, console, parse_numbers
+from qvit.errors import CorruptImageError
+
+
+def predict(
+    model: Packed,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
+    top_k: Annotated[int, typer.Option(help="Classes an image.", min=1)] = 5,
+    threads: Annotated[int | None, typer.Option(help="Threads [default: all processors].", min=1)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Classify images with a packed model. Needs no PyTorch.
+
+    Images that cannot be read are named, the others are classified all the same, and the status is then 2.
+
+    Example:
+      qvit predict model.safetensors cat.jpg dog.png --top-k 3
+    """
+    import json
+
+    from qvit.runtime.engine import load
+
+    engine = load(model, threads=threads)
+    results: list[dict[str, Any]] = []
+    for image in images:
+        try:
+            best = engine.predict(image, top_k)[0]
+        except CorruptImageError as error:
+            sys.stdout.flush()
+            print(f"qvit: {error}", file=sys.stderr)
+            results.append({"image": str(image), "error": str(error)})
+            continue
+        results.append({"image": str(image), "classes": [{"name": n, "probability": p} for n, p in best]})
+        if not as_json:  # plain text: the import of rich takes as long as the model does
+            print(image, *(f"  {probability:7.2%}  {name}" for name, probability in best), sep="\n")
+    if as_json:
+        print(json.dumps(results, indent=2, ensure_ascii=False))
+    if any("error" in result for result in results):
+        raise typer.Exit(2)
+
+
+def bench(
+    model: Packed,
+    batch: Annotated[str, typer.Option(help="Images an inference, comma-separated.")] = "1,8",
+    threads: Annotated[str | None, typer.Option(help="Comma-separated [default: all processors].")] = None,
+    peers: Annotated[
+        str | None,
+        typer.Option(
+            help="What to compare with, comma-separated, or none: torch, torch-compile, onnxruntime, "
+            "onnxruntime-dynamic, onnxruntime-static, openvino, openvino-int8 [default: all that are installed]."
+        ),
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Times each runtime is timed; the median counts.", min=1)] = 20,
+    figure: Annotated[Path | None, typer.Option(help="Write a bar chart there (PNG).")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write every figure there (JSON).")] = None,
+) -> None:
+    """Time a packed model beside PyTorch, ONNX Runtime and OpenVINO, whichever are installed, in one run.
+
+    They run the float model of the same architecture, and int8 versions of it, with random weights.
+
+    Example:
+      qvit bench model.safetensors --batch 1,8 --threads 2 --figure speed.png --json speed.json
+    """
+    import json
+
+    from qvit.bench.compare import compare
+    from qvit.bench.peers import PEERS
+    from qvit.files import write_atomically, write_text
+    from qvit.runtime.engine import processors
+
+    if figure is not None:
+        from qvit.analysis.figures import latency_bars, png
+    chosen = list(PEERS) if peers is None else [name for name in peers.split(",") if name and name != "none"]
+    comparison = compare(
+        {f"qvit, {model.name}": model},
+        parse_numbers("--batch", batch),
+        [processors()] if threads is None else parse_numbers("--threads", threads),
+        peers=chosen,
+        rounds=rounds,
+        report=lambda message: console().print(message, style="dim", highlight=False),
+    )
+    console().print(comparison.table(f"{model}, {comparison.machine['cpu']}"))
+    for line in comparison.notes():
+        console().print(line, highlight=False)
+    if figure is not None:
+        data = png(latency_bars(comparison.panels(), comparison.packed))
+        write_atomically(figure, lambda temporary: temporary.write_bytes(data))
+    if json_file is not None:
+        write_text(json_file, json.dumps(comparison.to_dict(), indent=1))
+
+
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="What qvit train wrote: best.pt or last.pt of a quantized model.")],
+    out: Annotated[Path, typer.Argument(metavar="MODEL", help="File to write, e.g. model.safetensors.")],
+) -> None:
+    """Write a quantized checkpoint as one small file, which runs without PyTorch.
+
+    Example:
+      qvit export runs/q4/best.pt model.safetensors
+    """
+    from qvit.export.packed import export_checkpoint
+
+    export_checkpoint(checkpoint, out)
+    size = out.stat().st_size / 1e6
+    console().print(f"{out}: {size:.2f} MB; qvit info {out} says what is in it.", highlight=False, soft_wrap=True)
+
+
+def push(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A checkpoint (.pt) or a packed model (.safetensors).")],
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="On the Hugging Face Hub; made if absent.")],
+    private: Annotated[bool, typer.Option("--private", help="Make it private.")] = False,
+) -> None:
+    """Upload a checkpoint or a packed model to the Hugging Face Hub, with a model card.
+
+    Log in first: hf auth login, or the variable HF_TOKEN.
+
+    Example:
+      qvit push model.safetensors me/deit-tiny-4-bit
+    """
+    from qvit.hub import push_to_hub
+
+    console().print(push_to_hub(file, repository, private=private), highlight=False, soft_wrap=True)
+
+
+def info(model: Packed) -> None:
+    """Print what a packed model is: architecture, bits, size by part, preprocessing. Needs no PyTorch.
+
+    Example:
+      qvit info model.safetensors
+    """
+    from qvit.runtime.info import info_tables
+
+    for table in info_tables(model):
+        console().print(table)

@@ -1,0 +1,305 @@
+"""Commands of the training wing: train, eval, ablate, demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qvit.cli.options import (
+    Accumulate,
+    Changes,
+    Compile,
+    Cpu,
+    Data,
+    DataRoot,
+    DecodeOnce,
+    Fsdp,
+    Model,
+    Out,
+    Override,
+    Precision,
+    RecipeName,
+    SaveEvery,
+    Seed,
+    SkipCorrupt,
+    Splits,
+    Workers,
+    check_bits,
+    check_out,
+    console,
+    decoded,
+    float_model,
+    options_of,
+    parse_numbers,
+    parse_overrides,
+    rank,
+    recipe_of,
+    say_skipped,
+)
+from qvit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def train(
+    model: Model,
+    data: Data,
+    out: Out,
+    full_precision: Annotated[bool, typer.Option("--full-precision", help="Train a float model: a teacher.")] = False,
+    bits: Annotated[int | None, typer.Option(help="Bits of weights and activations, 2..8.")] = None,
+    activation_bits: Annotated[int | None, typer.Option(help="Bits of activations, if others.")] = None,
+    method: Annotated[str, typer.Option(help="q-vit, baseline, rectify (IRM), distill (DGD) or ptq.")] = "q-vit",
+    rectify: Annotated[str, typer.Option(help="IRM's statistics: head or token.")] = "head",
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            help="Float model to distil from: a checkpoint, timm weights, hf-hub:OWNER/NAME (timm, or transformers' "
+            "ViT and DeiT), or the name of a pretrained timm model."
+        ),
+    ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            help="Model to start from, given like --teacher, or a checkpoint of other bits [default: the teacher]."
+        ),
+    ] = None,
+    override: Override = None,
+    recipe: RecipeName = None,
+    change: Changes = None,
+    data_root: DataRoot = None,
+    splits: Splits = "train,validation",
+    seed: Seed = 0,
+    workers: Workers = None,
+    precision: Precision = "no",
+    compile_models: Compile = False,
+    skip_corrupt: SkipCorrupt = False,
+    decode_once: DecodeOnce = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from OUT/last.pt.")] = False,
+    save_every: SaveEvery = "10m",
+    accumulate: Accumulate = 1,
+    fsdp: Fsdp = False,
+    cpu: Cpu = False,
+) -> None:
+    """Train a float model, or quantize one and train that.
+
+    Under torchrun or accelerate launch the processes divide each batch of the recipe between them.
+
+    Examples:
+      qvit train vit_tiny_patch16_224 --full-precision --data digits --out runs/float
+      qvit train vit_tiny_patch16_224 --bits 4 --teacher runs/float/best.pt --data digits --out runs/q4
+      torchrun --nproc-per-node 8 -m qvit.cli train deit_small_patch16_224 --bits 4 --teacher t.pth --data imagenet ...
+    """
+    from qvit.models.checkpoint import weights_checksum
+    from qvit.train import methods
+
+    options = options_of(
+        out, seed, workers, precision, compile_models, skip_corrupt, resume, cpu, data, save_every, accumulate, fsdp
+    )
+    settings = recipe_of(recipe, data, change)
+    if full_precision:
+        if bits is not None or teacher is not None or start is not None:
+            raise ConfigError("--full-precision makes a float model: leave out --bits, --teacher and --start.")
+        sets, card = methods.open_images(model, settings, data, root=data_root, splits=splits)
+        check_out(options)
+        if decode_once:
+            sets = decoded(sets, card, options)
+        result = methods.train_full_precision(card, sets, settings, options, console())
+        title = "full precision"
+    else:
+        if bits is None:
+            raise ConfigError("Give --bits 2..8, or --full-precision for a float model.")
+        if method not in methods.METHODS:
+            raise ConfigError(f"There is no method {method!r}: the methods are {', '.join(methods.METHODS)}.")
+        if rectify not in ("head", "token"):
+            raise ConfigError(f"--rectify must be head or token, not {rectify!r}.")
+        if teacher is None and start is None:
+            raise ConfigError(
+                "Quantization starts from a float model: give --teacher CHECKPOINT (or --start CHECKPOINT to train "
+                "without a teacher); qvit train MODEL --full-precision makes one."
+            )
+        widths = check_bits(bits, activation_bits)
+        overrides = parse_overrides(override)
+        sets, card = methods.open_images(model, settings, data, root=data_root, splits=splits)
+        guide = None if teacher is None else float_model(teacher, card, "teacher")
+        first = guide if start is None else float_model(start, card, "start")
+        assert first is not None
+        if (first.card.name, first.card.model_args) != (card.name, card.model_args):
+            raise ConfigError(
+                f"The student starts from {start or teacher}, a {first.card.name} with {first.card.model_args}, and is "
+                f"to be a {card.name} with {card.model_args}: give a fitting --start, or that model."
+            )
+        check_out(options)
+        if decode_once:
+            sets = decoded(sets, card, options)
+        reading: Any = rectify
+        result = methods.train_quantized(
+            first, guide, method, widths, reading, sets, settings, options, console(), overrides
+        )
+        title = f"{bits} bits, {methods.METHODS[method].title}"
+    accuracy = result.accuracy
+    console().print(
+        f"{title}: top-1 {accuracy.top1:.2f}, top-5 {accuracy.top5:.2f} on {accuracy.images} images; "
+        f"checkpoints in {out}; SHA-256 of the weights {weights_checksum(result.model)[:16]}...",
+        highlight=False,
+        soft_wrap=True,
+    )
+    say_skipped(accuracy)
+
+
+def eval(
+    checkpoint: Annotated[Path, typer.Argument(help="What qvit train or qvit export wrote: .pt or .safetensors.")],
+    data: Data,
+    data_root: DataRoot = None,
+    splits: Splits = "train,validation",
+    batch_size: Annotated[int, typer.Option(help="Images a step.", min=1)] = 64,
+    workers: Workers = None,
+    skip_corrupt: SkipCorrupt = False,
+    cpu: Cpu = False,
+) -> None:
+    """Measure top-1 and top-5 of a checkpoint, or of a packed model in the engine, on the validation images.
+
+    Of a folder: val/ (or validation/, test/) inside it if there is one, else all of its images.
+
+    Examples:
+      qvit eval runs/q4/best.pt --data digits
+      qvit eval model.safetensors --data digits
+    """
+    from rich.table import Table
+
+    from qvit.data.loader import make_loader, make_transform
+    from qvit.data.sources import open_validation
+    from qvit.models.checkpoint import load_checkpoint
+    from qvit.models.packed_model import load_packed
+    from qvit.train.evaluate import evaluate
+    from qvit.train.options import make_accelerator, share_of
+
+    options = options_of(Path(), 0, workers, "no", False, skip_corrupt, False, cpu, data)
+    model: nn.Module
+    model, card = load_packed(checkpoint) if checkpoint.suffix == ".safetensors" else load_checkpoint(checkpoint)
+    images = open_validation(data, card.classes, mode=card.mode, root=data_root, splits=splits)
+    accelerator = make_accelerator(options)
+    device = accelerator.device
+    loader = make_loader(
+        images,
+        make_transform(card.preprocessing),
+        batch_size,
+        shuffle=False,
+        workers=options.workers,
+        device=device,
+        share=share_of(accelerator),
+    )
+    accuracy = evaluate(model.to(device), loader, device, skip_corrupt=skip_corrupt)
+    table = Table(title=f"{checkpoint} on {data}")
+    for column in ("model", "bits", "top-1", "top-5", "images", "images/s"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    config = card.quant_config
+    table.add_row(
+        card.name,
+        "32 (float)" if config is None else f"{config['weight_bits']}/{config['activation_bits']}",
+        f"{accuracy.top1:.2f}",
+        f"{accuracy.top5:.2f}",
+        str(accuracy.images),
+        f"{accuracy.images / max(accuracy.seconds, 1e-9):.0f}",
+    )
+    console().print(table)
+    say_skipped(accuracy)
+
+
+def ablate(
+    model: Model,
+    data: Data,
+    teacher: Annotated[str, typer.Option(help="Float model, as of qvit train: teacher and start of every run.")],
+    out: Out,
+    bits: Annotated[str, typer.Option(help="Comma-separated.")] = "4,3,2",
+    seeds: Annotated[str, typer.Option(help="How many (3 is 0, 1 and 2), or which (comma-separated).")] = "3",
+    rows: Annotated[
+        str | None,
+        typer.Option(
+            help="Comma-separated: ptq, baseline, rectify-head, rectify-token, distill, q-vit-head, q-vit-token "
+            "[default: all]."
+        ),
+    ] = None,
+    override: Override = None,
+    ladder: Annotated[
+        bool, typer.Option("--ladder", help="Start each of --bits from the finished run of the bits before it.")
+    ] = False,
+    recipe: RecipeName = None,
+    change: Changes = None,
+    data_root: DataRoot = None,
+    splits: Splits = "train,validation",
+    workers: Workers = None,
+    precision: Precision = "no",
+    compile_models: Compile = False,
+    skip_corrupt: SkipCorrupt = False,
+    decode_once: DecodeOnce = False,
+    save_every: SaveEvery = "10m",
+    accumulate: Accumulate = 1,
+    fsdp: Fsdp = False,
+    cpu: Cpu = False,
+) -> None:
+    """Run the paper's ablation: each method at each number of bits, mean and spread over seeds.
+
+    Finished cells are kept in OUT and not run again; a run that was cut off goes on from its last checkpoint.
+
+    Example:
+      qvit ablate vit_tiny_patch16_224 --data digits --teacher runs/float/best.pt --bits 4,2 --seeds 3 --out runs/table
+    """
+    from qvit.study.ablation import ablate as run
+    from qvit.study.ablation import results_table, rows_named, teacher_statistics
+    from qvit.study.report import write_ablation_report
+    from qvit.train.methods import open_images
+
+    options = options_of(
+        out, 0, workers, precision, compile_models, skip_corrupt, False, cpu, data, save_every, accumulate, fsdp
+    )
+    settings = recipe_of(recipe, data, change)
+    widths, chosen = parse_numbers("--bits", bits), rows_named(rows)
+    for width in widths:
+        check_bits(width, None)
+    numbers = parse_numbers("--seeds", seeds)
+    which = list(range(numbers[0])) if len(numbers) == 1 and "," not in seeds else numbers
+    if not which or min(which) < 0:
+        raise ConfigError(f"--seeds must be at least 1, or a list of seeds from 0 up, not {seeds!r}.")
+    sets, card = open_images(model, settings, data, root=data_root, splits=splits)
+    guide = float_model(teacher, card, "teacher")
+    if (guide.card.name, guide.card.model_args) != (card.name, card.model_args):
+        raise ConfigError(
+            f"{teacher} holds a {guide.card.name} with {guide.card.model_args}, not a {card.name} with "
+            f"{card.model_args}: the ablation starts every run from it."
+        )
+    if decode_once:
+        sets = decoded(sets, card, options)
+    records = run(
+        guide,
+        sets,
+        settings,
+        options,
+        console(),
+        bits=widths,
+        seeds=which,
+        rows=chosen,
+        ladder=ladder,
+        overrides=parse_overrides(override),
+    )
+    top1 = guide.card.metrics.get("val_top1")
+    console().print(results_table(records, top1))
+    report = out / "report.html"
+    if rank() == 0 and records:
+        write_ablation_report(report, records, top1, teacher_statistics(guide, sets, options))
+    console().print(f"Report in {report}, records in {out}/*-bit/*/seed-*/result.json", highlight=False, soft_wrap=True)
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the report and the checkpoints.")] = Path("demo"),
+) -> None:
+    """Train a small ViT on handwritten digits, quantize it to 4 and 2 bits, run it in the engine; report.html tells.
+
+    Example:
+      qvit demo --out demo
+    """
+    from qvit.study.demo import run_demo
+
+    run_demo(out, console())

@@ -1,0 +1,156 @@
+"""Batches of a data set: transforms, order and worker processes."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import timm.data
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from qvit.data.order import ALONE, EvaluationOrder, Sample, Share, TrainOrder
+from qvit.data.randomness import seeded
+from qvit.data.sources import Unreadable
+from qvit.errors import CorruptImageError
+
+Transform = Callable[[Image.Image], Tensor]
+
+
+class Batch(NamedTuple):
+    """``images (B, C, H, W)`` float32, ``labels (B,)`` int64, and the samples that could not be read."""
+
+    images: Tensor
+    labels: Tensor
+    unreadable: list[Unreadable]
+
+
+class Batches(Protocol):
+    """What training and evaluation walk through: a :class:`DataLoader`, or a loader of images in memory."""
+
+    @property
+    def batch_sampler(self) -> Any:
+        """The :class:`TrainOrder` or :class:`EvaluationOrder` of the batches."""
+
+    def __len__(self) -> int:
+        """Return how many batches there are."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Walk through them."""
+
+
+def make_transform(preprocessing: Mapping[str, Any], augmentation: Mapping[str, Any] | None = None) -> Transform:
+    """Return timm's evaluation transform, or its training transform if an ``augmentation`` is given.
+
+    Args:
+        preprocessing: input_size, mean, std, crop_pct, crop_mode and interpolation, as a checkpoint holds them.
+        augmentation: arguments of :func:`timm.data.create_transform`.
+    """
+    if augmentation is None:
+        transform: Transform = timm.data.create_transform(**preprocessing, is_training=False)
+        return transform
+    kept = {name: preprocessing[name] for name in ("input_size", "mean", "std")}
+    training: Transform = timm.data.create_transform(**{**kept, **augmentation}, is_training=True)
+    return training
+
+
+class Prepared(Dataset[Any]):
+    """Images by a transform, each with randomness of its own, so that it does not matter which process draws it.
+
+    Args:
+        images: gives (image, label) pairs or :class:`Unreadable`.
+        transform: from :func:`make_transform`.
+        substitute: whether the next readable image stands in for an unreadable one, so that batches stay whole.
+    """
+
+    def __init__(self, images: Dataset[Any], transform: Transform, *, substitute: bool) -> None:
+        self.images, self.transform, self.substitute = images, transform, substitute
+
+    def __getitem__(self, sample: Sample) -> tuple[Tensor | None, int, list[Unreadable]]:
+        """Return the transformed image or ``None``, its label, and what could not be read in its place."""
+        unreadable: list[Unreadable] = []
+        tries = len(self.images) if self.substitute else 1  # type: ignore[arg-type]
+        for step in range(tries):
+            item = self.images[(sample.image + step) % len(self.images)]  # type: ignore[arg-type]
+            if not isinstance(item, Unreadable):
+                with seeded(sample.seed):
+                    return self.transform(item[0]), int(item[1]), unreadable
+            unreadable = unreadable or [item]
+        return None, -1, unreadable
+
+
+def make_loader(
+    dataset: Dataset[Any],
+    transform: Transform,
+    batch_size: int,
+    *,
+    shuffle: bool,
+    workers: int = 0,
+    repeats: int = 0,
+    device: torch.device | None = None,
+    seed: int = 0,
+    accumulate: int = 1,
+    share: Share = ALONE,
+) -> DataLoader[Batch]:
+    """Return a loader of :class:`Batch`.
+
+    Args:
+        dataset: of :class:`ImageSets`.
+        transform: from :func:`make_transform`.
+        batch_size: in training images an optimizer step, over all processes; otherwise images a batch of this process.
+        shuffle: whether this is training: the loader's ``batch_sampler`` is then a :class:`TrainOrder`.
+        workers: processes that decode; 0 to decode in this one.
+        repeats: copies of an image a batch (repeated augmentation); 0 for none.
+        device: where the batches go, to pin memory for a GPU.
+        seed: of order and augmentation, in training.
+        accumulate: batches an optimizer step, in training.
+        share: which of the processes that share the images this is.
+
+    Raises:
+        ConfigError: if a training batch cannot be divided evenly.
+    """
+    images: int = len(dataset)  # type: ignore[arg-type]
+    order: TrainOrder | EvaluationOrder = EvaluationOrder(images, batch_size, share)
+    if shuffle:
+        order = TrainOrder(images, batch_size, seed, repeats=repeats, accumulate=accumulate, share=share)
+    return DataLoader(
+        Prepared(dataset, transform, substitute=shuffle),
+        batch_sampler=order,
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=device is not None and device.type == "cuda",
+        persistent_workers=workers > 0,
+        worker_init_fn=_ignore_sigterm,
+        # Without one, every new iterator would draw a seed for its workers from the generator of the training.
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+def readable(loader: Batches, *, skip_corrupt: bool) -> Iterator[Batch]:
+    """Yield the batches of ``loader``; in evaluation one may be empty, all of its images being unreadable.
+
+    Raises:
+        CorruptImageError: naming the first unreadable image and the way out, unless ``skip_corrupt``; in training also
+            if no image can be read.
+    """
+    for batch in loader:
+        if batch.unreadable and not skip_corrupt:
+            raise CorruptImageError(f"{batch.unreadable[0].message} Mend or remove it, or go on with --skip-corrupt.")
+        if not len(batch.labels) and isinstance(loader.batch_sampler, TrainOrder):
+            raise CorruptImageError(f"{batch.unreadable[0].message} Nor can any other training image be read.")
+        yield batch
+
+
+def _collate(samples: Sequence[tuple[Tensor | None, int, list[Unreadable]]]) -> Batch:
+    unreadable = [one for _, _, those in samples for one in those]
+    images = [image for image, _, _ in samples if image is not None]
+    labels = [label for image, label, _ in samples if image is not None]
+    return Batch(torch.stack(images) if images else torch.empty(0), torch.tensor(labels, dtype=torch.int64), unreadable)
+
+
+def _ignore_sigterm(worker: int) -> None:
+    """Where a scheduler signals every process, leave it to the training one, which saves and then ends its workers."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

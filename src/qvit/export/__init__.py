@@ -1,0 +1,1 @@
+"""The door between the wings: a quantized model becomes a file."""

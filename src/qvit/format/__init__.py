@@ -1,0 +1,1 @@
+"""The packed file: header, entries, codes. No PyTorch here."""

@@ -1,0 +1,304 @@
+"""The packed file: a quantized vision transformer as codes at their true width, in one safetensors file.
+
+The metadata entry ``qvit`` is the header (:mod:`qvit.format.header`), the tensors are those of
+:meth:`Architecture.entries`. Data only: no pickle, no code, and nothing of it is used before all of it is checked.
+
+Weights: ``w_hat = scale * code`` with one scale an output channel; inputs: ``x_hat = input_scale * code +
+input_offset`` (method.md, section 1). LayerScale and a ``head`` rectifier are folded in, so that scales may have either
+sign. A row of codes is a little-endian bit stream of ``code + 2^(b-1)``. No PyTorch here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import stat
+import zlib
+from collections.abc import Mapping
+from io import BufferedReader
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from qvit.config import Bits
+from qvit.errors import PackedFileError
+from qvit.files import first_line, write_atomically
+from qvit.format.architecture import OPERANDS, Architecture, shown
+from qvit.format.codes import unpack_codes
+from qvit.format.header import VERSION, check_header, parse
+
+MAX_HEADER = 2**22
+"""Bytes of the longest header that is read; 20 000 class names and 100 blocks take less than half of it."""
+_DTYPES: dict[str, np.dtype] = {"U8": np.dtype(np.uint8), "F32": np.dtype("<f4")}
+_NO_CHECKSUM = "0" * 8
+
+
+class PackedLayer(NamedTuple):
+    """A linear layer as the file holds it: ``x_hat = input_scale * code + input_offset``, ``w_hat = scale * code``.
+
+    Attributes:
+        bits: of the weights and of the inputs.
+        inputs: length K of a row of weights.
+        packed: packed weight codes ``(outputs, ceil(K * bits / 8))``, uint8.
+        scale: ``(outputs,)``.
+        bias: ``(outputs,)``.
+        input_scale: step of the input codes, positive.
+        input_offset: value of input code 0.
+    """
+
+    bits: Bits
+    inputs: int
+    packed: np.ndarray
+    scale: np.ndarray
+    bias: np.ndarray
+    input_scale: np.float32
+    input_offset: np.float32
+
+    @property
+    def codes(self) -> np.ndarray:
+        """Signed weight codes ``(outputs, K)``, int8."""
+        return unpack_codes(self.packed, self.bits.weight, self.inputs)
+
+
+@dataclasses.dataclass
+class PackedModel:
+    """What a packed file holds.
+
+    Args:
+        architecture: sizes and kinds of the layers.
+        bits: weight and activation bits of every name in :meth:`Architecture.bit_names`.
+        preprocessing: input_size (C, H, W), mean, std, crop_pct, crop_mode, interpolation.
+        classes: class names in the order of the logits.
+        origin: how the model was made, for people: plain JSON data.
+        tensors: arrays by entry name, owned by the model: who needs the memory may take them out one by one.
+    """
+
+    architecture: Architecture
+    bits: dict[str, Bits]
+    preprocessing: dict[str, Any]
+    classes: list[str]
+    origin: dict[str, Any]
+    tensors: dict[str, np.ndarray]
+
+    @functools.cached_property
+    def _inputs(self) -> dict[str, int]:
+        return {linear.name: linear.inputs for linear in self.architecture.linear_layers()}
+
+    def layer(self, name: str) -> PackedLayer:
+        """Return the linear layer called ``name``."""
+        packed, scale, bias, input_scale, input_offset = (
+            self.tensors[f"{name}.{part}"] for part in ("codes", "scale", "bias", "input_scale", "input_offset")
+        )
+        return PackedLayer(self.bits[name], self._inputs[name], packed, scale, bias, input_scale[0], input_offset[0])
+
+
+def expected_entries(
+    architecture: Architecture, bits: Mapping[str, Bits]
+) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+    """Return dtype and shape of every tensor that a file of this architecture and these bits holds."""
+    return {name: (dtype, shape) for name, dtype, shape in architecture.entries(bits)}
+
+
+def write_packed(path: str | Path, model: PackedModel) -> None:
+    """Write a packed file; what was at ``path`` is replaced only once the new file is complete on disk.
+
+    Raises:
+        PackedFileError: naming the entry, for a model that :func:`read_packed` would refuse.
+        OutputError: if the file cannot be written.
+    """
+    import safetensors.numpy
+
+    header = {
+        "version": VERSION,
+        "checksum": _NO_CHECKSUM,
+        "architecture": model.architecture.to_dict(),
+        "bits": {name: list(bits) for name, bits in model.bits.items()},
+        "preprocessing": model.preprocessing,
+        "classes": model.classes,
+        "origin": model.origin,
+    }
+    expected: dict[str, Any] = {}
+    try:
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        _, bits = check_header(parse(text, "the header"), len(model.tensors))
+        expected = expected_entries(model.architecture, bits)
+        _same_names(expected, model.tensors)
+        tails = _tails(model.architecture, bits)
+        checksum = zlib.crc32(text.encode())
+        for name, (dtype, shape) in expected.items():
+            array = model.tensors[name]
+            if (array.dtype, array.shape) != (dtype, shape):
+                raise PackedFileError(f"{name} is {array.dtype} {array.shape}, it must be {dtype} {shape}.")
+            _check_values(name, array, tails.get(name, 0))
+            checksum = zlib.crc32(np.ascontiguousarray(array).data, checksum)
+    except (PackedFileError, TypeError, ValueError, UnicodeError) as error:
+        raise PackedFileError(f"{path} cannot be written: {first_line(error)}") from error
+    text = text.replace(f'"checksum":"{_NO_CHECKSUM}"', f'"checksum":"{checksum:08x}"', 1)
+    tensors = {name: np.ascontiguousarray(model.tensors[name]) for name in expected}
+    data = safetensors.numpy.save(tensors, {"qvit": text})
+    write_atomically(Path(path), lambda temporary: temporary.write_bytes(data))
+
+
+def read_packed(path: str | Path) -> PackedModel:
+    """Read and check a packed file. Holds no more than the tensors themselves in memory.
+
+    Raises:
+        PackedFileError: naming the file, the entry and what is wrong with it.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise PackedFileError("it is no file.")
+        with open(path, "rb") as file:
+            return _read(file, os.fstat(file.fileno()).st_size)
+    except PackedFileError as error:
+        raise PackedFileError(f"{path}: {error}") from error
+    except FileNotFoundError as error:
+        raise PackedFileError(f"There is no file {path}.") from error
+    except (OSError, ValueError) as error:  # a ValueError for a path that no file system can hold
+        raise PackedFileError(f"{path} cannot be read: {first_line(error)}") from error
+
+
+class _Stored(NamedTuple):
+    dtype: str
+    shape: list[int]
+    start: int
+    end: int
+
+
+# safetensors' own reader maps the file and then copies every tensor, which takes the memory twice, and its errors name
+# no entry. So it is read here, by the format's definition: the length of a JSON object (8 bytes, little-endian), the
+# object (name to dtype, shape and data_offsets) padded with spaces, then the tensors without a gap.
+def _read(file: BufferedReader, size: int) -> PackedModel:
+    if size < 8:
+        raise PackedFileError(f"it is cut short: {size} bytes do not hold a safetensors header.")
+    length = int.from_bytes(file.read(8), "little")
+    if length > min(MAX_HEADER, size - 8):
+        raise PackedFileError(
+            f"its header should take {length} bytes; the file has {size}, and a header at most {MAX_HEADER}: it is cut "
+            "short, damaged or no safetensors file."
+        )
+    text, stored = _read_index(file.read(length))
+    header = parse(text, "the header")
+    architecture, bits = check_header(header, len(stored))
+    _check_layout(stored, size - 8 - length)
+
+    # First every entry, then the first byte of data.
+    expected = {}
+    for name, dtype, shape in architecture.entries(bits):
+        if name not in stored:
+            raise PackedFileError(f"{name} is absent.")
+        entry = stored[name]
+        if (_DTYPES[entry.dtype], tuple(entry.shape)) != (dtype, shape):
+            is_now = f"{entry.dtype} {shown(entry.shape)}"
+            raise PackedFileError(f"{name} is {is_now}, the architecture needs {dtype} {list(shape)}.")
+        expected[name] = dtype, shape
+    _same_names(expected, stored)
+
+    zeroed = text.replace(f'"checksum":"{header["checksum"]}"', f'"checksum":"{_NO_CHECKSUM}"', 1)
+    checksum = zlib.crc32(zeroed.encode())
+    tails = _tails(architecture, bits)
+    tensors = {}
+    for name, (dtype, shape) in expected.items():
+        array = np.empty(shape, dtype)
+        file.seek(8 + length + stored[name].start)
+        if file.readinto(array.data.cast("B")) != array.nbytes:
+            raise PackedFileError(f"{name} is cut short: the file changed while it was read.")
+        _check_values(name, array, tails.get(name, 0))
+        checksum = zlib.crc32(array.data, checksum)
+        tensors[name] = array
+    if f"{checksum:08x}" != header["checksum"]:
+        raise PackedFileError(
+            f"checksum is {header['checksum']}, the content gives {checksum:08x}: the file was damaged or edited."
+        )
+    return PackedModel(architecture, bits, header["preprocessing"], header["classes"], header["origin"], tensors)
+
+
+def _read_index(raw: bytes) -> tuple[str, dict[str, _Stored]]:
+    """Return qvit's own header text and where each tensor lies."""
+    try:
+        decoded = raw.rstrip(b" ").decode()
+    except UnicodeDecodeError:
+        raise PackedFileError("its header is no text: it is damaged or no safetensors file.") from None
+    if not decoded.startswith("{") or not decoded.endswith("}"):
+        raise PackedFileError("its header is no JSON object: it is damaged or no safetensors file.")
+    index = parse(decoded, "the safetensors header")
+    metadata = index.pop("__metadata__", None)
+    if not isinstance(metadata, dict) or not isinstance(metadata.get("qvit"), str):
+        raise PackedFileError("it is no packed model of qvit's: its metadata has no entry 'qvit'.")
+    if len(metadata) != 1:
+        raise PackedFileError(f"its metadata has an unknown entry {shown(max(set(metadata) - {'qvit'}))}.")
+    return metadata["qvit"], {name: _stored(name, entry) for name, entry in index.items()}
+
+
+def _stored(name: str, entry: Any) -> _Stored:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise PackedFileError(f"{shown(name)} must have a dtype, a shape and data_offsets, it is {shown(entry)}.")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise PackedFileError(f"{shown(name)} has dtype {shown(dtype)}, a packed file holds {' and '.join(_DTYPES)}.")
+    if not _are_sizes(shape):
+        raise PackedFileError(f"{shown(name)} has shape {shown(shape)}, which is none.")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        raise PackedFileError(f"{shown(name)} has data_offsets {shown(offsets)}, which are none.")
+    return _Stored(dtype, shape, *offsets)
+
+
+def _are_sizes(value: Any) -> bool:
+    # 2^48: beyond any file, and small enough that no product of four is slow or printed at length.
+    return (
+        isinstance(value, list)
+        and len(value) <= 4
+        and all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**48 for n in value)
+    )
+
+
+def _check_layout(stored: Mapping[str, _Stored], size: int) -> None:
+    """Refuse tensors that overlap, leave gaps, are of another size than their shape, or end elsewhere than the file."""
+    at = 0
+    for name, entry in sorted(stored.items(), key=lambda item: (item[1].start, item[1].end)):
+        needed = _DTYPES[entry.dtype].itemsize
+        for side in entry.shape:
+            needed *= side
+        if entry.end - entry.start != needed:
+            raise PackedFileError(
+                f"{shown(name)} takes the bytes {entry.start} to {entry.end}, its shape {entry.shape} needs {needed}."
+            )
+        if entry.start != at:
+            raise PackedFileError(f"{shown(name)} starts at byte {entry.start} of the data, not at {at}.")
+        at = entry.end
+        if at > size:
+            raise PackedFileError(f"{shown(name)} is cut short: it ends at byte {at} of the data, the file at {size}.")
+    if at != size:
+        raise PackedFileError(f"the file goes on for {size - at} bytes after its last entry.")
+
+
+def _tails(architecture: Architecture, bits: Mapping[str, Bits]) -> dict[str, int]:
+    """Return how many bits of the last byte of a row of codes are used, by entry; 0 for all of them."""
+    return {f"{layer.name}.codes": layer.inputs * bits[layer.name].weight % 8 for layer in architecture.linear_layers()}
+
+
+def _check_values(name: str, array: np.ndarray, tail: int) -> None:
+    if array.dtype == np.uint8:
+        if tail and (array[:, -1] >> tail).any():
+            raise PackedFileError(f"{name} has bits set after the last code of a row.")
+        return
+    if not np.isfinite(array).all():
+        raise PackedFileError(f"{name} holds a NaN or an infinity.")
+    part, _, kind = name.rpartition(".")
+    positive = kind == "input_scale" or (kind == "scale" and part.rpartition(".")[2] in OPERANDS)
+    if positive and not (array > 0).all():
+        raise PackedFileError(f"{name} must be positive.")
+    if kind == "gamma" and not array.all():
+        raise PackedFileError(f"{name} holds a 0, and is divided by.")
+
+
+def _same_names(expected: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    for name in expected:
+        if name not in found:
+            raise PackedFileError(f"{name} is absent.")
+    for name in found:
+        if name not in expected:
+            raise PackedFileError(f"{shown(name)} is no entry of this architecture.")

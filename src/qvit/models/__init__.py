@@ -1,0 +1,1 @@
+"""Models from timm and others: families, checkpoints, where float models come from."""

@@ -1,0 +1,42 @@
+"""A packed file where the training wing expects a model: the engine measured by the code that measures checkpoints."""
+
+from __future__ import annotations
+
+import collections
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from qvit.models.checkpoint import ModelCard
+from qvit.runtime.engine import Engine, load
+
+
+class PackedClassifier(nn.Module):
+    """The engine as a module without parameters; it always runs on the CPU.
+
+    Args:
+        engine: what :func:`qvit.load` returned.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__()
+        self.engine = engine
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits ``(B, classes)`` of preprocessed images ``(B, C, H, W)``, float32, on the images' device."""
+        return torch.from_numpy(self.engine(images.cpu().numpy())).to(images.device)
+
+
+def load_packed(path: str | Path) -> tuple[PackedClassifier, ModelCard]:
+    """Return the engine of a packed file as a module, and a card for it, with the bits that most layers have.
+
+    Raises:
+        PackedFileError: as :func:`qvit.format.packed.read_packed`.
+    """
+    engine = load(path)
+    (weight, activation), _ = collections.Counter(engine.bits.values()).most_common(1)[0]
+    bits = {"weight_bits": weight, "activation_bits": activation}
+    return PackedClassifier(engine), ModelCard(
+        engine.architecture.name, {}, engine.classes, engine.preprocessing, bits, method="packed"
+    )

@@ -1,0 +1,1 @@
+"""Float models become quantized ones: convert, calibrate, distil."""

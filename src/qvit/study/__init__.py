@@ -1,0 +1,1 @@
+"""Studies: the ablation, its report, the demo."""

@@ -1,0 +1,66 @@
+"""Accuracy over all images of a loader, shared by the processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import torch
+from torch import nn
+
+from qvit.data.loader import Batches, readable
+from qvit.errors import TrainingStopped
+from qvit.train.distributed import sum_over_processes
+from qvit.train.preemption import Sigterm
+
+
+@dataclasses.dataclass(frozen=True)
+class Accuracy:
+    """Share of images (0..100) whose class is the first, or among the first five, and of how many images."""
+
+    top1: float
+    top5: float
+    images: int
+    unreadable: int = 0
+    seconds: float = 0.0
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loader: Batches,
+    device: torch.device,
+    *,
+    skip_corrupt: bool = False,
+    sigterm: Sigterm | None = None,
+) -> Accuracy:
+    """Return the accuracy of ``model`` over all images of ``loader``, those of the other processes included.
+
+    Processes that share the images (:class:`qvit.data.order.EvaluationOrder`) count each of them once.
+
+    Raises:
+        CorruptImageError: naming the first image that cannot be read, unless ``skip_corrupt``.
+        TrainingStopped: in all processes, if ``sigterm`` was received in one.
+    """
+    was_training = model.training
+    model.eval()
+    first = fifth = images = unreadable = 0
+    start = time.perf_counter()
+    for batch in readable(loader, skip_corrupt=skip_corrupt):
+        if sigterm is not None and sigterm.received:
+            break
+        unreadable += len(batch.unreadable)
+        if len(batch.labels) == 0:
+            continue
+        logits = model(batch.images.to(device, non_blocking=True))
+        ranked = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == batch.labels.to(device)[:, None]
+        first += int(ranked[:, 0].sum())
+        fifth += int(ranked.any(dim=1).sum())
+        images += len(batch.labels)
+    model.train(was_training)
+    counts = [first, fifth, images, unreadable, sigterm is not None and sigterm.received]
+    first, fifth, images, unreadable, stopped = map(int, sum_over_processes(counts, device))
+    if stopped:
+        raise TrainingStopped("Stopped in the middle of an evaluation.")
+    share = 100.0 / max(images, 1)
+    return Accuracy(first * share, fifth * share, images, unreadable, time.perf_counter() - start)

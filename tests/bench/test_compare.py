@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm.layers
+import torch
+from timm.layers import Attention, GluMlp, SwiGLU
+from timm.models.vision_transformer import ParallelThingsBlock, ResPostBlock
+from torch import nn
+from typer.testing import CliRunner
+
+import qvit
+from qvit.bench.compare import Comparison, Timing, compare
+from qvit.bench.peers import PEERS, Case, Peer, float_model
+from qvit.cli import app as cli
+from qvit.errors import ConfigError
+from qvit.format.architecture import Architecture, Norm
+from qvit.format.packed import read_packed
+
+VIT, DISTILLED = "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"
+LAYER, RMS = Norm("layer", 1e-6), Norm("rms", 1e-5)
+MEMBERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "plain": (VIT, {}, {}),
+    "distilled": (DISTILLED, {}, {"distillation_token": True}),
+    "average": (
+        VIT,
+        {"global_pool": "avg", "class_token": False},
+        {"pool": "avg", "class_token": False, "pool_norm": LAYER, "final_norm": None},
+    ),
+    "both pools, registers": (
+        VIT,
+        {"global_pool": "avgmax", "reg_tokens": 2, "no_embed_class": True, "fc_norm": False},
+        {"pool": "avgmax", "pool_skip": 3, "register_tokens": 2, "position_embedding": "patches"},
+    ),
+    "prefix in the pool": (
+        VIT,
+        {"global_pool": "max", "pool_include_prefix": True},
+        {"pool": "max", "pool_norm": LAYER, "final_norm": None},
+    ),
+    "norms": (
+        VIT,
+        {"qk_norm": True, "scale_attn_norm": True, "scale_mlp_norm": True, "embed_norm_layer": "layernorm"},
+        {"qk_norm": LAYER, "attention_norm": LAYER, "mlp_norm": LAYER, "embed_norm": LAYER},
+    ),
+    "rms": (
+        VIT,
+        {"norm_layer": partial(timm.layers.RmsNorm, eps=1e-5), "pre_norm": True},
+        {"norm": RMS, "final_norm": RMS, "pre_norm": RMS},
+    ),
+    "no final norm": (
+        VIT,
+        {"final_norm": False, "pos_embed": "none"},
+        {"final_norm": None, "position_embedding": "none"},
+    ),
+    "not square": (
+        VIT,
+        {"img_size": (16, 24), "patch_size": (4, 8), "in_chans": 1, "mlp_ratio": 3.3},
+        {"image_size": (16, 24), "patch_size": (4, 8), "channels": 1, "mlp_hidden": 79},
+    ),
+    "swiglu": (VIT, {"mlp_layer": SwiGLU, "act_layer": "silu"}, {"mlp": "swiglu", "activation": "silu"}),
+    "glu": (
+        VIT,
+        {"mlp_layer": partial(GluMlp, gate_last=False), "act_layer": "quick_gelu"},
+        {"mlp": "glu", "mlp_hidden": 48, "activation": "quick_gelu"},
+    ),
+    "parallel": (
+        VIT,
+        {"block_fn": partial(ParallelThingsBlock, num_parallel=3)},
+        {"block": "parallel", "parallel": 3},
+    ),
+    "post": (VIT, {"block_fn": ResPostBlock, "act_layer": "gelu_tanh"}, {"block": "post", "activation": "gelu_tanh"}),
+}
+
+
+def packed(model: nn.Module, path: Path) -> Path:
+    student = qvit.quantize(model, qvit.QuantConfig(3))
+    height, width = model.patch_embed.img_size
+    qvit.calibrate(student, [torch.randn(8, 3, height, width)])
+    settings = {**timm.data.resolve_model_data_config(model), "input_size": [3, height, width]}
+    qvit.export(student, path, preprocessing=settings, classes=list("abcdefghij"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def architecture(packed_file: Path) -> Architecture:
+    return read_packed(packed_file).architecture
+
+
+@pytest.fixture(scope="module")
+def case(architecture: Architecture, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """Return a case whose ONNX file the peers share."""
+    return Case(architecture, 2, 1, tmp_path_factory.mktemp("onnx") / "model.onnx")
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+def test_float_model_is_the_one_that_was_packed(
+    make_model: Callable[..., nn.Module], architecture: Architecture, member: str
+) -> None:
+    name, changes, fields = MEMBERS[member]
+    model = make_model(name, **changes)
+    described = dataclasses.replace(architecture, **fields)
+    built = float_model(described)
+    assert {k: v.shape for k, v in built.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
+    built.load_state_dict(model.state_dict())
+    images = torch.randn(2, described.channels, *described.image_size)
+    torch.testing.assert_close(built(images), model(images))
+
+
+@pytest.mark.parametrize("name", [name for name in PEERS if name != "torch-compile"])
+def test_peers_run_the_float_model(case: Case, name: str) -> None:
+    for package in PEERS[name].packages:
+        pytest.importorskip(package)
+    with torch.inference_mode():
+        expected = float_model(case.architecture)(torch.from_numpy(case.images())).numpy()
+    logits = PEERS[name].load(case)(case.images())
+    assert logits.shape == expected.shape
+    if "int8" in PEERS[name].title:
+        assert not np.array_equal(logits, expected)
+        assert np.corrcoef(logits.ravel(), expected.ravel())[0, 1] > 0.8
+    else:
+        np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
+def test_compare_times_each_runtime_once_a_round(packed_file: Path) -> None:
+    told: list[str] = []
+    result = compare({"ours": packed_file}, [1, 3], [1], peers=["torch"], rounds=3, report=told.append)
+    titles = ["ours", "PyTorch eager, float32"]
+    assert [(t.runtime, t.batch, t.threads) for t in result.timings] == [(t, b, 1) for b in (1, 3) for t in titles]
+    assert all(len(t.seconds) == 3 and min(t.seconds) > 0 for t in result.timings)
+    assert set(result.versions) == set(titles)
+    assert result.versions["PyTorch eager, float32"].startswith("torch ")
+    assert not result.skipped
+    assert any("Timing batch 3" in line for line in told)
+
+
+def test_runtime_that_is_not_installed_is_skipped(packed_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PEERS, "openvino", Peer("Absent", ("no-such-package",), PEERS["torch"].load))
+    told: list[str] = []
+    result = compare({"ours": packed_file}, [1], [1], peers=["openvino"], rounds=1, report=told.append)
+    assert [timing.runtime for timing in result.timings] == ["ours"]
+    assert told[0] == "Absent is skipped: no-such-package is not installed."
+    assert "pip install" in result.skipped["Absent"]
+    assert any(line.startswith("Absent was not measured: no-such-package") for line in result.notes())
+
+
+def test_runtime_that_fails_is_skipped(make_model: Callable[..., nn.Module], tmp_path: Path) -> None:
+    model = make_model(depth=1)
+    model.blocks[0].attn = Attention(24, num_heads=2, attn_head_dim=8, qkv_bias=True)  # timm's models have no such
+    path = packed(model, tmp_path / "narrow.safetensors")
+    result = compare({"ours": path}, [1], [1], peers=["torch"], rounds=1)
+    assert [timing.runtime for timing in result.timings] == ["ours"]
+    assert "has no 2 heads of 8 channels" in result.skipped["PyTorch eager, float32"]
+
+
+def test_unlike_models_are_refused(make_model: Callable[..., nn.Module], packed_file: Path, tmp_path: Path) -> None:
+    other = packed(make_model(depth=1), tmp_path / "other.safetensors")
+    with pytest.raises(ConfigError, match="second is of another architecture than first"):
+        compare({"first": packed_file, "second": other}, [1], [1], peers=[])
+
+
+@pytest.mark.parametrize(("batches", "peers", "message"), [([0], [], "from 1 up"), ([1], ["tensorrt"], "no peer")])
+def test_values_that_cannot_be_meant_are_refused(
+    packed_file: Path, batches: list[int], peers: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        compare({"ours": packed_file}, batches, [1], peers=peers)
+
+
+def test_ratios_compare_the_same_work() -> None:
+    timings = [
+        Timing("four", 1, 2, [0.5, 2.0, 1.0]),
+        Timing("two", 1, 2, [0.8]),
+        Timing("slow", 1, 2, [3.0, 3.0, 9.0]),
+        Timing("quick", 1, 2, [2.0]),
+        Timing("four", 8, 2, [4.0]),
+        Timing("slow", 8, 2, [8.0]),
+    ]
+    comparison = Comparison(["four", "two"], timings, {}, {}, {"cpu": "some"})
+    assert [comparison.ratio(timing) for timing in timings] == [1.0, 0.8, 3.0, 2.0, 1.0, 2.0]
+    assert comparison.fastest_peer(1, 2) == timings[3]
+    assert comparison.fastest_peer(2, 2) is None
+    rows = comparison.to_dict()["timings"]
+    assert rows[2]["quartiles"] == [3.0, 9.0]
+    assert rows[5]["images_per_second"] == 1.0
+    assert comparison.panels()["batch 8, threads 2"] == {"four": 4000.0, "slow": 8000.0}
+
+
+def test_command_prints_and_writes(packed_file: Path, tmp_path: Path) -> None:
+    figure, data = tmp_path / "speed.png", tmp_path / "speed.json"
+    command = ["bench", packed_file, "--batch", "1", "--threads", "1", "--peers", "none", "--rounds", "2"]
+    result = CliRunner().invoke(cli.app, [*map(str, command), "--figure", str(figure), "--json", str(data)])
+    assert result.exit_code == 0, result.output
+    assert "images/s" in result.output
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    written = json.loads(data.read_text())
+    (row,) = written["timings"]
+    assert row["runtime"] == "qvit, tiny.safetensors"
+    assert len(row["seconds"]) == 2
+    assert written["machine"]["cpu"]

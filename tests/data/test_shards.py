@@ -1,0 +1,104 @@
+import io
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from qvit.data.loader import make_loader, make_transform, readable
+from qvit.data.order import Share
+from qvit.data.sources import Images, open_data, open_validation
+from qvit.errors import CorruptImageError, DataError
+
+PREPROCESSING = {"input_size": (3, 8, 8), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0}
+MakeShard = Callable[..., Path]
+
+
+@pytest.fixture
+def shard(tmp_path: Path) -> MakeShard:
+    """Return a maker of shards whose ``n``-th image is all of grey ``10 n`` and of class ``n mod 2``."""
+
+    def make(name: str, numbers: range, extra: dict[str, bytes] | None = None) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files: dict[str, bytes] = {}
+        for n in numbers:
+            file = io.BytesIO()
+            Image.fromarray(np.full((8, 8, 3), 10 * n, np.uint8)).save(file, "PNG")
+            files |= {f"x/{n:04}.png": file.getvalue(), f"x/{n:04}.cls": str(n % 2).encode()}
+        with tarfile.open(path, "w") as tar:
+            for key, content in (files | (extra or {})).items():
+                info = tarfile.TarInfo(key)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+        return path
+
+    return make
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shards_are_read_whole_by_all_processes_together(tmp_path: Path, shard: MakeShard, workers: int) -> None:
+    shard("train/a-0.tar", range(9))
+    shard("train/a-1.tar", range(9, 13))
+    shard("val/b-0.tar", range(13, 16))
+    sets = open_data(str(tmp_path))
+    assert sets.classes == ["0", "1"]
+    assert (len(sets.train), len(sets.val)) == (13, 3)  # type: ignore[arg-type]
+    seen = []
+    for process in range(2):
+        loader = make_loader(
+            sets.train,
+            make_transform(PREPROCESSING),
+            4,
+            shuffle=False,
+            workers=workers,
+            share=Share(process, 2),
+        )
+        for batch in readable(loader, skip_corrupt=False):
+            greys = ((batch.images[:, 0, 0, 0] / 2 + 0.5) * 255 / 10).round().int().tolist()
+            assert batch.labels.tolist() == [grey % 2 for grey in greys]
+            seen += greys
+    assert sorted(seen) == list(range(13))
+
+
+def test_shards_of_both_splits_in_one_folder(tmp_path: Path, shard: MakeShard) -> None:
+    shard("imagenet-train-0.tar", range(4))
+    shard("imagenet-validation-0.tar", range(4, 6))
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    sets = open_data(f"wds/{tmp_path}")
+    assert (len(sets.train), len(sets.val), sets.classes) == (4, 2, ["cat", "dog"])  # type: ignore[arg-type]
+    assert len(open_validation(f"wds/{tmp_path}", ["cat", "dog"])) == 2  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="no shard with 'test'"):
+        open_data(f"wds/{tmp_path}", splits="train,test")
+
+
+def test_shard_that_is_no_tar_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(b"x" * 2000)
+    with pytest.raises(DataError, match=r"a.tar cannot be read as an uncompressed tar"):
+        open_data(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", [b"", b"cat"])
+def test_image_without_class_number_is_named(tmp_path: Path, shard: MakeShard, content: bytes) -> None:
+    shard("a.tar", range(2), {"x/0001.cls": content})
+    with pytest.raises(DataError, match=r"a.tar has no class number for x/0001"):
+        open_data(str(tmp_path))
+
+
+def test_corrupt_image_in_a_shard_is_named(tmp_path: Path, shard: MakeShard) -> None:
+    path = shard("a.tar", range(20), {"x/0007.png": b"\x89PNG broken"})
+    train = open_data(str(tmp_path)).train
+    assert isinstance(train, Images)
+    with pytest.raises(CorruptImageError, match=rf"{path} \(image at byte \d+\)"):
+        list(readable(make_loader(train, make_transform(PREPROCESSING), 4, shuffle=False), skip_corrupt=False))
+
+
+def test_unreadable_training_image_is_replaced_and_counted(tmp_path: Path, shard: MakeShard) -> None:
+    shard("train/a.tar", range(18), {"x/0007.png": b"", "x/0008.png": b""})
+    shard("val/a.tar", range(2))
+    train = open_data(str(tmp_path)).train
+    batches = list(readable(make_loader(train, make_transform(PREPROCESSING), 9, shuffle=True), skip_corrupt=True))
+    assert [len(batch.labels) for batch in batches] == [9, 9]
+    assert sum(len(batch.unreadable) for batch in batches) == 2

@@ -1,0 +1,294 @@
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from timm.data import ImageNetInfo
+from timm.layers import GatedMlp, SimpleNorm
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+import qvit
+from members import (
+    CLASSES,
+    MEMBERS,
+    SIZES,
+    VIT,
+    images_for,
+    packed,
+    preprocessing,
+    student_of,
+)
+from qvit import QuantConfig, quantize
+from qvit.cli.app import app
+from qvit.errors import CheckpointError, ConfigError, PackedFileError, UncalibratedError, UnsupportedModelError
+from qvit.export.packed import export_checkpoint
+from qvit.format.packed import PackedModel, read_packed
+from qvit.models.checkpoint import describe, save_checkpoint
+from qvit.nn.quantizer import Quantizer
+from qvit.runtime.reference import ReferenceEngine
+
+
+def fake_quantized_codes(student: nn.Module, images: Tensor) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Return logits and the codes of every activation quantizer, by the name that it has in the packed file."""
+    codes: dict[str, np.ndarray] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: Quantizer, args: tuple[Tensor]) -> None:
+            codes[name] = module.codes(args[0]).numpy()
+
+        return hook
+
+    hooks = []
+    for name, module in student.named_modules():
+        if isinstance(module, Quantizer) and module.batched:
+            short = name.removesuffix(".input_quantizer").removesuffix("_quantizer")
+            hooks.append(module.register_forward_pre_hook(watch(short)))
+    with torch.no_grad():
+        logits = student(images).numpy()
+    for hook in hooks:
+        hook.remove()
+    return logits, codes
+
+
+def compare(student: nn.Module, model: PackedModel, images: Tensor) -> tuple[float, float, float]:
+    """Return relative distance of the logits, top-1 agreement, and the share of codes that differ."""
+    seen: dict[str, np.ndarray] = {}
+    got = ReferenceEngine(model, seen.__setitem__)(images.numpy())
+    expected, codes = fake_quantized_codes(student, images)
+    assert got.dtype == np.float32
+    assert seen.keys() == codes.keys()
+    differ = total = 0
+    for name, wanted in codes.items():
+        if name == "patch_embed.proj":  # an image of codes in the model, patches of them in the reference
+            continue
+        differ += int((seen[name].reshape(wanted.shape) != wanted).sum())
+        total += wanted.size
+    distance = float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
+    return distance, float((got.argmax(1) == expected.argmax(1)).mean()), differ / total
+
+
+@pytest.mark.parametrize(("bits", "rectify"), [(8, "token"), (4, "head"), (3, None)])
+@pytest.mark.parametrize("member", MEMBERS)
+def test_exported_member_computes_what_the_fake_quantized_model_does(
+    make_model, tmp_path: Path, member: str, bits: int, rectify: Any
+) -> None:
+    name, kwargs = MEMBERS[member]
+    images = images_for(kwargs.get("in_chans", 3), SIZES.get(member, (16, 16)))
+    student = student_of(make_model(name, **kwargs), images, QuantConfig(bits, bits, rectify))
+    distance, agreement, flipped = compare(student, packed(student, tmp_path / "m.safetensors", images), images)
+    # A value in the middle between two codes may fall to either side; then the rest of its image differs a little.
+    assert flipped < 0.02
+    assert agreement >= 0.8
+    assert distance < (1e-5 if flipped == 0 else 0.02 if bits == 8 else 0.3)
+
+
+def test_every_layer_and_operand_keeps_its_own_bits(vit: nn.Module, tmp_path: Path, images: Tensor) -> None:
+    overrides: dict[str, int | tuple[int, int]] = {
+        "patch_embed.proj": (5, 6),
+        "blocks.0.attn.qkv": (2, 7),
+        "blocks.0.attn.query_quantizer": 3,
+        "blocks.0.attn.attention_quantizer": 8,
+        "blocks.1.mlp.fc2": (6, 5),
+        "head": (7, 3),
+    }
+    student = student_of(vit, images, QuantConfig(3, 4, "head", overrides))
+    model = packed(student, tmp_path / "m.safetensors", images)
+    assert model.bits["patch_embed.proj"] == (5, 6)
+    assert model.bits["blocks.0.attn.qkv"] == (2, 7)
+    assert model.bits["blocks.0.attn.query"] == (3, 3)
+    assert model.bits["blocks.0.attn.key"] == (4, 4)
+    assert model.bits["blocks.0.attn.attention"] == (8, 8)
+    assert model.bits["blocks.1.mlp.fc1"] == (3, 4)
+    assert model.bits["blocks.1.mlp.fc2"] == (6, 5)
+    assert model.bits["head"] == (7, 3)
+    distance, agreement, flipped = compare(student, model, images)
+    assert flipped < 0.02
+    assert agreement >= 0.8
+    assert distance < (1e-5 if flipped == 0 else 0.1)
+
+
+def test_weight_codes_and_scales_are_the_quantizers(vit: nn.Module, tmp_path: Path, images: Tensor) -> None:
+    student = student_of(vit, images, QuantConfig(3, 3))
+    model = packed(student, tmp_path / "m.safetensors", images)
+    for name in ("blocks.1.mlp.fc1", "head", "patch_embed.proj"):
+        layer, quantizer = model.layer(name), student.get_submodule(f"{name}.weight_quantizer")
+        weight = student.get_submodule(name).weight
+        np.testing.assert_array_equal(layer.codes, quantizer.codes(weight).flatten(1).numpy())
+        np.testing.assert_array_equal(layer.scale, quantizer.scale.detach().flatten().numpy())
+
+
+def test_training_mode_exports_the_model_of_evaluation(vit: nn.Module, tmp_path: Path, images: Tensor) -> None:
+    student = student_of(vit, images, QuantConfig())
+    packed(student, tmp_path / "eval.safetensors", images)
+    packed(student.train(), tmp_path / "train.safetensors", images)
+    assert student.training
+    assert (tmp_path / "eval.safetensors").read_bytes() == (tmp_path / "train.safetensors").read_bytes()
+
+
+def test_header_says_what_was_given(vit: nn.Module, tmp_path: Path, images: Tensor) -> None:
+    student = student_of(vit, images, QuantConfig())
+    model = packed(student, tmp_path / "m.safetensors", images, origin={"method": "q-vit", "metrics": {"top1": 80.5}})
+    assert model.classes == CLASSES
+    assert model.origin == {"method": "q-vit", "metrics": {"top1": 80.5}}
+    assert model.preprocessing == preprocessing()
+    assert model.architecture.name == VIT
+    assert model.architecture.rectify == "head"
+    assert (model.architecture.depth, model.architecture.embed_dim, model.architecture.tokens) == (2, 24, 17)
+
+
+@pytest.mark.parametrize(("bits", "limit"), [(4, 12_100_000), (2, 6_800_000)])
+def test_deit_small_is_as_small_as_promised(tmp_path: Path, bits: int, limit: int) -> None:
+    # A real one of 22 million weights: the promise is about bytes on disk, class names included.
+    names = ImageNetInfo().label_descriptions()
+    teacher = timm.create_model("deit_small_patch16_224")
+    student = quantize(teacher, QuantConfig(bits, bits))
+    for module in student.modules():
+        if isinstance(module, Quantizer):
+            module.set(torch.full_like(module.log_scale, 0.02))
+    settings = timm.data.resolve_model_data_config(teacher)
+    qvit.export(student, tmp_path / "s.safetensors", preprocessing=settings, classes=names)
+    size = (tmp_path / "s.safetensors").stat().st_size
+    assert 0.9 * limit < size <= limit
+
+
+def refused(student: nn.Module, path: Path, error: type[Exception], match: str, **kwargs: Any) -> None:
+    given = {"preprocessing": preprocessing(), "classes": CLASSES, **kwargs}
+    with pytest.raises(error, match=match):
+        qvit.export(student, path, **given)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "match"),
+    [
+        ({"act_layer": "hard_swish"}, r"blocks\.0\.mlp\.act \(Hardswish\): a packed file knows the activations gelu,"),
+        ({"mlp_layer": GatedMlp}, r"blocks\.0\.mlp \(GatedMlp\): a packed file knows Mlp, GluMlp, SwiGLU"),
+        ({"num_classes": 0}, r"head \(Identity\): a packed file holds a classifier"),
+        ({"global_pool": ""}, r"the model \(VisionTransformer\): it pools by ''"),
+        ({"norm_layer": nn.Identity}, r"blocks\.0\.norm1? \(Identity\): a block needs its norms"),
+        ({"norm_layer": partial(SimpleNorm, affine=False)}, r"norm \(SimpleNorm\): it is no LayerNorm"),
+    ],
+)
+def test_what_a_file_cannot_say_is_refused_by_name(
+    make_model, tmp_path: Path, images: Tensor, kwargs: dict[str, Any], match: str
+) -> None:
+    student = student_of(make_model(**kwargs), images, QuantConfig())
+    refused(student, tmp_path / "m.safetensors", UnsupportedModelError, match)
+
+
+def test_blocks_that_differ_are_refused(make_model, tmp_path: Path, images: Tensor) -> None:
+    model = make_model()
+    model.blocks[1].mlp.act = nn.ReLU()
+    student = student_of(model, images, QuantConfig())
+    refused(student, tmp_path / "m.safetensors", UnsupportedModelError, r"blocks\.1 .*activation is relu")
+
+
+def test_another_class_with_its_own_forward_is_refused(vit: nn.Module, tmp_path: Path, images: Tensor) -> None:
+    class Other(type(vit)):  # type: ignore[misc]
+        pass
+
+    student = student_of(vit, images, QuantConfig())
+    student.__class__ = Other
+    refused(student, tmp_path / "m.safetensors", UnsupportedModelError, r"the model \(Other\)")
+
+
+def test_float_model_is_refused(vit: nn.Module, tmp_path: Path) -> None:
+    refused(vit, tmp_path / "m.safetensors", UnsupportedModelError, "pass what qvit.quantize returned")
+
+
+def test_uncalibrated_model_is_refused(vit: nn.Module, tmp_path: Path) -> None:
+    refused(quantize(vit), tmp_path / "m.safetensors", UncalibratedError, "patch_embed.proj.* has no scale")
+
+
+def test_switched_off_quantizer_is_refused(vit: nn.Module, tmp_path: Path, images: Tensor) -> None:
+    student = student_of(vit, images, QuantConfig())
+    student.blocks[1].mlp.fc1.input_quantizer.enabled = False
+    refused(student, tmp_path / "m.safetensors", UnsupportedModelError, r"blocks\.1\.mlp\.fc1\.input_quantizer")
+
+
+@pytest.mark.parametrize(("rectify", "error"), [("head", UnsupportedModelError), ("token", PackedFileError)])
+def test_rectifier_that_divides_by_zero_is_refused(
+    vit: nn.Module, tmp_path: Path, images: Tensor, rectify: Any, error: type[Exception]
+) -> None:
+    student = student_of(vit, images, QuantConfig(rectify=rectify))
+    with torch.no_grad():
+        student.blocks[0].attn.key_rectifier.gamma[1, 0, 2] = 0
+    refused(student, tmp_path / "m.safetensors", error, r"blocks\.0\.attn\.key_rectifier.* holds a 0")
+
+
+def test_weights_that_are_not_numbers_are_refused(vit: nn.Module, tmp_path: Path, images: Tensor) -> None:
+    student = student_of(vit, images, QuantConfig())
+    with torch.no_grad():
+        student.blocks[0].norm2.bias[3] = torch.inf
+    refused(student, tmp_path / "m.safetensors", PackedFileError, r"blocks\.0\.norm2\.bias holds a NaN or an infinity")
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"classes": ["one"]}, "classes has 1 names, the model has 10 logits"),
+        ({"classes": list(range(10))}, "classes must be a list of names"),
+        ({"preprocessing": {}}, "input_size must be channels, height and width"),
+        ({"preprocessing": {**preprocessing(), "mean": [0.5]}}, "preprocessing.mean must be 3 numbers"),
+        ({"preprocessing": {**preprocessing(), "input_size": [3, 32, 32]}}, "not the model's image size"),
+        ({"preprocessing": {**preprocessing(), "input_size": [1, 16, 16]}}, r"must be \[3, 16, 16\]"),
+    ],
+)
+def test_wrong_description_is_refused(
+    vit: nn.Module, tmp_path: Path, images: Tensor, change: dict[str, Any], match: str
+) -> None:
+    refused(student_of(vit, images, QuantConfig()), tmp_path / "m.safetensors", ConfigError, match, **change)
+
+
+def test_image_size_that_cuts_a_patch_is_refused(make_model, tmp_path: Path, images: Tensor) -> None:
+    student = student_of(make_model(dynamic_img_size=True), images, QuantConfig())
+    settings = {"preprocessing": preprocessing((3, 18, 16))}
+    refused(student, tmp_path / "m.safetensors", ConfigError, "whole patches", **settings)
+
+
+def test_checkpoint_becomes_a_file_that_says_where_it_came_from(make_model, tmp_path: Path, images: Tensor) -> None:
+    arguments = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    card = describe(VIT, arguments, CLASSES, {})
+    config = QuantConfig(3, 4)
+    student = student_of(make_model(), images, config)
+    quantized = dataclasses.replace(card, quant_config=config.to_dict(), method="q-vit", metrics={"val_top1": 80.5})
+    save_checkpoint(tmp_path / "q.pt", quantized, student)
+    export_checkpoint(tmp_path / "q.pt", tmp_path / "m.safetensors")
+    model = read_packed(tmp_path / "m.safetensors")
+    assert model.classes == CLASSES
+    assert model.preprocessing == card.preprocessing
+    assert model.origin["method"] == "q-vit"
+    assert model.origin["metrics"] == {"val_top1": 80.5}
+    assert model.origin["quantization"]["weight_bits"] == 3
+    distance, _, flipped = compare(student, model, images)
+    assert distance < (1e-5 if flipped == 0 else 0.3)
+
+
+def test_float_checkpoint_is_refused_with_the_way_out(make_model, tmp_path: Path) -> None:
+    arguments = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    save_checkpoint(tmp_path / "f.pt", describe(VIT, arguments, CLASSES, {}), make_model())
+    with pytest.raises(CheckpointError, match="holds a float model: quantize it first, qvit train"):
+        export_checkpoint(tmp_path / "f.pt", tmp_path / "m.safetensors")
+
+
+def test_command_exports_and_informs(make_model, tmp_path: Path, images: Tensor) -> None:
+    arguments = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    card = describe(VIT, arguments, CLASSES, {})
+    student = student_of(make_model(), images, QuantConfig())
+    save_checkpoint(tmp_path / "q.pt", dataclasses.replace(card, quant_config=QuantConfig().to_dict()), student)
+    runner = CliRunner()
+    done = runner.invoke(app, ["export", str(tmp_path / "q.pt"), str(tmp_path / "m.safetensors")])
+    assert done.exit_code == 0, done.output
+    assert "MB" in done.output
+    done = runner.invoke(app, ["info", str(tmp_path / "m.safetensors")])
+    assert done.exit_code == 0, done.output
+    assert VIT in done.output
+    assert "class 0; class 1" in done.output

@@ -1,0 +1,147 @@
+"""Members of the family: one small model for everything that a packed file can say, and students of them."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.layers import GluMlp, LayerNormFp32, RmsNorm, SwiGLU, SwiGLUPacked
+from timm.models.vision_transformer import ParallelThingsBlock, ResPostBlock
+from torch import Tensor, nn
+
+import qvit
+from qvit import QuantConfig, quantize
+from qvit.format.packed import PackedModel, read_packed
+from qvit.nn.linear import QuantConv2d, QuantLinear
+from qvit.nn.quantizer import Quantizer
+from qvit.nn.rectify import Rectifier
+
+VIT = "vit_tiny_patch16_224"
+
+
+DEIT = "deit_tiny_patch16_224"
+
+
+DISTILLED = "deit_tiny_distilled_patch16_224"
+
+
+CLASSES = [f"class {n}" for n in range(10)]
+
+
+MEMBERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "deit": (DEIT, {}),
+    "distilled": (DISTILLED, {}),
+    "distilled_with_unused_parts": (DISTILLED, {"reg_tokens": 2, "fc_norm": True, "depth": 1}),
+    "average_pool": (VIT, {"global_pool": "avg"}),
+    "average_pool_with_prefix": (VIT, {"global_pool": "avg", "pool_include_prefix": True}),
+    "largest_pool": (VIT, {"global_pool": "max", "fc_norm": False}),
+    "both_pools": (VIT, {"global_pool": "avgmax", "reg_tokens": 1}),
+    "token_with_pool_norm": (VIT, {"fc_norm": True}),
+    "no_final_norm": (VIT, {"final_norm": False}),
+    "layer_scale": (VIT, {"init_values": 0.5}),
+    "qk_norm": (VIT, {"qk_norm": True}),
+    "register_tokens": (VIT, {"reg_tokens": 4}),
+    "patches_embedded_alone": (VIT, {"no_embed_class": True, "reg_tokens": 2}),
+    "no_position_embedding": (VIT, {"pos_embed": "none"}),
+    "no_class_token": (VIT, {"class_token": False, "global_pool": "avg"}),
+    "not_square": (VIT, {"img_size": (16, 24), "patch_size": (4, 8)}),
+    "partial_patches": (VIT, {"img_size": (18, 19)}),
+    "dynamic_size": (VIT, {"dynamic_img_size": True}),
+    "dynamic_size_padded": (VIT, {"dynamic_img_size": True, "dynamic_img_pad": True, "reg_tokens": 1}),
+    "swiglu": (VIT, {"mlp_layer": SwiGLU}),
+    "packed_swiglu": (VIT, {"mlp_layer": SwiGLUPacked, "act_layer": "silu"}),
+    "glu_gate_last": (VIT, {"mlp_layer": GluMlp}),
+    "pre_norm": (VIT, {"pre_norm": True}),
+    "patch_norm": (VIT, {"embed_norm_layer": "layernorm"}),
+    "post_norm": (VIT, {"block_fn": ResPostBlock, "init_values": 0.5}),
+    "parallel": (VIT, {"block_fn": ParallelThingsBlock, "init_values": 0.5}),
+    "three_parallel": (VIT, {"block_fn": partial(ParallelThingsBlock, num_parallel=3), "depth": 1, "qk_norm": True}),
+    "attention_norm": (VIT, {"scale_attn_norm": True, "scale_mlp_norm": True}),
+    "glu_with_norm": (VIT, {"mlp_layer": GluMlp, "scale_mlp_norm": True}),
+    "swiglu_with_norm": (VIT, {"mlp_layer": SwiGLU, "scale_mlp_norm": True}),
+    "rms_norm": (VIT, {"norm_layer": nn.RMSNorm, "qk_norm": True}),
+    "rms_norm_eps": (VIT, {"norm_layer": partial(nn.RMSNorm, eps=1e-2)}),
+    "other_eps": (VIT, {"norm_layer": partial(LayerNormFp32, eps=1e-2), "qk_norm": True}),
+    "no_affine_norm": (VIT, {"norm_layer": partial(RmsNorm, affine=False), "qk_norm": True}),
+    "one_head": (VIT, {"num_heads": 1}),
+    "no_bias": (VIT, {"qkv_bias": False, "proj_bias": False}),
+    "gelu_tanh": (VIT, {"act_layer": "gelu_tanh"}),
+    "torch_gelu_tanh": (VIT, {"act_layer": partial(nn.GELU, approximate="tanh")}),
+    "quick_gelu": (VIT, {"act_layer": "quick_gelu"}),
+    "silu": (VIT, {"act_layer": "silu"}),
+    "relu": (VIT, {"act_layer": "relu"}),
+    "one_channel": (VIT, {"in_chans": 1}),
+}
+
+
+SIZES = {"not_square": (16, 24), "partial_patches": (18, 19), "dynamic_size": (24, 20), "dynamic_size_padded": (12, 16)}
+
+
+def preprocessing(size: tuple[int, ...] = (3, 16, 16)) -> dict[str, Any]:
+    return {
+        "input_size": list(size),
+        "mean": [0.5] * size[0],
+        "std": [0.25] * size[0],
+        "crop_pct": 0.9,
+        "crop_mode": "center",
+        "interpolation": "bicubic",
+    }
+
+
+def images_for(channels: int, size: tuple[int, int]) -> Tensor:
+    return torch.randn(8, channels, *size, generator=torch.Generator().manual_seed(1))
+
+
+def scramble(student: nn.Module) -> None:
+    """Give every part that export folds or stores a value of its own, of either sign, as training might."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for module in student.modules():
+            if isinstance(module, Rectifier):
+                module.gamma.mul_(torch.empty_like(module.gamma).uniform_(0.8, 1.25, generator=generator))
+                module.gamma[0, 0, 0].neg_()
+                module.beta.add_(torch.empty_like(module.beta).normal_(std=0.1, generator=generator))
+            elif type(module).__name__ == "LayerScale":
+                module.gamma.copy_(torch.empty_like(module.gamma).normal_(std=0.7, generator=generator))
+            elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+                module.weight.mul_(torch.empty_like(module.weight).uniform_(0.7, 1.3, generator=generator))
+
+
+def student_of(teacher: nn.Module, images: Tensor, config: QuantConfig) -> nn.Module:
+    """Return a student with the scales of the data's whole range: quicker than calibration, and as good here."""
+    student = quantize(teacher, config).eval()
+    with torch.no_grad():
+        for module in student.modules():
+            if isinstance(module, Rectifier):
+                module.register_forward_pre_hook(lambda rectifier, args: rectifier.fit(args[0]))
+            elif isinstance(module, Quantizer) and module.batched:
+                module.enabled = False
+                module.register_forward_pre_hook(cover)
+            elif isinstance(module, (QuantLinear, QuantConv2d)):
+                quantizer, weight = module.weight_quantizer, module.weight.flatten(1)
+                quantizer.set(weight.abs().amax(1).clamp(min=1e-3) / -quantizer.low)
+        student(images)
+    for module in student.modules():
+        module._forward_pre_hooks.clear()
+        if isinstance(module, Quantizer):
+            module.enabled = True
+    scramble(student)
+    return student
+
+
+def cover(quantizer: Quantizer, args: tuple[Tensor]) -> None:
+    rows = (
+        args[0].movedim(1, 0).reshape(quantizer.log_scale.numel(), -1)
+        if quantizer.log_scale.ndim
+        else args[0].reshape(1, -1)
+    )
+    low = rows.amin(1) if quantizer.offset is not None else torch.zeros(len(rows))
+    scale = (rows.amax(1) - low).clamp(min=1e-3) / (quantizer.high - quantizer.low)
+    quantizer.set(scale, low - scale * quantizer.low)
+
+
+def packed(student: nn.Module, path: Path, images: Tensor, **kwargs: Any) -> PackedModel:
+    qvit.export(student, path, preprocessing=preprocessing(tuple(images.shape[1:])), classes=CLASSES, **kwargs)
+    return read_packed(path)

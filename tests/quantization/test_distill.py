@@ -1,0 +1,391 @@
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qvit import DistillationLoss, QuantConfig, calibrate, quantize
+from qvit.errors import ConfigError, TeacherMismatchError, UnsupportedModelError
+from qvit.nn.attention import QueryKeyRecorder, attention_layers
+from qvit.quantization.distill import check_guidance, guided_distance
+
+DISTILLED = "deit_tiny_distilled_patch16_224"
+
+
+def by_definition(teacher: Tensor, student: Tensor) -> Tensor:
+    """|| G_T - G ||_F with both N x N matrices built, in float64."""
+
+    def gram(x: Tensor) -> Tensor:
+        product = torch.einsum("bhnd,bhmd->bhnm", x.double(), x.double())
+        return product / product.square().sum(dim=(-2, -1), keepdim=True).sqrt()
+
+    return (gram(teacher) - gram(student)).square().sum(dim=(-2, -1)).sqrt()
+
+
+def calibrated(teacher: nn.Module, images: Tensor, config: QuantConfig | None = None) -> nn.Module:
+    student = quantize(teacher, config)
+    calibrate(student, [images])
+    return student
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> float:
+    """Mean of -log softmax at the label, in float64 NumPy."""
+    z = logits.detach().double().numpy()
+    z = z - z.max(axis=1, keepdims=True)
+    log_softmax = z - np.log(np.exp(z).sum(axis=1, keepdims=True))
+    return float(-np.mean([row[label] for row, label in zip(log_softmax, labels.tolist(), strict=True)]))
+
+
+def queries_and_keys(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """What enters the two products, read off by hooks of this test's own: all queries, then all keys."""
+    seen: dict[str, list[Tensor]] = {"q": [], "k": []}
+    handles = []
+    for layer in attention_layers(model):
+        for kind, name in (("q", "query"), ("k", "key")):
+            source = getattr(layer, f"{name}_rectifier", None) or getattr(layer, f"{kind}_norm")
+            handles.append(source.register_forward_hook(lambda m, a, out, kind=kind: seen[kind].append(out)))
+    with torch.no_grad():
+        model(images)
+    for handle in handles:
+        handle.remove()
+    return seen["q"] + seen["k"]
+
+
+@pytest.mark.parametrize("teacher_dim", [8, 5, 12])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-5)])
+def test_distance_equals_the_n_by_n_definition(teacher_dim: int, dtype: torch.dtype, tolerance: float) -> None:
+    teacher, student = torch.randn(2, 3, 17, teacher_dim, dtype=dtype), torch.randn(2, 3, 17, 8, dtype=dtype)
+    expected = by_definition(teacher, student)
+    # the root is smoothed by sqrt(d^2 + eps) - sqrt(eps)
+    smoothing = torch.finfo(dtype).eps ** 0.5
+    got = guided_distance(teacher, student)
+    assert got.shape == (2, 3)
+    torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=smoothing)
+
+
+@pytest.mark.parametrize("teacher_dim", [8, 5, 12])
+def test_gradient_equals_that_of_the_n_by_n_definition(teacher_dim: int) -> None:
+    teacher = torch.randn(2, 3, 17, teacher_dim, dtype=torch.float64)
+    student = torch.randn(2, 3, 17, 8, dtype=torch.float64, requires_grad=True)
+    (got,) = torch.autograd.grad(guided_distance(teacher, student).sum(), student)
+    (expected,) = torch.autograd.grad(by_definition(teacher, student).sum(), student)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_gradient_is_the_finite_difference() -> None:
+    teacher = torch.randn(1, 2, 6, 3, dtype=torch.float64)
+    student = torch.randn(1, 2, 6, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda b: guided_distance(teacher, b), student)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("tokens", [4, 17, 197])
+def test_distance_is_exactly_zero_where_student_is_teacher(dtype: torch.dtype, tokens: int) -> None:
+    student = torch.randn(2, 3, tokens, 8, dtype=dtype, requires_grad=True)
+    distance = guided_distance(student.detach().clone(), student)
+    distance.sum().backward()
+    assert torch.equal(distance, torch.zeros_like(distance))
+    assert bool(torch.isfinite(student.grad).all())
+    assert student.grad.abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("noise", [1e-8, 1e-6, 1e-4, 1e-2])
+def test_gradient_stays_bounded_near_the_teacher(noise: float) -> None:
+    teacher = torch.randn(2, 3, 17, 8)
+    student = (teacher + noise * torch.randn_like(teacher)).requires_grad_(True)
+    guided_distance(teacher, student).sum().backward()
+    assert bool(torch.isfinite(student.grad).all())
+    # far from the teacher each element's gradient is below 1 / (root mean square * sqrt(N)): no blow-up here either
+    assert student.grad.abs().max() < 1
+
+
+def test_distance_lies_between_zero_and_root_two() -> None:
+    for _ in range(20):
+        distance = guided_distance(torch.randn(2, 2, 5, 3), torch.randn(2, 2, 5, 7))
+        assert 0 <= distance.min() <= distance.max() <= math.sqrt(2)
+    apart = torch.zeros(1, 1, 4, 2)
+    apart[..., :2, 0] = 1.0
+    other = torch.zeros(1, 1, 4, 2)
+    other[..., 2:, 0] = 1.0  # other tokens: the Gram matrices share nothing
+    assert guided_distance(apart, other).item() == pytest.approx(math.sqrt(2), abs=1e-3)
+
+
+@pytest.mark.parametrize("factor", [1e-6, 1e-2, 1e3, 1e8])
+def test_distance_does_not_depend_on_scale(factor: float) -> None:
+    teacher, student = torch.randn(2, 3, 17, 8), torch.randn(2, 3, 17, 8)
+    expected = guided_distance(teacher, student)
+    torch.testing.assert_close(guided_distance(teacher, factor * student), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(guided_distance(factor * teacher, student), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_distance_does_not_depend_on_a_rotation_of_the_channels() -> None:
+    teacher, student = torch.randn(2, 3, 17, 8), torch.randn(2, 3, 17, 8)
+    rotation, _ = torch.linalg.qr(torch.randn(8, 8))
+    torch.testing.assert_close(
+        guided_distance(teacher, student @ rotation), guided_distance(teacher, student), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("zero", ["teacher", "student", "both"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_all_zero_input_gives_finite_distance_and_gradient(zero: str, dtype: torch.dtype) -> None:
+    teacher = torch.zeros(1, 2, 5, 3, dtype=dtype) if zero != "student" else torch.randn(1, 2, 5, 3, dtype=dtype)
+    student = torch.zeros(1, 2, 5, 3, dtype=dtype) if zero != "teacher" else torch.randn(1, 2, 5, 3, dtype=dtype)
+    student.requires_grad_(True)
+    distance = guided_distance(teacher, student)
+    distance.sum().backward()
+    assert bool((distance <= math.sqrt(2)).all())
+    assert bool(torch.isfinite(student.grad).all())
+
+
+def test_distance_is_computed_in_float32_under_autocast_and_from_half_inputs() -> None:
+    teacher, student = torch.randn(2, 3, 17, 8), torch.randn(2, 3, 17, 8)
+    expected = guided_distance(teacher, student)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(guided_distance(teacher, student), expected)
+    half = guided_distance(teacher.half(), student.half())
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, expected, rtol=1e-2, atol=1e-3)
+
+
+def saved_bytes(tokens: int) -> int:
+    total = 0
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal total
+        total += tensor.numel() * tensor.element_size()
+        return tensor
+
+    student = torch.randn(1, 2, tokens, 16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        guided_distance(torch.randn(1, 2, tokens, 16), student).sum()
+    return total
+
+
+def test_memory_for_the_backward_pass_grows_linearly_with_tokens() -> None:
+    small, large = saved_bytes(197), saved_bytes(785)
+    assert small > 0
+    assert large / small <= 4.2
+    assert large < 785 * 785 * 4  # less than a single N x N matrix
+
+
+# --- the loss ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rectify", [None, "head", "token"])
+def test_distillation_part_is_hard_label_cross_entropy(vit: nn.Module, images, labels, rectify) -> None:
+    student = calibrated(vit, images, QuantConfig(rectify=rectify)).eval()
+    loss_fn = DistillationLoss(vit, guided=False)
+    loss = loss_fn(student, images, labels)
+    logits = student(images)
+    hard = vit(images).argmax(dim=1)
+    assert not torch.equal(hard, labels)
+    expected = 0.5 * cross_entropy(logits, labels) + 0.5 * cross_entropy(logits, hard)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert torch.equal(loss_fn.last_parts["logits"], logits)
+    assert not loss_fn.last_parts["logits"].requires_grad
+
+
+def test_distillation_token_learns_from_the_teacher_and_class_token_from_the_label(make_model, images, labels) -> None:
+    teacher = make_model()
+    student = calibrated(make_model(DISTILLED), images, QuantConfig(rectify="token"))
+    student.set_distilled_training(True)
+    student.train()
+    loss = DistillationLoss(teacher, guided=False)(student, images, labels)
+    cls_logits, dist_logits = student(images)
+    assert not torch.allclose(cls_logits, dist_logits)
+    expected = 0.5 * cross_entropy(cls_logits, labels) + 0.5 * cross_entropy(dist_logits, teacher(images).argmax(1))
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    loss.backward()
+    assert student.head.weight.grad.abs().max() > 0
+    assert student.head_dist.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("rectify", [None, "head", "token"])
+def test_guided_part_is_the_papers_sum_over_lambda_mapping(vit: nn.Module, images, labels, rectify) -> None:
+    student = calibrated(vit, images, QuantConfig(3, 3, rectify=rectify)).eval()
+    weight, layers, heads = 0.7, 2, 2
+    loss_fn = DistillationLoss(vit, guided_weight=weight)
+    loss = loss_fn(student, images, labels)
+    teacher_qk, student_qk = queries_and_keys(vit, images), queries_and_keys(student, images)
+    assert len(teacher_qk) == len(student_qk) == 2 * layers
+    if rectify == "token":  # every row of the teacher's normalised alike, without gamma and beta
+        teacher_qk = [
+            (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt() for x in teacher_qk
+        ]
+    # the paper: sum over layers and heads of the query's and the key's distance, mean over the batch
+    paper_sum = sum(by_definition(t, s).mean(0).sum() for t, s in zip(teacher_qk, student_qk, strict=True)).item()
+    paper_lambda = weight / (2 * layers * heads)
+    guided = loss.item() - DistillationLoss(vit, guided=False)(student, images, labels).item()
+    assert paper_sum > 0.1
+    assert guided == pytest.approx(paper_lambda * paper_sum, rel=5e-3)
+    assert loss_fn.last_parts["guided"].item() == pytest.approx(paper_sum / (2 * layers * heads), rel=5e-3)
+
+
+def test_token_reading_is_recognised_inside_a_wrapper(vit: nn.Module, images, labels) -> None:
+    """DistributedDataParallel and the like hide the student's attributes."""
+    student = calibrated(vit, images, QuantConfig(rectify="token")).eval()
+    loss_fn = DistillationLoss(vit)
+    plain = loss_fn(student, images, labels)
+    torch.testing.assert_close(loss_fn(nn.Sequential(student), images, labels), plain, rtol=0, atol=0)
+
+
+def test_a_student_with_the_teachers_queries_has_no_guided_part(vit: nn.Module, images, labels) -> None:
+    loss_fn = DistillationLoss(vit)
+    loss_fn(copy.deepcopy(vit), images, labels)
+    assert loss_fn.last_parts["guided"].item() == 0
+
+
+def test_guided_part_reaches_the_query_and_key_weights_of_every_layer(vit: nn.Module, images, labels) -> None:
+    student = calibrated(vit, images).train()
+    loss_fn = DistillationLoss(vit, guided_weight=1.0)
+    gradients = []
+    for guided in (True, False):
+        loss_fn.guided = guided
+        student.zero_grad()
+        loss_fn(student, images, labels).backward()
+        gradients.append([block.attn.qkv.weight.grad.clone() for block in student.blocks])
+    for with_guidance, without in zip(*gradients, strict=True):
+        width = with_guidance.shape[0] // 3
+        assert not torch.allclose(with_guidance[: 2 * width], without[: 2 * width], atol=1e-6)
+    # values of the last layer take no part in it
+    assert torch.allclose(gradients[0][-1][2 * width :], gradients[1][-1][2 * width :], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "numbers"),
+    [({"depth": 3}, "3 attention layers, the student 2"), ({"num_heads": 3}, "3 heads, the student 2")],
+)
+def test_teacher_of_other_depth_or_heads_is_refused_with_both_numbers(make_model, images, labels, kwargs, numbers):
+    student = calibrated(make_model(), images)
+    teacher = make_model(**kwargs)
+    with pytest.raises(TeacherMismatchError, match=numbers):
+        DistillationLoss(teacher)(student, images, labels)
+    with pytest.raises(TeacherMismatchError, match=numbers):
+        check_guidance(teacher, student)
+    # without guidance any teacher will do
+    assert torch.isfinite(DistillationLoss(teacher, guided=False)(student, images, labels))
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_teacher_of_other_classes_is_refused_with_both_numbers(make_model, images, labels, guided: bool) -> None:
+    student = calibrated(make_model(), images)
+    with pytest.raises(TeacherMismatchError, match="7 classes, the student 10"):
+        DistillationLoss(make_model(num_classes=7), guided=guided)(student, images, labels)
+
+
+def test_teacher_of_other_width_is_welcome(make_model, images, labels) -> None:
+    student = calibrated(make_model(), images)
+    loss_fn = DistillationLoss(make_model(embed_dim=40))  # head dimension 20 against 12
+    assert torch.isfinite(loss_fn(student, images, labels))
+    assert 0 < loss_fn.last_parts["guided"] < math.sqrt(2)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_teacher_is_untouched_by_quantize_and_by_the_loss(make_model, images, labels, frozen: bool) -> None:
+    teacher = make_model().requires_grad_(not frozen)
+    state = copy.deepcopy(teacher.state_dict())
+    types = [type(module) for module in teacher.modules()]
+    student = calibrated(teacher, images).train()
+    loss_fn = DistillationLoss(teacher)
+    loss_fn.train()
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    loss_fn(student, images, labels).backward()
+    optimizer.step()
+    assert [type(module) for module in teacher.modules()] == types
+    assert state.keys() == teacher.state_dict().keys()
+    assert all(torch.equal(value, state[key]) for key, value in teacher.state_dict().items())
+    assert all(p.requires_grad is not frozen and p.grad is None for p in teacher.parameters())
+    assert all(p.requires_grad for p in student.parameters())
+    assert not teacher.training
+    assert not torch.equal(student.blocks[0].attn.qkv.weight, teacher.blocks[0].attn.qkv.weight)
+
+
+def test_recorder_hands_out_what_enters_the_product_and_nothing_else(vit: nn.Module, images: Tensor) -> None:
+    student = calibrated(vit, images).eval()
+    for model in (vit, student):
+        recorder = QueryKeyRecorder(model)
+        logits, queries, keys = recorder.run(model, images)
+        assert torch.equal(logits, model(images))
+        assert all(x.shape == (16, 2, 17, 12) for x in queries + keys)
+        for got, expected in zip(queries + keys, queries_and_keys(model, images), strict=True):
+            assert torch.equal(got, expected)
+        assert recorder.queries == recorder.keys == []  # nothing is held on to afterwards
+
+
+BACKEND = "aot_eager"  # traces as inductor does, without the minute of C++ compilation
+
+
+def test_compiled_teacher_and_student_neither_break_nor_recompile(vit: nn.Module, images, labels) -> None:
+    student = calibrated(vit, images).train()
+    loss_fn = DistillationLoss(vit)
+    expected = loss_fn(student, images, labels).item()
+    guided = loss_fn.last_parts["guided"].item()
+    torch.compiler.reset()
+    vit.compile(fullgraph=True, backend=BACKEND)
+    student.compile(fullgraph=True, backend=BACKEND)
+    loss_fn(student, images, labels).backward()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(2):
+            loss = loss_fn(student, images, labels)
+            loss.backward()
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
+    assert loss_fn.last_parts["guided"].item() == pytest.approx(guided, rel=1e-3)
+
+
+def test_model_compiled_before_its_queries_were_asked_for_is_refused_and_says_what_to_do(make_model, images, labels):
+    student, stale = calibrated(make_model(), images), make_model()
+    torch.compiler.reset()
+    stale.compile(backend=BACKEND)
+    with torch.no_grad():
+        stale(images)
+    with pytest.raises(UnsupportedModelError, match=r"torch\.compiler\.reset\(\)"):
+        DistillationLoss(stale)(student, images, labels)
+    torch.compiler.reset()
+    assert torch.isfinite(DistillationLoss(stale)(student, images, labels))
+
+
+def test_loss_falls_in_a_few_steps(vit: nn.Module, images, labels) -> None:
+    student = calibrated(vit, images, QuantConfig(3, 3)).train()
+    loss_fn = DistillationLoss(vit)
+    optimizer = torch.optim.Adam(student.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss = loss_fn(student, images, labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_lambda_falls_along_a_cosine_if_asked_to(vit: nn.Module, images: Tensor) -> None:
+    student, labels = calibrated(vit, images), torch.zeros(len(images), dtype=torch.int64)
+    loss_fn = DistillationLoss(vit, guided_weight=0.8, guided_decay=True)
+    for progress, share in ((0.0, 1.0), (1 / 3, 0.75), (0.5, 0.5), (1.0, 0.0)):
+        loss_fn.progress = progress
+        total = loss_fn(student, images, labels).item()
+        parts = loss_fn.last_parts
+        assert total == pytest.approx(float(parts["distillation"] + 0.8 * share * parts["guided"]), rel=1e-6)
+    constant = DistillationLoss(vit, guided_weight=0.8)
+    constant.progress = 1.0
+    assert constant.present_weight == 0.8
+
+
+def test_only_the_chosen_layers_are_guided(vit: nn.Module, images: Tensor) -> None:
+    student, labels = calibrated(vit, images), torch.zeros(len(images), dtype=torch.int64)
+    every = [guided_distance(t, s).mean() for t, s in zip(
+        queries_and_keys(vit, images), queries_and_keys(student, images), strict=True
+    )]  # fmt: skip
+    depth = len(every) // 2
+    for chosen, layers in (([0], [0]), ([-1], [depth - 1]), ([0, -1], [0, depth - 1])):
+        loss_fn = DistillationLoss(vit, guided_layers=chosen)
+        loss_fn(student, images, labels)
+        expected = torch.stack([every[layer + offset] for offset in (0, depth) for layer in layers]).mean()
+        torch.testing.assert_close(loss_fn.last_parts["guided"], expected)
+    with pytest.raises(ConfigError, match=f"no attention layer {depth} to guide: the teacher has {depth}"):
+        DistillationLoss(vit, guided_layers=[depth])

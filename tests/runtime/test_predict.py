@@ -1,0 +1,130 @@
+"""``qvit predict`` and ``qvit eval`` on a packed file."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+import qvit
+from qvit.cli import app as cli
+from qvit.images import open_image
+from qvit.runtime.engine import load
+from qvit.runtime.preprocess import preprocess_batch
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(cli.app, [*map(str, arguments)])
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> list[Path]:
+    """Return three images and, between them, one that is none."""
+    rng = np.random.default_rng(0)
+    paths = [tmp_path / name for name in ("one.png", "two.jpg", "broken.jpg", "three.png")]
+    for path in paths:
+        if path.stem == "broken":
+            path.write_bytes(b"no image")
+        else:
+            Image.fromarray(rng.integers(0, 255, (20, 31, 3), dtype=np.uint8)).save(path)
+    return paths
+
+
+def test_prints_the_probable_classes_of_each_image(packed_file: Path, photos: list[Path]) -> None:
+    good = [path for path in photos if path.stem != "broken"]
+    result = run("predict", packed_file, *good, "--top-k", "3")
+    assert result.exit_code == 0, result.output
+    engine = load(packed_file)
+    logits = engine(preprocess_batch([open_image(path) for path in good], engine.preprocessing)).astype(np.float64)
+    shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    expected = []
+    for path, row in zip(good, shares, strict=True):
+        expected.append(str(path))
+        expected += [f"  {row[c]:7.2%}  class {c}" for c in np.argsort(-row)[:3]]
+    assert result.stdout.splitlines() == expected
+
+
+def test_json_holds_the_same(packed_file: Path, photos: list[Path]) -> None:
+    result = run("predict", packed_file, photos[0], "--json", "--top-k", "20", "--threads", "1")
+    assert result.exit_code == 0, result.output
+    (entry,) = json.loads(result.stdout)
+    assert entry["image"] == str(photos[0])
+    assert {found["name"] for found in entry["classes"]} == {f"class {n}" for n in range(10)}
+    probabilities = [found["probability"] for found in entry["classes"]]
+    assert sum(probabilities) == pytest.approx(1)
+    assert probabilities == sorted(probabilities, reverse=True)
+
+
+def test_bad_image_costs_the_others_nothing(packed_file: Path, photos: list[Path]) -> None:
+    result = run("predict", packed_file, *photos)
+    assert result.exit_code == 2
+    assert [line for line in result.stdout.splitlines() if line.startswith("/")] == [
+        str(path) for path in photos if path.stem != "broken"
+    ]
+    (complaint,) = result.stderr.splitlines()
+    assert complaint.startswith(f"qvit: {photos[2]} cannot be read as an image: ")
+
+    entries = json.loads(run("predict", packed_file, *photos, "--json").stdout)
+    assert [entry["image"] for entry in entries] == [str(path) for path in photos]
+    assert [sorted(entry) for entry in entries] == [["classes", "image"]] * 2 + [
+        ["error", "image"],
+        ["classes", "image"],
+    ]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\x08\0\0\0\0\0\0\0{}      "])
+def test_model_that_is_none_is_one_sentence(tmp_path: Path, photos: list[Path], content: bytes | None) -> None:
+    path = tmp_path / "model.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    command = [sys.executable, "-m", "qvit.cli.app", "predict", path, photos[0]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert re.fullmatch(r"qvit: .*model\.safetensors.*\.\n", done.stderr)
+
+
+def test_starts_without_what_it_does_not_need(packed_file: Path, photos: list[Path]) -> None:
+    code = f"""
+import sys
+sys.argv = ["qvit", "predict", {str(packed_file)!r}, {str(photos[0])!r}]
+import qvit.cli.app
+try:
+    qvit.cli.app.main()
+except SystemExit as stop:
+    assert not stop.code, stop.code
+print(*sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    loaded = {name.partition(".")[0] for name in done.stdout.splitlines()[-1].split()}
+    assert {"numpy", "PIL", "qvit"} <= loaded
+    assert not {"torch", "timm", "rich", "matplotlib", "scipy", "safetensors"} & loaded
+
+
+def test_eval_measures_a_packed_file_as_it_does_a_checkpoint(tmp_path: Path, packed_file: Path) -> None:
+    # Images that the engine itself classified, so that its accuracy on them is known.
+    rng = np.random.default_rng(1)
+    images = [Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)) for _ in range(60)]
+    found = [best[0][0] for best in load(packed_file).predict(images, top_k=1)]
+    for number in range(10):
+        (tmp_path / "val" / f"class {number}").mkdir(parents=True)
+        images[0].save(tmp_path / "val" / f"class {number}" / "every.png")
+    for number, (image, name) in enumerate(zip(images, found, strict=True)):
+        image.save(tmp_path / "val" / name / f"{number}.png")
+    result = run("eval", packed_file, "--data", tmp_path, "--workers", "0", "--batch-size", "16")
+    assert result.exit_code == 0, result.output
+    # All sixty, and of the ten copies of the first image the one in its own class.
+    assert f"{100 * 61 / 70:.2f}" in result.output
+    assert "4/4" in result.output
+
+
+def test_eval_refuses_other_classes(packed_file: Path) -> None:
+    with pytest.raises(qvit.QvitError, match="Class 0 is '0' in the data set digits"):
+        CliRunner().invoke(cli.app, ["eval", str(packed_file), "--data", "digits"], catch_exceptions=False)
