@@ -28,7 +28,7 @@ from torch import nn
 import qvit
 from qvit.data.loader import make_loader, make_transform
 from qvit.data.sources import open_data
-from qvit.export.packed import export_checkpoint
+from qvit.exporting.packed import export_checkpoint
 from qvit.models.checkpoint import load_checkpoint
 from qvit.nn.attention import QuantAttention
 from qvit.nn.linear import QuantConv2d, QuantLinear

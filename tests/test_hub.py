@@ -78,7 +78,7 @@ def checkpoint(tmp_path: Path, make_model: Callable[..., nn.Module], images: tor
 
 @pytest.fixture
 def packed(tmp_path: Path, checkpoint: Path) -> Path:
-    from qvit.export.packed import export_checkpoint
+    from qvit.exporting.packed import export_checkpoint
 
     path = tmp_path / "model.safetensors"
     export_checkpoint(checkpoint, path)

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 WITHOUT_TORCH = """
 import sys
+from pathlib import Path
 class Blocker:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in {blocked!r}:
@@ -64,3 +66,11 @@ def test_every_public_name_exists() -> None:
     import qvit
 
     assert all(getattr(qvit, name) is not None for name in qvit.__all__)
+
+
+def test_no_subpackage_hides_a_public_name() -> None:
+    import qvit
+
+    folders = {path.parent.name for path in Path(qvit.__file__).parent.glob("*/__init__.py")}
+    modules = {path.stem for path in Path(qvit.__file__).parent.glob("*.py")}
+    assert not (folders | modules) & (set(qvit.__all__) - {"errors"})

@@ -19,7 +19,7 @@ LEVELS = (
     ("qvit.models.vit",),
     ("qvit.quantization",),
     ("qvit.models",),
-    ("qvit.export",),
+    ("qvit.exporting",),
     ("qvit.hub", "qvit.data"),
     ("qvit.analysis",),
     ("qvit.recipes", "qvit.train"),

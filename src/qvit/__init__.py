@@ -14,7 +14,7 @@ from qvit.config import QuantConfig
 from qvit.errors import QvitError
 
 if TYPE_CHECKING:
-    from qvit.export.packed import export
+    from qvit.exporting.packed import export
     from qvit.quantization.calibrate import calibrate
     from qvit.quantization.convert import quantize
     from qvit.quantization.distill import DistillationLoss
@@ -38,7 +38,7 @@ _HOMES = {
     "load": "runtime.engine",
     "quantize": "quantization.convert",
     "calibrate": "quantization.calibrate",
-    "export": "export.packed",
+    "export": "exporting.packed",
     "DistillationLoss": "quantization.distill",
 }
 

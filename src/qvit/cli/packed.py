@@ -108,7 +108,7 @@ def export(
     Example:
       qvit export runs/q4/best.pt model.safetensors
     """
-    from qvit.export.packed import export_checkpoint
+    from qvit.exporting.packed import export_checkpoint
 
     export_checkpoint(checkpoint, out)
     size = out.stat().st_size / 1e6

@@ -29,7 +29,7 @@ from qvit.bench.compare import compare
 from qvit.bench.peers import PEERS
 from qvit.data.loader import Batch, make_loader, make_transform
 from qvit.data.sources import open_data
-from qvit.export.packed import origin_of
+from qvit.exporting.packed import origin_of
 from qvit.models.checkpoint import describe
 from qvit.train.methods import METHODS, FloatModel, Result, train_full_precision, train_quantized
 from qvit.train.options import Options

@@ -29,7 +29,7 @@ from members import (
 from qvit import QuantConfig, quantize
 from qvit.cli.app import app
 from qvit.errors import CheckpointError, ConfigError, PackedFileError, UncalibratedError, UnsupportedModelError
-from qvit.export.packed import export_checkpoint
+from qvit.exporting.packed import export_checkpoint
 from qvit.format.packed import PackedModel, read_packed
 from qvit.models.checkpoint import describe, save_checkpoint
 from qvit.nn.quantizer import Quantizer

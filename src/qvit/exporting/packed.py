@@ -18,7 +18,7 @@ from torch import nn
 
 from qvit._version import __version__
 from qvit.errors import CheckpointError, ConfigError, PackedFileError, UncalibratedError
-from qvit.export.fold import Folding
+from qvit.exporting.fold import Folding
 from qvit.format.header import check_classes, check_preprocessing
 from qvit.format.packed import PackedModel, write_packed
 from qvit.models.checkpoint import ModelCard, load_checkpoint
