@@ -184,3 +184,16 @@ def test_few_codes_after_an_activation_are_the_references(activation: str) -> No
                 for block in range(model.architecture.depth):
                     name = f"blocks.{block}.mlp.fc2"
                     assert np.mean(codes[name] != expected[name] + 2) < 1e-3, isa
+
+
+@pytest.mark.parametrize("hidden", [14, 48, 80, 144])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_gate_of_its_own_may_have_any_width(bits: int, hidden: int) -> None:
+    """Widths whose padding to 16 channels is no multiple of the products' group: up and gate lie side by side."""
+    model = make_packed(bits, mlp="swiglu", mlp_hidden=hidden, activation="silu")
+    images = np.random.default_rng(0).standard_normal((9, 3, *model.architecture.image_size)).astype(np.float32)
+    expected = ReferenceEngine(model)(images)
+    for isa in instruction_sets():
+        logits = Engine(copy.deepcopy(model), threads=1, instruction_set=isa)(images)
+        error = np.abs(logits - expected).max(axis=1)
+        assert np.mean(error <= CLOSE * np.abs(expected).max()) >= 0.9, isa

@@ -692,10 +692,12 @@ void Model::feed_forward(Pass& pass, Scratch& s, const Rows& rows, size_t index)
         } else {
             // Floats first: up and gate side by side, or up alone; then what enters the second layer.
             const size_t stride = mlp.kind == Mlp::Kind::plain ? hidden : 2 * hidden;
+            // A layer's outputs are padded to its product's group: what is beyond its own part belongs to the other.
+            const size_t part = mlp.kind == Mlp::Kind::split ? hidden : stride;
             const auto store = [&](const Linear& layer, size_t offset) {
                 each_tile(layer, enter(layer), count, s.sums.data(), clock, kEpilogues,
                           [&](size_t first, size_t last, size_t tile) {
-                              const size_t end = std::min(last, stride - offset);
+                              const size_t end = std::min(last, part);
                               if (first < end)
                                   isa_.ops.store_sums(s.sums.data(), tile, count, end - first,
                                                       layer.scale.data() + first, layer.shift.data() + first,
