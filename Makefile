@@ -3,12 +3,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
+CXX_FOLDERS := src/qvit/kernels src/qvit/kernels/steps tests/kernels benchmarks
+
 .PHONY: install demo test test-sanitize lint
 
 install: $(INSTALLED)
 
 # uv installs PyTorch's gigabytes in a fraction of pip's time; where there is no uv for the platform, pip does it.
-$(INSTALLED): pyproject.toml CMakeLists.txt $(wildcard src/qvit/kernels/*)
+$(INSTALLED): pyproject.toml CMakeLists.txt $(wildcard src/qvit/kernels/* src/qvit/kernels/steps/*)
 	test -x $(BIN)/python || python3 -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv || true
 	if $(BIN)/python -m uv --version >/dev/null 2>&1; \
@@ -23,7 +25,7 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(wildcard src/qvit/kernels/*.h src/qvit/kernels/*.cpp tests/kernels/*.cpp benchmarks/*.cpp)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard $(addsuffix /*.h,$(CXX_FOLDERS)) $(addsuffix /*.cpp,$(CXX_FOLDERS)))
 
 test: lint
 	$(BIN)/python -m pytest

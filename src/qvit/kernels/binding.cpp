@@ -82,12 +82,12 @@ std::vector<Quantizer> head_quantizers(const nb::dict& part, const char* name, s
     return quantizers;
 }
 
-Attention attention(const Model& model, const nb::dict& part) {
-    const Parts heads = model.heads_parts();
+Attention attention(const Plan& plan, const nb::dict& part) {
+    const Parts heads = plan.heads_parts();
     Attention a;
-    a.norm = norm(part, "norm", model.width_parts());
-    a.qkv = linear(model.isa(), get<nb::dict>(part, "qkv"), {3 * heads.count, heads.size}, model.width_parts());
-    a.proj = linear(model.isa(), get<nb::dict>(part, "proj"), model.width_parts(), heads);
+    a.norm = norm(part, "norm", plan.width_parts());
+    a.qkv = linear(plan.isa, get<nb::dict>(part, "qkv"), {3 * heads.count, heads.size}, plan.width_parts());
+    a.proj = linear(plan.isa, get<nb::dict>(part, "proj"), plan.width_parts(), heads);
     for (auto [operand, norms] : {std::pair{"query", &a.query}, std::pair{"key", &a.key}}) {
         const auto given = get<nb::dict>(part, operand);
         if (has(given, "norm")) norms->push_back(norm(given, "norm", heads));
@@ -102,7 +102,7 @@ Attention attention(const Model& model, const nb::dict& part) {
     a.value_quantizer = head_quantizers(part, "value", heads.count, true);
     a.map_quantizer = head_quantizers(part, "attention", heads.count, false);
     a.inner = norm(part, "inner", {1, heads.count * heads.size});
-    model.finish(a);
+    plan.finish(a);
     return a;
 }
 
@@ -117,9 +117,9 @@ Activation activation(const std::string& name) {
     throw std::invalid_argument("activation");
 }
 
-Mlp mlp(const Model& model, const nb::dict& part) {
+Mlp mlp(const Plan& plan, const nb::dict& part) {
     Mlp m;
-    const Parts width = model.width_parts(), hidden{1, get<size_t>(part, "hidden")};
+    const Parts width = plan.width_parts(), hidden{1, get<size_t>(part, "hidden")};
     const auto kind = get<std::string>(part, "kind");
     m.kind = kind == "plain"        ? Mlp::Kind::plain
              : kind == "first_half" ? Mlp::Kind::first_half
@@ -127,9 +127,9 @@ Mlp mlp(const Model& model, const nb::dict& part) {
                                     : Mlp::Kind::split;
     const bool both = m.kind == Mlp::Kind::first_half || m.kind == Mlp::Kind::second_half;
     m.norm = norm(part, "norm", width);
-    m.up = linear(model.isa(), get<nb::dict>(part, "up"), {both ? size_t{2} : size_t{1}, hidden.size}, width);
-    if (m.kind == Mlp::Kind::split) m.gate = linear(model.isa(), get<nb::dict>(part, "gate"), hidden, width);
-    m.down = linear(model.isa(), get<nb::dict>(part, "down"), width, hidden);
+    m.up = linear(plan.isa, get<nb::dict>(part, "up"), {both ? size_t{2} : size_t{1}, hidden.size}, width);
+    if (m.kind == Mlp::Kind::split) m.gate = linear(plan.isa, get<nb::dict>(part, "gate"), hidden, width);
+    m.down = linear(plan.isa, get<nb::dict>(part, "down"), width, hidden);
     m.inner = norm(part, "inner", hidden);
     m.activation = activation(get<std::string>(part, "activation"));
     m.inputs = hidden.size;
@@ -137,32 +137,32 @@ Mlp mlp(const Model& model, const nb::dict& part) {
     return m;
 }
 
-void set_embedding(Model& model, const nb::dict& part) {
-    const Shape& shape = model.shape();
+void set_embedding(Plan& plan, const nb::dict& part) {
+    const Shape& shape = plan.shape;
     const size_t inputs = shape.channels * shape.patch_height * shape.patch_width;
     const size_t patches = (shape.height / shape.patch_height) * (shape.width / shape.patch_width);
-    model.set_embedding(linear_spec(get<nb::dict>(part, "patch"), shape.embed_dim, inputs),
-                        norm(part, "norm", model.width_parts()),
-                        shape.prefix == 0 ? nullptr : floats(part, "prefix", shape.prefix * shape.embed_dim),
-                        has(part, "positions") ? floats(part, "positions", patches * shape.embed_dim) : nullptr,
-                        norm(part, "pre_norm", model.width_parts()));
+    plan.set_embedding(linear_spec(get<nb::dict>(part, "patch"), shape.embed_dim, inputs),
+                       norm(part, "norm", plan.width_parts()),
+                       shape.prefix == 0 ? nullptr : floats(part, "prefix", shape.prefix * shape.embed_dim),
+                       has(part, "positions") ? floats(part, "positions", patches * shape.embed_dim) : nullptr,
+                       norm(part, "pre_norm", plan.width_parts()));
 }
 
-void add_block(Model& model, const nb::dict& part) {
+void add_block(Plan& plan, const nb::dict& part) {
     Block block;
     block.post = get<bool>(part, "post");
     for (nb::handle each : get<nb::list>(part, "attentions"))
-        block.attentions.push_back(attention(model, nb::cast<nb::dict>(each)));
-    for (nb::handle each : get<nb::list>(part, "mlps")) block.mlps.push_back(mlp(model, nb::cast<nb::dict>(each)));
-    model.add_block(std::move(block));
+        block.attentions.push_back(attention(plan, nb::cast<nb::dict>(each)));
+    for (nb::handle each : get<nb::list>(part, "mlps")) block.mlps.push_back(mlp(plan, nb::cast<nb::dict>(each)));
+    plan.add_block(std::move(block));
 }
 
-void set_head(Model& model, const nb::dict& part) {
+void set_head(Plan& plan, const nb::dict& part) {
     std::vector<Linear> heads;
     for (nb::handle each : get<nb::list>(part, "heads"))
-        heads.push_back(linear(model.isa(), nb::cast<nb::dict>(each), {1, model.shape().classes}, model.width_parts()));
-    model.set_head(norm(part, "norm", model.width_parts()), norm(part, "pool_norm", model.width_parts()),
-                   std::move(heads));
+        heads.push_back(linear(plan.isa, nb::cast<nb::dict>(each), {1, plan.shape.classes}, plan.width_parts()));
+    plan.set_head(norm(part, "norm", plan.width_parts()), norm(part, "pool_norm", plan.width_parts()),
+                  std::move(heads));
 }
 
 // {(part, block, branch): codes (images, rows, width)} of at most Model::kImagesAtOnce images.
@@ -170,7 +170,7 @@ nb::dict trace(Model& model, Array<float, 4> images) {
     const size_t batch = images.shape(0);
     need(batch > 0 && batch <= Model::kImagesAtOnce, "images");
     Trace trace(batch);
-    std::vector<float> logits(batch * model.shape().classes);
+    std::vector<float> logits(batch * model.plan().shape.classes);
     model.forward(images.data(), batch, logits.data(), &trace);
     nb::dict codes;
     for (const Trace::Codes& each : trace.all()) {
@@ -288,14 +288,17 @@ NB_MODULE(_kernels, m) {
                 new (self) Model(isa_named(isa), shape_of(shape), threads);
             },
             "isa"_a, "shape"_a, "threads"_a)
-        .def("set_embedding", set_embedding, "part"_a)
-        .def("add_block", add_block, "part"_a)
-        .def("set_head", set_head, "part"_a)
+        .def(
+            "set_embedding", [](Model& model, const nb::dict& part) { set_embedding(model.plan(), part); }, "part"_a)
+        .def(
+            "add_block", [](Model& model, const nb::dict& part) { add_block(model.plan(), part); }, "part"_a)
+        .def(
+            "set_head", [](Model& model, const nb::dict& part) { set_head(model.plan(), part); }, "part"_a)
         .def(
             "forward",
             [](Model& model, Array<float, 4> images,
                nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu> logits) {
-                const Shape& shape = model.shape();
+                const Shape& shape = model.plan().shape;
                 need(images.shape(1) == shape.channels && images.shape(2) == shape.height &&
                          images.shape(3) == shape.width && logits.shape(0) == images.shape(0) &&
                          logits.shape(1) == shape.classes,
