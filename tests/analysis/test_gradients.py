@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from qvit import DistillationLoss, QuantConfig, calibrate, quantize
 from qvit.analysis.gradients import loss_gradients
 from qvit.errors import DataError
-from qvit.nn.attention import QueryKeyRecorder, attention_layers
+from qvit.nn.attention import attention_layers, run_with_queries
 from qvit.quantization.distill import guided_distance
 
 LABELS = torch.tensor([0, 1, 2, 3])
@@ -29,9 +29,9 @@ def test_norms_are_those_of_each_term_alone(vit, images, student):
 
     student.train()
     weights = [layer.qkv.weight for layer in attention_layers(student)]
-    logits, queries, keys = QueryKeyRecorder(student).run(student, images)
+    logits, queries, keys = run_with_queries(student, images)
     with torch.no_grad():
-        teacher_logits, their_queries, their_keys = QueryKeyRecorder(vit).run(vit, images)
+        teacher_logits, their_queries, their_keys = run_with_queries(vit, images)
     labels = 0.5 * (F.cross_entropy(logits, LABELS) + F.cross_entropy(logits, teacher_logits.argmax(-1)))
     pairs = zip(their_queries + their_keys, queries + keys, strict=True)
     guided = 0.7 * torch.stack([guided_distance(t, s).mean() for t, s in pairs]).mean()

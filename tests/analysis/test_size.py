@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import timm
+from torch import nn
 
 from qvit import QuantConfig, calibrate, quantize
 from qvit.analysis.size import model_size, operations
@@ -98,3 +99,25 @@ def test_operations_of_deit_tiny():
     edges = 196 * 768 * 192 + 192 * 1000
     assert operations(model, 224).total == linear + attention + edges
     assert 1.08e9 < linear + attention + edges < 1.3e9
+
+
+class Windowed(nn.Module):
+    """An attention that looks at each of some windows for itself, which come in the first dimension."""
+
+    def __init__(self, attention, windows):
+        super().__init__()
+        self.attention, self.windows = attention, windows
+
+    def forward(self, x, **_):
+        B, N, C = x.shape
+        return self.attention(x.reshape(B * self.windows, N // self.windows, C)).reshape(B, N, C)
+
+
+@pytest.mark.parametrize("windows", [1, 2, 8])
+def test_attention_in_windows_is_counted_window_by_window(make_model, windows):
+    model = make_model(class_token=False, global_pool="avg")
+    for block in model.blocks:
+        block.attn = Windowed(block.attn, windows)
+    tokens = N - 1
+    products = L * 2 * tokens * (tokens // windows) * C
+    assert operations(model, 16).total == L * tokens * numel(BLOCK) + products + tokens * C * P + C * K

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qvit import QuantConfig, calibrate, quantize
 from qvit.errors import ConfigError, DataError, UnsupportedModelError
-from qvit.nn.attention import QuantAttention, QueryKeyRecorder
+from qvit.nn.attention import QuantAttention, run_with_queries
 from qvit.nn.quantizer import Quantizer, code_range
 from qvit.nn.rectify import Rectifier
 from qvit.quantization.calibrate import minimum_error_scale
@@ -124,7 +124,7 @@ def test_error_falls_with_every_bit(vit: nn.Module, images: Tensor) -> None:
 
 def attention_maps(model: nn.Module, images: Tensor) -> list[Tensor]:
     with torch.no_grad():
-        _, queries, keys = QueryKeyRecorder(model).run(model, images)
+        _, queries, keys = run_with_queries(model, images)
     return [(q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1) for q, k in zip(queries, keys, strict=True)]
 
 

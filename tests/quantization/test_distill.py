@@ -5,12 +5,13 @@ import math
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
 from qvit import DistillationLoss, QuantConfig, calibrate, quantize
-from qvit.errors import ConfigError, TeacherMismatchError, UnsupportedModelError
-from qvit.nn.attention import QueryKeyRecorder, attention_layers
+from qvit.errors import ConfigError, TeacherMismatchError
+from qvit.nn.attention import attention_layers, run_with_queries
 from qvit.quantization.distill import check_guidance, guided_distance
 
 DISTILLED = "deit_tiny_distilled_patch16_224"
@@ -305,16 +306,14 @@ def test_teacher_is_untouched_by_quantize_and_by_the_loss(make_model, images, la
     assert not torch.equal(student.blocks[0].attn.qkv.weight, teacher.blocks[0].attn.qkv.weight)
 
 
-def test_recorder_hands_out_what_enters_the_product_and_nothing_else(vit: nn.Module, images: Tensor) -> None:
+def test_queries_and_keys_are_what_enters_the_product(vit: nn.Module, images: Tensor) -> None:
     student = calibrated(vit, images).eval()
     for model in (vit, student):
-        recorder = QueryKeyRecorder(model)
-        logits, queries, keys = recorder.run(model, images)
+        logits, queries, keys = run_with_queries(model, images)
         assert torch.equal(logits, model(images))
         assert all(x.shape == (16, 2, 17, 12) for x in queries + keys)
         for got, expected in zip(queries + keys, queries_and_keys(model, images), strict=True):
             assert torch.equal(got, expected)
-        assert recorder.queries == recorder.keys == []  # nothing is held on to afterwards
 
 
 BACKEND = "aot_eager"  # traces as inductor does, without the minute of C++ compilation
@@ -337,16 +336,47 @@ def test_compiled_teacher_and_student_neither_break_nor_recompile(vit: nn.Module
     assert loss_fn.last_parts["guided"].item() == pytest.approx(guided, rel=1e-3)
 
 
-def test_model_compiled_before_its_queries_were_asked_for_is_refused_and_says_what_to_do(make_model, images, labels):
-    student, stale = calibrated(make_model(), images), make_model()
+def test_compiled_models_are_guided_after_they_have_run_alone(make_model, images, labels) -> None:
+    vit = make_model(depth=1)
+    student = calibrated(vit, images).train()
+    expected = DistillationLoss(vit)(student, images, labels).item()
     torch.compiler.reset()
-    stale.compile(backend=BACKEND)
-    with torch.no_grad():
-        stale(images)
-    with pytest.raises(UnsupportedModelError, match=r"torch\.compiler\.reset\(\)"):
-        DistillationLoss(stale)(student, images, labels)
-    torch.compiler.reset()
-    assert torch.isfinite(DistillationLoss(stale)(student, images, labels))
+    for model in (vit, student):
+        model.compile(fullgraph=True, backend=BACKEND)
+    for _ in range(2):
+        with torch.no_grad():
+            vit(images)  # as the loss runs it, but for the queries that it asks for
+        student(images)
+        assert DistillationLoss(vit)(student, images, labels).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_guidance_reaches_the_weights_of_checkpointed_blocks(vit: nn.Module, images, labels) -> None:
+    student = calibrated(vit, images, QuantConfig(rectify="token")).train()
+    gradients = []
+    for checkpointing in (False, True):
+        student.set_grad_checkpointing(checkpointing)
+        student.zero_grad()
+        DistillationLoss(vit, guided_weight=10.0)(student, images, labels).backward()
+        gradients.append({name: p.grad.clone() for name, p in student.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+@pytest.mark.parametrize("cause", ["frozen", "reentrant"])
+def test_guidance_without_a_gradient_is_refused(vit: nn.Module, images, labels, cause: str) -> None:
+    student = calibrated(vit, images, QuantConfig(rectify=None)).train()
+    if cause == "frozen":
+        student.requires_grad_(False)
+        student.head.requires_grad_(True)
+    student.set_grad_checkpointing(cause == "reentrant")
+    reentrant = timm.layers.config.use_reentrant_ckpt()
+    timm.layers.set_reentrant_ckpt(cause == "reentrant")
+    try:
+        with pytest.raises(ConfigError, match="reaches no weight of the student"):
+            DistillationLoss(vit)(student, images, labels)
+    finally:
+        timm.layers.set_reentrant_ckpt(reentrant)
+    assert torch.isfinite(DistillationLoss(vit, guided=False)(student, images, labels))
 
 
 def test_loss_falls_in_a_few_steps(vit: nn.Module, images, labels) -> None:

@@ -188,7 +188,6 @@ def test_compiled_training_follows_the_eager_one(
     eager, compiled = (read_metrics(tmp_path / name)[0] for name in ("eager", "compile"))
     for name in ("train_loss", "distillation", "guided"):
         assert compiled[name] == pytest.approx(eager[name], rel=0.02)
-    # Hooks are called again, and see what compiled code would have kept to itself.
     assert len(query_key_statistics(result.model, [torch.zeros(2, 1, 8, 8)])) == 1
 
 

@@ -113,8 +113,8 @@ def operations(model: VisionTransformer, image_size: int | tuple[int, int]) -> O
         if isinstance(layer, QuantAttention):
             query_key = Bits(layer.key_quantizer.bits, layer.query_quantizer.bits)
             attention_value = Bits(layer.value_quantizer.bits, layer.attention_quantizer.bits)
-        tokens = args[0].shape[1]
-        macs = tokens * tokens * layer.num_heads * layer.head_dim
+        windows, tokens, _ = args[0].shape
+        macs = windows * tokens * tokens * layer.num_heads * layer.head_dim
         add(query_key, macs)
         add(attention_value, macs)
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qvit.errors import DataError, TeacherMismatchError, UnsupportedModelError
-from qvit.nn.attention import QuantAttention, QueryKeyRecorder, attention_layers
+from qvit.nn.attention import QuantAttention, attention_layers, run_with_queries
 from qvit.nn.quantizer import Quantizer
 
 BINS = 100
@@ -98,10 +98,9 @@ def query_key_statistics(model: nn.Module, batches: Iterable[Any]) -> list[Query
     """
     layers = _layers(model)
     running = [_RunningStatistics(index, layer) for index, layer in enumerate(layers)]
-    recorder = QueryKeyRecorder(model)
     with _evaluating(model):
         for images in _images(batches):
-            _, queries, keys = recorder.run(model, images.to(_device(model)))
+            _, queries, keys = run_with_queries(model, images.to(_device(model)))
             for statistics, q, k in zip(running, queries, keys, strict=True):
                 statistics.add(q, k)
     return [statistics.result() for statistics in running]
@@ -135,13 +134,11 @@ def attention_distance(teacher: nn.Module, student: nn.Module, batches: Iterable
     """
     models = (teacher, student)
     layers = [_layers(model) for model in models]
-    recorders = [QueryKeyRecorder(model) for model in models]
     total, rows = torch.zeros(0), 0
     with _evaluating(*models):
         for images in _images(batches):
             (theirs, ours) = (
-                list(zip(*recorder.run(model, images.to(_device(model)))[1:], strict=True))
-                for recorder, model in zip(recorders, models, strict=True)
+                list(zip(*run_with_queries(model, images.to(_device(model)))[1:], strict=True)) for model in models
             )
             _check_comparable([q for q, _ in theirs], [q for q, _ in ours])
             distances = torch.stack([_distance(*pair) for pair in zip(layers[0], theirs, layers[1], ours, strict=True)])

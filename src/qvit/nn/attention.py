@@ -9,7 +9,6 @@ from timm.layers import Attention, maybe_add_mask, resolve_self_attn_mask
 from torch import Tensor, nn
 
 from qvit.config import QuantConfig
-from qvit.errors import UnsupportedModelError
 from qvit.nn.quantizer import Quantizer
 from qvit.nn.recompute import recomputed
 from qvit.nn.rectify import make_rectifier
@@ -92,50 +91,44 @@ def attention_layers(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, (Attention, QuantAttention))]
 
 
-class QueryKeyRecorder:
-    """Hands out the queries and keys of every attention layer of a model, ``(B, H, N, D)`` each.
+def run_with_queries(model: nn.Module, images: Tensor) -> tuple[Any, list[Tensor], list[Tensor]]:
+    """Return ``model(images)``, and the queries and keys of every attention layer, ``(B, H, N, D)`` each.
 
-    Of a float model what enters the attention product; of a quantized one the rectified q~ and k~ before they are
-    quantized. The hooks stay on the model, so that a compiled one is traced with them; outside :meth:`recording`
-    they do nothing. torch.compile does not notice hooks: what it compiled before they were there has to be forgotten
-    (``torch.compiler.reset()``), code shared with another model of the same class included.
+    Of a float model they are what enters the attention product; of a quantized one the rectified q~ and k~ before they
+    are quantized.
+
+    While the model runs, other modules stand in the place of those that make queries and keys; nothing of it is left
+    afterwards. Hooks would do the same in eager mode, but compiled code does not notice that hooks were added to a
+    module, and does notice that a module is of another class.
+
+    Args:
+        model: a float or quantized vision transformer, maybe compiled or in a wrapper such as DDP.
+        images: ``(B, C, H, W)``.
     """
+    queries: list[Tensor] = []
+    keys: list[Tensor] = []
+    replaced: list[tuple[nn.Module, str, nn.Module]] = []
+    try:
+        for layer in attention_layers(model):
+            names = ("query_rectifier", "key_rectifier") if isinstance(layer, QuantAttention) else ("q_norm", "k_norm")
+            for name, outputs in zip(names, (queries, keys), strict=True):
+                source = getattr(layer, name)
+                replaced.append((layer, name, source))
+                setattr(layer, name, _Recorded(source, outputs))
+        return model(images), queries, keys
+    finally:
+        for layer, name, source in replaced:
+            setattr(layer, name, source)
 
-    def __init__(self, model: nn.Module) -> None:
-        self.active = False
-        self.queries: list[Tensor] = []
-        self.keys: list[Tensor] = []
-        layers = attention_layers(model)
-        self.layers = len(layers)
-        for layer in layers:
-            rectified = isinstance(layer, QuantAttention)
-            query_source = layer.query_rectifier if rectified else layer.q_norm
-            key_source = layer.key_rectifier if rectified else layer.k_norm
-            query_source.register_forward_hook(self._keep_query)
-            key_source.register_forward_hook(self._keep_key)
 
-    def _keep_query(self, module: nn.Module, args: object, output: Tensor) -> None:
-        if self.active:
-            self.queries.append(output)
+class _Recorded(nn.Module):
+    """``source``, whose outputs are kept in a list too."""
 
-    def _keep_key(self, module: nn.Module, args: object, output: Tensor) -> None:
-        if self.active:
-            self.keys.append(output)
+    def __init__(self, source: nn.Module, outputs: list[Tensor]) -> None:
+        super().__init__()
+        self.source, self.outputs = source, outputs
 
-    def run(self, model: nn.Module, images: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Run ``model(images)`` and return its output, the queries and the keys layer by layer.
-
-        Raises:
-            UnsupportedModelError: if the model runs code that was compiled before its queries were asked for.
-        """
-        self.active, self.queries, self.keys = True, [], []
-        try:
-            output = model(images)
-            if not len(self.queries) == len(self.keys) == self.layers:
-                raise UnsupportedModelError(
-                    f"Of {self.layers} attention layers {len(self.queries)} gave their queries: the model was compiled "
-                    "before guided distillation asked for them. Call torch.compiler.reset() before compiling it."
-                )
-            return output, self.queries, self.keys
-        finally:
-            self.active, self.queries, self.keys = False, [], []
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.source(x)
+        self.outputs.append(output)
+        return output

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qvit.errors import ConfigError, TeacherMismatchError
-from qvit.nn.attention import QueryKeyRecorder, attention_layers
+from qvit.nn.attention import attention_layers, run_with_queries
 from qvit.nn.rectify import EPS, TokenRectifier
 
 GUIDED_WEIGHT = 0.1
@@ -117,7 +116,6 @@ class DistillationLoss(nn.Module):
         self.progress = 0.0
         """Share of the training that is done, for ``guided_decay``."""
         self.last_parts: dict[str, Tensor] = {}
-        self._recorders: weakref.WeakKeyDictionary[nn.Module, QueryKeyRecorder] = weakref.WeakKeyDictionary()
 
     def train(self, mode: bool = True) -> DistillationLoss:
         """Do nothing: the teacher stays in evaluation mode."""
@@ -128,6 +126,7 @@ class DistillationLoss(nn.Module):
 
         Raises:
             TeacherMismatchError: if classes, layers or heads of teacher and student differ.
+            ConfigError: if the guided distance has no gradient where the other term has one.
         """
         with torch.no_grad():  # not inference mode: the student's gradients are products with the teacher's queries
             teacher_logits, teacher_queries, teacher_keys = self._run(self.teacher, images)
@@ -149,6 +148,11 @@ class DistillationLoss(nn.Module):
                 [those[layer] for those in (teacher_queries, teacher_keys) for layer in chosen],
                 [those[layer] for those in (queries, keys) for layer in chosen],
             )
+            if loss.requires_grad and not guided.requires_grad:
+                raise ConfigError(
+                    "The guided distance reaches no weight of the student: its query and key weights are frozen, or "
+                    "timm checkpoints its blocks in PyTorch's reentrant way (timm.layers.set_reentrant_ckpt(False))."
+                )
             self.last_parts["guided"] = guided.detach()
             loss = loss + self.present_weight * guided
         return loss
@@ -169,9 +173,7 @@ class DistillationLoss(nn.Module):
     def _run(self, model: nn.Module, images: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         if not self.guided:
             return model(images), [], []
-        if model not in self._recorders:
-            self._recorders[model] = QueryKeyRecorder(model)
-        return self._recorders[model].run(model, images)
+        return run_with_queries(model, images)
 
 
 def check_guidance(teacher: nn.Module, student: nn.Module) -> None:

@@ -112,8 +112,7 @@ def fit(
         ema.module.load_state_dict(saved.weights)
     evaluated: VisionTransformer = model if ema is None else ema.module
     if options.compile:
-        # Of an earlier run in this process nothing is left: its code has no hooks for this run's guidance, and a class
-        # is compiled for a limited number of different models.
+        # Of an earlier run in this process nothing is left: a class is compiled for so many models and no more.
         torch.compiler.reset()
         for part in (model, getattr(loss_fn, "teacher", None)):
             if part is not None:
@@ -233,7 +232,7 @@ def fit(
                 bar.console.print(epoch_line(record, schedule.epochs), highlight=False)
             if sum_over_processes([sigterm.received], device)[0]:
                 raise TrainingStopped(_stopped(run))
-    model._compiled_call_impl = None  # what is measured of it next needs hooks, which compiled code does not call
+    model._compiled_call_impl = None  # what is measured of it next runs once: not worth minutes of compiling
     return evaluated, history
 
 
