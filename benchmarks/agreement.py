@@ -48,7 +48,8 @@ class CodeRecorder:
                 self._watch(name, module.input_quantizer)
             elif isinstance(module, QuantAttention):
                 for operand in ("query", "key", "value", "attention"):
-                    self._watch(f"{name}.{operand}", getattr(module, f"{operand}_quantizer"))
+                    file_name = "map" if operand == "attention" else operand
+                    self._watch(f"{name}.{file_name}", getattr(module, f"{operand}_quantizer"))
 
     def _watch(self, name: str, quantizer: Quantizer) -> None:
         def keep(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
@@ -101,7 +102,7 @@ def main() -> None:
         for count in counts.values():
             count.next_batch()
         for name, codes in recorder_exact.codes.items():
-            cut = patches(codes, engine.architecture.patch_size) if name == "patch_embed.proj" else codes
+            cut = patches(codes, model.patch_embed.patch_size) if name == "patch_embed.proj" else codes
             counts["engine"].add(name, cut, engine_codes[name])
             counts["float32"].add(name, codes, recorder.codes[name])
 

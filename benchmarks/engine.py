@@ -26,7 +26,7 @@ from rich.table import Table
 import qvit
 from qvit.bench.compare import ROUNDS, Comparison, Timing, compare, machine
 from qvit.bench.peers import PEERS
-from random_models import HEADS, write_random
+from random_models import MODELS, write_random
 
 BATCHES = (1, 2, 4, 8, 16, 32)
 IMAGE_SIZES = (224, 384, 448)
@@ -147,7 +147,7 @@ def _compare(
 def main() -> None:
     """Measure, print tables and write the JSON file if one is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=HEADS, default=list(HEADS)[:2])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS[:2])
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 2])
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     parser.add_argument("--rounds", type=int, default=ROUNDS)

@@ -6,57 +6,31 @@ Example: python benchmarks/random_models.py deit_small_patch16_224 --bits 4 --ou
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
+import torch
 
-from qvit.config import Bits
-from qvit.format.architecture import Architecture, Norm
+from qvit import QuantConfig, quantize
+from qvit.format.branches import Attention, Residual
 from qvit.format.codes import pack_codes
-from qvit.format.packed import PackedModel, expected_entries, write_packed
+from qvit.format.ops import Norm
+from qvit.format.packed import PackedModel, write_packed
+from qvit.format.program import Program
+from qvit.models.families import lower
 
-HEADS = {"deit_tiny_patch16_224": 3, "deit_small_patch16_224": 6, "deit_base_patch16_224": 12}
-"""Of 64 channels each; the sizes of a DeiT follow from them."""
+MODELS = ("deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224")
 CLASSES = 1000
 
 
-def architecture(name: str, image_size: int = 224) -> Architecture:
-    """Return the architecture of a DeiT with head rectifiers for square images of ``image_size`` pixels."""
-    norm = Norm("layer", 1e-6)
-    return Architecture(
-        name=name,
-        image_size=(image_size, image_size),
-        patch_size=(16, 16),
-        channels=3,
-        embed_dim=64 * HEADS[name],
-        num_heads=HEADS[name],
-        head_dim=64,
-        depth=12,
-        class_token=True,
-        distillation_token=False,
-        register_tokens=0,
-        position_embedding="all",
-        norm=norm,
-        embed_norm=None,
-        pre_norm=None,
-        final_norm=norm,
-        pool_norm=None,
-        qk_norm=None,
-        attention_norm=None,
-        mlp_norm=None,
-        block="pre",
-        parallel=1,
-        rectify="head",
-        mlp="plain",
-        mlp_hidden=256 * HEADS[name],
-        gate_last=False,
-        activation="gelu",
-        attention_scale=64**-0.5,
-        pool="token",
-        pool_skip=0,
-        class_count=CLASSES,
-    )
+def program(name: str, bits: int = 4, image_size: int = 224) -> Program:
+    """Return the program of a student of timm's model ``name`` for square images of ``image_size`` pixels."""
+    with torch.device("meta"):
+        student = quantize(timm.create_model(name, img_size=image_size), QuantConfig(bits, bits))
+    return lower(student, (image_size, image_size))[0]
 
 
 def preprocessing(image_size: int) -> dict[str, Any]:
@@ -73,38 +47,44 @@ def preprocessing(image_size: int) -> dict[str, Any]:
 
 def write_random(path: Path, name: str, bits: int, image_size: int = 224) -> Path:
     """Write a packed model with random codes and scales that keep all values of ordinary size; return ``path``."""
-    net = architecture(name, image_size)
-    all_bits = {
-        layer: Bits(8, 8) if layer in ("patch_embed.proj", "head") else Bits(bits, bits) for layer in net.bit_names()
-    }
+    net = program(name, bits, image_size)
     rng = np.random.default_rng(0)
+    norms = {f"{norm.name}.weight" for norm in _norms(net)}
     tensors = {}
-    for entry, (dtype, shape) in expected_entries(net, all_bits).items():
+    for entry, (dtype, shape) in net.entries().items():
         tensors[entry] = np.zeros(shape, dtype)
         if entry in ("prefix_tokens", "position_embedding"):
             tensors[entry] = rng.standard_normal(shape, np.float32)
-        elif entry.endswith(("norm1.weight", "norm2.weight", "norm.weight")):
+        elif entry in norms:
             tensors[entry] += 1
-    for layer in net.linear_layers():
-        width = all_bits[layer.name]
-        half = 2 ** (width.weight - 1)
+    for layer in net.layers().values():
+        half = 2 ** (layer.bits.weight - 1)
         codes = rng.integers(-half, half, (layer.outputs, layer.inputs))
-        tensors[f"{layer.name}.codes"] = pack_codes(codes, width.weight)
+        tensors[f"{layer.name}.codes"] = pack_codes(codes, layer.bits.weight)
         tensors[f"{layer.name}.scale"] += 1 / (codes.std() * layer.inputs**0.5)
-        tensors[f"{layer.name}.input_scale"] += 6 / 2**width.activation  # from -3 to 3
-    for block in range(net.depth):
+        tensors[f"{layer.name}.input_scale"] += 6 / 2**layer.bits.activation  # from -3 to 3
+    for attention, (operation, x) in net.attentions().items():
         for operand in ("query", "key", "value"):
-            tensors[f"blocks.{block}.attn.{operand}.scale"] += 6 / 2**bits
-        tensors[f"blocks.{block}.attn.attention.scale"] += 4 / net.tokens / 2**bits
+            tensors[f"{attention}.{operand}.scale"] += 6 / 2 ** getattr(operation, operand)
+        group = operation.group(x) if isinstance(operation, Attention) else x.tokens
+        tensors[f"{attention}.map.scale"] += 4 / group / 2**operation.map
     classes = [f"class {number}" for number in range(CLASSES)]
-    write_packed(path, PackedModel(net, all_bits, preprocessing(image_size), classes, {"weights": "random"}, tensors))
+    write_packed(path, PackedModel(net, preprocessing(image_size), classes, {"weights": "random"}, tensors))
     return path
+
+
+def _norms(net: Program) -> Iterator[Norm]:
+    for operation in net.operations:
+        parts = operation.branches if isinstance(operation, Residual) else (operation,)
+        for part in parts:
+            found = [part] if isinstance(part, Norm) else list(vars(part).values())
+            yield from (norm for norm in found if isinstance(norm, Norm))
 
 
 def main() -> None:
     """Write one file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=HEADS)
+    parser.add_argument("name", choices=MODELS)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--out", type=Path, required=True)

@@ -60,15 +60,16 @@ def prepare(folder: Path, name: str) -> None:
     import torch
     from PIL import Image
 
-    from qvit.bench.peers import Case, export_onnx, float_model
-    from random_models import architecture, preprocessing, write_random
+    from qvit.bench.peers import Case, export_onnx
+    from qvit.models.families import float_model
+    from random_models import preprocessing, program, write_random
 
     noise = np.random.default_rng(0).integers(0, 255, (12, 16, 3), dtype=np.uint8)
     Image.fromarray(noise).resize((500, 375)).save(folder / "image.jpg")  # blurred: compressed about as a photo is
     write_random(folder / "model.safetensors", name, 4)
-    torch.save(float_model(architecture(name)).state_dict(), folder / "model.pth")
+    torch.save(float_model(program(name)).state_dict(), folder / "model.pth")
     (folder / "preprocessing.json").write_text(json.dumps(preprocessing(224)))
-    export_onnx(Case(architecture(name), 1, THREADS, folder / "model.onnx"))
+    export_onnx(Case(program(name), 1, THREADS, folder / "model.onnx"))
 
 
 def commands(folder: Path, name: str) -> dict[str, list[str]]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from qvit.config import Bits
-from qvit.format.architecture import Architecture, Norm
+from qvit.format.branches import Attention, Mlp, Residual
 from qvit.format.codes import pack_codes
-from qvit.format.packed import PackedModel, expected_entries
+from qvit.format.ops import OPERANDS, Classify, Embed, Layer, Norm, Operation, Pool, Tokens
+from qvit.format.packed import PackedModel
+from qvit.format.program import Program
 
-LAYER = Norm("layer", 1e-6)
+LAYER = ("layer", 1e-6)
 TINY: dict[str, Any] = {
     "name": "tiny",
     "image_size": (8, 8),
@@ -38,7 +41,6 @@ TINY: dict[str, Any] = {
     "rectify": None,
     "mlp": "plain",
     "mlp_hidden": 14,
-    "gate_last": False,
     "activation": "gelu",
     "attention_scale": 0.5,
     "pool": "token",
@@ -60,30 +62,109 @@ DEIT_SMALL: dict[str, Any] = {
 }
 
 
-def make_packed(bits: int | dict[str, Bits] = 3, seed: int = 0, **changes: Any) -> PackedModel:
-    """Return a model of random codes and values: ``TINY`` with ``changes``."""
-    net = Architecture(**{**TINY, **changes})
-    widths = {name: Bits(bits, bits) for name in net.bit_names()} if isinstance(bits, int) else bits
+def vit_program(bits: int | dict[str, Bits], **fields: Any) -> Program:
+    """Return the program of a plain vision transformer: ``TINY`` with ``fields`` changed.
+
+    Args:
+        bits: of everything, or of every layer and operand by name.
+        fields: see ``TINY``.
+    """
+    f = SimpleNamespace(**{**TINY, **fields})
+    width, attention_width, hidden = f.embed_dim, f.num_heads * f.head_dim, f.mlp_hidden
+
+    def layer(name: str, inputs: int, outputs: int) -> Layer:
+        return Layer(name, inputs, outputs, Bits(bits, bits) if isinstance(bits, int) else bits[name])
+
+    def norm(name: str, kind: tuple[str, float] | None) -> Norm | None:
+        return None if kind is None else Norm(name, *kind)
+
+    def operand(name: str) -> int:
+        return bits if isinstance(bits, int) else bits[name].activation
+
+    def attention(name: str, norm_name: str) -> Attention:
+        return Attention(
+            name=name,
+            heads=f.num_heads,
+            head_dim=f.head_dim,
+            scale=f.attention_scale,
+            norm=norm(norm_name, f.norm),
+            qkv=layer(f"{name}.qkv", width, 3 * attention_width),
+            query_norm=norm(f"{name}.q_norm", f.qk_norm),
+            key_norm=norm(f"{name}.k_norm", f.qk_norm),
+            rectifier=f.rectify,
+            **{part: operand(f"{name}.{part}") for part in OPERANDS},
+            inner_norm=norm(f"{name}.norm", f.attention_norm),
+            proj=layer(f"{name}.proj", attention_width, width),
+        )
+
+    def mlp(name: str, norm_name: str) -> Mlp:
+        glu = f.mlp in ("glu", "glu_gate_last")
+        first = "fc1_x" if f.mlp == "swiglu" else "fc1"
+        return Mlp(
+            name=name,
+            kind=f.mlp,
+            activation=f.activation,
+            norm=norm(norm_name, f.norm),
+            gate=layer(f"{name}.fc1_g", width, hidden) if f.mlp == "swiglu" else None,
+            fc1=layer(f"{name}.{first}", width, 2 * hidden if glu else hidden),
+            inner_norm=norm(f"{name}.norm", f.mlp_norm),
+            fc2=layer(f"{name}.fc2", hidden, width),
+        )
+
+    prefix = f.class_token + f.distillation_token + f.register_tokens
+    patch = f.channels * f.patch_size[0] * f.patch_size[1]
+    operations: list[Operation | None] = [
+        Embed(f.patch_size, layer("patch_embed.proj", patch, width)),
+        norm("patch_embed.norm", f.embed_norm),
+        Tokens(prefix, f.position_embedding != "none"),
+        norm("norm_pre", f.pre_norm),
+    ]
+    for block in range(f.depth):
+        at = f"blocks.{block}"
+        if f.block == "parallel":
+            attentions = [attention(f"{at}.attns.{j}.attn", f"{at}.attns.{j}.norm") for j in range(f.parallel)]
+            mlps = [mlp(f"{at}.ffns.{j}.mlp", f"{at}.ffns.{j}.norm") for j in range(f.parallel)]
+        else:
+            attentions, mlps = [attention(f"{at}.attn", f"{at}.norm1")], [mlp(f"{at}.mlp", f"{at}.norm2")]
+        operations += [Residual(tuple(branches), f.block == "post") for branches in (attentions, mlps)]
+    heads = ("head", "head_dist") if f.distillation_token else ("head",)
+    operations += [
+        norm("norm", f.final_norm),
+        Pool(f.pool, tokens=len(heads), skip=f.pool_skip),
+        norm("fc_norm", f.pool_norm),
+        Classify(tuple(layer(name, width, f.class_count) for name in heads)),
+    ]
+    return Program(f.name, (f.channels, *f.image_size), tuple(op for op in operations if op is not None))
+
+
+def make_packed(bits: int | dict[str, Bits] = 3, seed: int = 0, **fields: Any) -> PackedModel:
+    """Return a model of random codes and values: :func:`vit_program` of ``fields``."""
+    return random_packed(vit_program(bits, **fields), seed)
+
+
+def random_packed(program: Program, seed: int = 0) -> PackedModel:
+    """Return a packed model of a program, of random codes and values."""
     rng = np.random.default_rng(seed)
-    inputs = {linear.name: linear.inputs for linear in net.linear_layers()}
+    layers = program.layers()
     tensors: dict[str, np.ndarray] = {}
-    for name, (dtype, shape) in expected_entries(net, widths).items():
-        layer, _, kind = name.rpartition(".")
+    for name, (dtype, shape) in program.entries().items():
+        owner, _, kind = name.rpartition(".")
         if kind == "codes":
-            width = widths[layer].weight
-            codes = rng.integers(-(2 ** (width - 1)), 2 ** (width - 1), (shape[0], inputs[layer]))
-            tensors[name] = pack_codes(codes, width)
-        elif kind in ("input_scale", "gamma") or (kind == "scale" and layer not in inputs):
+            bits = layers[owner].bits.weight
+            codes = rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (shape[0], layers[owner].inputs))
+            tensors[name] = pack_codes(codes, bits)
+        elif kind in ("input_scale", "gamma") or (kind == "scale" and owner not in layers):
             tensors[name] = rng.uniform(0.1, 0.4, shape).astype(dtype)
         else:
             tensors[name] = rng.normal(0, 0.3, shape).astype(dtype)
+    channels = program.input[0]
     preprocessing = {
-        "input_size": [net.channels, *net.image_size],
-        "mean": [0.5] * net.channels,
-        "std": [0.25] * net.channels,
+        "input_size": list(program.input),
+        "mean": [0.5] * channels,
+        "std": [0.25] * channels,
         "crop_pct": 0.9,
         "crop_mode": "center",
         "interpolation": "bicubic",
     }
-    classes = [f"class {n}" for n in range(net.class_count)]
-    return PackedModel(net, widths, preprocessing, classes, {"method": "random"}, tensors)
+    classes = [f"class {n}" for n in range(program.output if program.classifies else 0)]
+    return PackedModel(program, preprocessing, classes, {"method": "random"}, tensors)

@@ -109,7 +109,7 @@ def model_card(content: ModelCard | PackedModel, repository: str, size: int) -> 
         name, quantization = content.name, content.quant_config
         use = f'import qvit.hub\n\nmodel, card = qvit.hub.from_pretrained("{repository}")'
     else:
-        name, origin = content.architecture.name, dict(content.origin)
+        name, origin = content.program.name, dict(content.origin)
         quantization = origin.get("quantization")
         use = (
             f'import qvit.hub\n\nengine = qvit.hub.from_pretrained("{repository}", packed=True)\n'

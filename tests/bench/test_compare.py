@@ -1,82 +1,25 @@
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import timm.layers
 import torch
-from timm.layers import Attention, GluMlp, SwiGLU
-from timm.models.vision_transformer import ParallelThingsBlock, ResPostBlock
+from timm.layers import Attention
 from torch import nn
 from typer.testing import CliRunner
 
 import qvit
-from qvit.bench.compare import Comparison, Timing, compare
-from qvit.bench.peers import PEERS, Case, Peer, float_model
+from members import MEMBERS, SIZES
+from qvit.bench.compare import Comparison, Timing, compare, without_bits
+from qvit.bench.peers import PEERS, Case, Peer
 from qvit.cli import app as cli
 from qvit.errors import ConfigError
-from qvit.format.architecture import Architecture, Norm
 from qvit.format.packed import read_packed
-
-VIT, DISTILLED = "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"
-LAYER, RMS = Norm("layer", 1e-6), Norm("rms", 1e-5)
-MEMBERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "plain": (VIT, {}, {}),
-    "distilled": (DISTILLED, {}, {"distillation_token": True}),
-    "average": (
-        VIT,
-        {"global_pool": "avg", "class_token": False},
-        {"pool": "avg", "class_token": False, "pool_norm": LAYER, "final_norm": None},
-    ),
-    "both pools, registers": (
-        VIT,
-        {"global_pool": "avgmax", "reg_tokens": 2, "no_embed_class": True, "fc_norm": False},
-        {"pool": "avgmax", "pool_skip": 3, "register_tokens": 2, "position_embedding": "patches"},
-    ),
-    "prefix in the pool": (
-        VIT,
-        {"global_pool": "max", "pool_include_prefix": True},
-        {"pool": "max", "pool_norm": LAYER, "final_norm": None},
-    ),
-    "norms": (
-        VIT,
-        {"qk_norm": True, "scale_attn_norm": True, "scale_mlp_norm": True, "embed_norm_layer": "layernorm"},
-        {"qk_norm": LAYER, "attention_norm": LAYER, "mlp_norm": LAYER, "embed_norm": LAYER},
-    ),
-    "rms": (
-        VIT,
-        {"norm_layer": partial(timm.layers.RmsNorm, eps=1e-5), "pre_norm": True},
-        {"norm": RMS, "final_norm": RMS, "pre_norm": RMS},
-    ),
-    "no final norm": (
-        VIT,
-        {"final_norm": False, "pos_embed": "none"},
-        {"final_norm": None, "position_embedding": "none"},
-    ),
-    "not square": (
-        VIT,
-        {"img_size": (16, 24), "patch_size": (4, 8), "in_chans": 1, "mlp_ratio": 3.3},
-        {"image_size": (16, 24), "patch_size": (4, 8), "channels": 1, "mlp_hidden": 79},
-    ),
-    "swiglu": (VIT, {"mlp_layer": SwiGLU, "act_layer": "silu"}, {"mlp": "swiglu", "activation": "silu"}),
-    "glu": (
-        VIT,
-        {"mlp_layer": partial(GluMlp, gate_last=False), "act_layer": "quick_gelu"},
-        {"mlp": "glu", "mlp_hidden": 48, "activation": "quick_gelu"},
-    ),
-    "parallel": (
-        VIT,
-        {"block_fn": partial(ParallelThingsBlock, num_parallel=3)},
-        {"block": "parallel", "parallel": 3},
-    ),
-    "post": (VIT, {"block_fn": ResPostBlock, "act_layer": "gelu_tanh"}, {"block": "post", "activation": "gelu_tanh"}),
-}
+from qvit.models.families import float_model, lower
 
 
 def packed(model: nn.Module, path: Path) -> Path:
@@ -89,28 +32,20 @@ def packed(model: nn.Module, path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def architecture(packed_file: Path) -> Architecture:
-    return read_packed(packed_file).architecture
-
-
-@pytest.fixture(scope="module")
-def case(architecture: Architecture, tmp_path_factory: pytest.TempPathFactory) -> Case:
+def case(packed_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
     """Return a case whose ONNX file the peers share."""
-    return Case(architecture, 2, 1, tmp_path_factory.mktemp("onnx") / "model.onnx")
+    return Case(read_packed(packed_file).program, 2, 1, tmp_path_factory.mktemp("onnx") / "model.onnx")
 
 
 @pytest.mark.parametrize("member", MEMBERS)
-def test_float_model_is_the_one_that_was_packed(
-    make_model: Callable[..., nn.Module], architecture: Architecture, member: str
-) -> None:
-    name, changes, fields = MEMBERS[member]
-    model = make_model(name, **changes)
-    described = dataclasses.replace(architecture, **fields)
-    built = float_model(described)
-    assert {k: v.shape for k, v in built.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
-    built.load_state_dict(model.state_dict())
-    images = torch.randn(2, described.channels, *described.image_size)
-    torch.testing.assert_close(built(images), model(images))
+def test_float_model_of_a_program_has_that_program(make_model: Callable[..., nn.Module], member: str) -> None:
+    name, changes = MEMBERS[member]
+    size = SIZES.get(member, (16, 16))
+    program, _ = lower(qvit.quantize(make_model(name, **changes)), size)
+    built = float_model(program)
+    again, _ = lower(qvit.quantize(built), size)
+    assert without_bits(again.to_list()) == without_bits(program.to_list())
+    assert built(torch.randn(2, *program.input)).shape == (2, program.output)
 
 
 @pytest.mark.parametrize("name", [name for name in PEERS if name != "torch-compile"])
@@ -118,7 +53,7 @@ def test_peers_run_the_float_model(case: Case, name: str) -> None:
     for package in PEERS[name].packages:
         pytest.importorskip(package)
     with torch.inference_mode():
-        expected = float_model(case.architecture)(torch.from_numpy(case.images())).numpy()
+        expected = float_model(case.program)(torch.from_numpy(case.images())).numpy()
     logits = PEERS[name].load(case)(case.images())
     assert logits.shape == expected.shape
     if "int8" in PEERS[name].title:

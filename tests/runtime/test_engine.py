@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from conftest import make_vit
 from members import DISTILLED, MEMBERS, SIZES, VIT, images_for, packed, student_of
-from packed_models import make_packed
+from packed_models import TINY, make_packed
 from qvit import QuantConfig
 from qvit.errors import ConfigError, DataError
 from qvit.runtime.engine import Engine, instruction_sets, load
@@ -176,12 +176,12 @@ def test_few_codes_after_an_activation_are_the_references(activation: str) -> No
             for name, array in model.tensors.items():
                 if name.endswith(("fc2.input_offset", "fc2.input_scale")):
                     array[...] = offset if name.endswith("offset") else scale
-            images = np.random.default_rng(0).standard_normal((9, 3, *model.architecture.image_size)).astype(np.float32)
+            images = np.random.default_rng(0).standard_normal((9, 3, *model.program.input[1:])).astype(np.float32)
             expected: dict[str, NDArray[np.int64]] = {}
             ReferenceEngine(model, watch=expected.__setitem__)(images)
             for isa in instruction_sets():
                 codes = Engine(copy.deepcopy(model), threads=1, instruction_set=isa).codes(images)
-                for block in range(model.architecture.depth):
+                for block in range(TINY["depth"]):
                     name = f"blocks.{block}.mlp.fc2"
                     assert np.mean(codes[name] != expected[name] + 2) < 1e-3, isa
 
@@ -191,7 +191,7 @@ def test_few_codes_after_an_activation_are_the_references(activation: str) -> No
 def test_a_gate_of_its_own_may_have_any_width(bits: int, hidden: int) -> None:
     """Widths whose padding to 16 channels is no multiple of the products' group: up and gate lie side by side."""
     model = make_packed(bits, mlp="swiglu", mlp_hidden=hidden, activation="silu")
-    images = np.random.default_rng(0).standard_normal((9, 3, *model.architecture.image_size)).astype(np.float32)
+    images = np.random.default_rng(0).standard_normal((9, 3, *model.program.input[1:])).astype(np.float32)
     expected = ReferenceEngine(model)(images)
     for isa in instruction_sets():
         logits = Engine(copy.deepcopy(model), threads=1, instruction_set=isa)(images)

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from packed_models import make_packed
+from packed_models import make_packed, vit_program
 from qvit.config import Bits
-from qvit.format.architecture import Norm
 from qvit.format.packed import write_packed
 from qvit.runtime.info import bytes_by_part, info_tables
 
@@ -23,15 +22,18 @@ def printed(path: Path) -> str:
 
 
 def test_info_says_what_the_model_is(tmp_path: Path) -> None:
-    model = make_packed(3, register_tokens=2, rectify="token", qk_norm=Norm("rms", 1e-5), mlp="glu")
-    model.bits["blocks.1.attn.value"] = Bits(5, 5)
+    fields = {"register_tokens": 2, "rectify": "token", "qk_norm": ("rms", 1e-5), "mlp": "glu"}
+    bits = dict(vit_program(3, **fields).bits())
+    bits["blocks.1.attn.value"] = Bits(5, 5)
+    model = make_packed(bits, **fields)
     write_packed(tmp_path / "m.safetensors", model)
     text = printed(tmp_path / "m.safetensors")
-    assert "8 x 8, 3 channels, patches of 4 x 4" in text
-    assert "7: class token, 2 registers, 4 patches" in text
-    assert "2 heads of 4, rectifier: token" in text
-    assert "glu, width 14, gelu" in text
-    assert "layer, eps 1e-06: blocks, after the blocks; rms, eps 1e-05: queries and keys" in text
+    assert "8 x 8, 3 channels" in text
+    assert "embed 1 patches of 4 x 4 2 x 2 patches x 10" in text
+    assert "tokens 1 3 prefix tokens, position embedding 3 + 2 x 2 patches x 10" in text
+    assert "residual 2 attention: 2 heads of 4, rectifier: token, layer norm, eps 1e-06, rms norm, eps 1e-05" in text
+    assert "MLP: glu, width 14, gelu, layer norm, eps 1e-06" in text
+    assert "classify 1 head 5 logits" in text
     assert "5: class 0; class 1; class 2; class 3; class 4" in text
     assert "crop_pct: 0.9" in text
     assert "method: random" in text
@@ -53,6 +55,13 @@ def test_parts_are_the_whole_file(tmp_path: Path, bits: int) -> None:
     text = printed(tmp_path / "m.safetensors")
     assert f"file {size:,} 100.0%" in text
     assert f"header {size - sum(parts.values()):,} " in text
+
+
+def test_info_says_before_what_an_image_costs(tmp_path: Path) -> None:
+    write_packed(tmp_path / "m.safetensors", make_packed(3, depth=1, channels=1))
+    # Patches, qkv, both attention products over 5 tokens, projection, MLP, classifier.
+    macs = 4 * 16 * 10 + 5 * 10 * 24 + 2 * 5 * 5 * 8 + 5 * 8 * 10 + 5 * 2 * 10 * 14 + 10 * 5
+    assert f"3 3 {macs / 1e6:,.1f} 100.0%" in printed(tmp_path / "m.safetensors")
 
 
 def test_names_that_look_like_markup_are_printed_as_they_are(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from qvit._version import __version__
 from qvit.bench.peers import PEERS, Case, Images, Runner
 from qvit.errors import ConfigError, QvitError
 from qvit.files import first_line
+from qvit.format.ops import OPERANDS
 from qvit.format.packed import read_packed
 from qvit.runtime.engine import load, processors
 
@@ -144,7 +145,7 @@ def compare(
     """Time packed models and other runtimes on random images.
 
     Args:
-        models: packed files by the name under which they are shown, of one architecture.
+        models: packed files by the name under which they are shown, which differ in bits and rectifiers alone.
         batches: images an inference.
         threads: of every runtime.
         peers: names in :data:`qvit.bench.peers.PEERS`; who is not installed is skipped.
@@ -161,10 +162,10 @@ def compare(
     for name in peers:
         if name not in PEERS:
             raise ConfigError(f"There is no peer {name!r}: there are {', '.join(PEERS)}.")
-    architectures = {title: read_packed(path).architecture for title, path in models.items()}
-    architecture = next(iter(architectures.values()))
-    for title, other in architectures.items():
-        if dataclasses.replace(other, rectify=architecture.rectify) != architecture:
+    programs = {title: read_packed(path).program for title, path in models.items()}
+    program = next(iter(programs.values()))
+    for title, other in programs.items():
+        if without_bits(other.to_list()) != without_bits(program.to_list()):
             raise ConfigError(f"{title} is of another architecture than {next(iter(models))}: compare like with like.")
 
     comparison = Comparison(list(models), [], {}, {}, machine())
@@ -181,7 +182,7 @@ def compare(
         for batch in batches:
             onnx = Path(folder) / f"batch-{batch}.onnx"
             for count in threads:
-                case = Case(architecture, batch, count, onnx)
+                case = Case(program, batch, count, onnx)
                 for title in list(runtimes):
                     report(f"Loading {title}: batch {batch}, threads {count}.")
                     try:
@@ -195,6 +196,15 @@ def compare(
                 report(f"Timing batch {batch}, threads {count}: {rounds} rounds.")
                 comparison.timings += _rounds(runtimes, case, rounds)
     return comparison
+
+
+def without_bits(part: Any) -> Any:
+    """Return a program's plain data without bits and rectifiers, which do not change what the peers run."""
+    if isinstance(part, dict):
+        return {
+            name: without_bits(value) for name, value in part.items() if name not in ("bits", "rectifier", *OPERANDS)
+        }
+    return [without_bits(value) for value in part] if isinstance(part, list) else part
 
 
 def machine() -> dict[str, str]:

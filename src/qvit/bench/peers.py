@@ -7,7 +7,6 @@ one thread pool of the given size works on one inference, and every optimisation
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib.metadata
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qvit.errors import UnsupportedModelError
 from qvit.files import write_atomically
-from qvit.format.architecture import Architecture, Norm
+from qvit.format.program import Program
 
 if TYPE_CHECKING:
     from torch import nn
@@ -35,20 +33,20 @@ class Case:
     """What all runtimes have in common in one comparison.
 
     Args:
-        architecture: of the packed model; the float models are built after it.
+        program: of the packed model; the float models are built after it.
         batch: images an inference.
         threads: of every runtime.
         onnx: where the float model of this batch size is, or will be, as an ONNX file (:func:`export_onnx`).
     """
 
-    architecture: Architecture
+    program: Program
     batch: int
     threads: int
     onnx: Path
 
     def images(self, seed: int = 0) -> Images:
         """Return normally distributed images, as preprocessing gives them."""
-        shape = (self.batch, self.architecture.channels, *self.architecture.image_size)
+        shape = (self.batch, *self.program.input)
         return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
@@ -72,68 +70,10 @@ class Peer:
             raise ModuleNotFoundError(f"{error.name} is not installed", name=error.name) from error
 
 
-def float_model(architecture: Architecture) -> nn.Module:
-    """Return timm's float model of an architecture with random weights, in evaluation mode.
+def _float_model(case: Case) -> nn.Module:
+    from qvit.models.families import float_model
 
-    Raises:
-        UnsupportedModelError: if timm cannot build it: its heads fill the embedding.
-    """
-    a = architecture
-    if a.attention_dim != a.embed_dim:
-        raise UnsupportedModelError(
-            f"timm's vision transformer has no {a.num_heads} heads of {a.head_dim} channels at width {a.embed_dim}."
-        )
-    import timm.layers
-    import torch
-    from timm.models.deit import VisionTransformerDistilled
-    from timm.models.vision_transformer import Block, ParallelThingsBlock, ResPostBlock, VisionTransformer
-    from torch import nn
-
-    def norm(kind: Norm) -> Any:
-        return functools.partial({"layer": nn.LayerNorm, "rms": timm.layers.RmsNorm}[kind.kind], eps=kind.eps)
-
-    block: Any = {
-        "pre": Block,
-        "post": ResPostBlock,
-        "parallel": functools.partial(ParallelThingsBlock, num_parallel=a.parallel),
-    }[a.block]
-    mlp: Any = {
-        "plain": timm.layers.Mlp,
-        "glu": functools.partial(timm.layers.GluMlp, gate_last=a.gate_last),
-        "swiglu": timm.layers.SwiGLU,
-    }[a.mlp]
-    # timm rounds dim * mlp_ratio down, and a `glu` halves it.
-    hidden = (2 if a.mlp == "glu" else 1) * a.mlp_hidden
-    pool: Any = a.pool
-    torch.manual_seed(0)
-    model = (VisionTransformerDistilled if a.distillation_token else VisionTransformer)(
-        img_size=a.image_size,
-        patch_size=a.patch_size,
-        in_chans=a.channels,
-        num_classes=a.class_count,
-        global_pool=pool,
-        embed_dim=a.embed_dim,
-        depth=a.depth,
-        num_heads=a.num_heads,
-        mlp_ratio=(hidden + 0.5) / a.embed_dim,
-        qk_norm=a.qk_norm is not None,
-        scale_attn_norm=a.attention_norm is not None,
-        scale_mlp_norm=a.mlp_norm is not None,
-        class_token=a.class_token,
-        reg_tokens=a.register_tokens,
-        pos_embed="none" if a.position_embedding == "none" else "learn",
-        no_embed_class=a.position_embedding == "patches",
-        pre_norm=a.pre_norm is not None,
-        final_norm=a.final_norm is not None or a.pool_norm is not None,
-        fc_norm=a.pool_norm is not None,
-        pool_include_prefix=a.pool != "token" and a.pool_skip == 0,
-        embed_norm_layer=None if a.embed_norm is None else norm(a.embed_norm),
-        norm_layer=norm(a.norm),
-        act_layer=a.activation,
-        block_fn=block,
-        mlp_layer=mlp,
-    )
-    return model.eval()
+    return float_model(case.program)
 
 
 def export_onnx(case: Case) -> Path:
@@ -142,7 +82,7 @@ def export_onnx(case: Case) -> Path:
 
     if not case.onnx.exists():
         program = torch.onnx.export(
-            float_model(case.architecture),
+            _float_model(case),
             (torch.from_numpy(case.images()),),
             input_names=["images"],
             output_names=["logits"],
@@ -155,7 +95,7 @@ def export_onnx(case: Case) -> Path:
 
 
 def _torch_eager(case: Case) -> Runner:
-    model = float_model(case.architecture)
+    model = _float_model(case)
     import torch
 
     _torch_threads(case.threads)
@@ -174,7 +114,7 @@ def _torch_compile(case: Case) -> Runner:
     _torch_threads(case.threads)
     torch._dynamo.reset()
     # Frozen weights are folded and laid out for the matrix products once.
-    model = torch.compile(float_model(case.architecture), dynamic=False, options={"freezing": True})
+    model = torch.compile(_float_model(case), dynamic=False, options={"freezing": True})
 
     def run(images: Images) -> NDArray[np.float32]:
         with torch.no_grad():

@@ -1,9 +1,4 @@
-"""The door between the wings: a calibrated student becomes a packed file (:mod:`qvit.format.packed`).
-
-What evaluation applies to every image alike is folded into the layer before it, in float64 and rounded once: LayerScale
-into the projections, a ``head`` rectifier into queries and keys (method.md, section 2: "In evaluation it is one affine
-map a channel, so export folds it"). The file's meaning stands in :mod:`qvit.runtime.reference`.
-"""
+"""The door between the wings: a calibrated student becomes a packed file (:mod:`qvit.format.packed`)."""
 
 from __future__ import annotations
 
@@ -12,17 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.models import VisionTransformer
-from timm.models.deit import VisionTransformerDistilled
 from torch import nn
 
 from qvit._version import __version__
 from qvit.errors import CheckpointError, ConfigError, PackedFileError, UncalibratedError
-from qvit.exporting.fold import Folding
 from qvit.format.header import check_classes, check_preprocessing
 from qvit.format.packed import PackedModel, write_packed
 from qvit.models.checkpoint import ModelCard, load_checkpoint
-from qvit.models.vit import architecture_of, refuse
+from qvit.models.families import lower
+from qvit.models.lowering import refuse
 from qvit.nn.quantizer import Quantizer
 
 
@@ -55,21 +48,19 @@ def export(
         OutputError: if the file cannot be written.
     """
     _check_quantized(student)
-    assert isinstance(student, VisionTransformer)
     settings = {name: list(v) if isinstance(v, tuple) else v for name, v in preprocessing.items()}
     size = settings.get("input_size")
     if not isinstance(size, list) or len(size) != 3 or not all(type(side) is int for side in size):
         raise ConfigError(f"preprocessing.input_size must be channels, height and width, not {size!r}.")
-    architecture = architecture_of(student, (size[1], size[2]))
+    program, lowering = lower(student, (size[1], size[2]))
     try:
-        check_classes(list(classes), architecture.class_count)
-        check_preprocessing(settings, (architecture.channels, *architecture.image_size))
+        check_classes(list(classes), program)
+        check_preprocessing(settings, program.input)
     except PackedFileError as error:
-        raise ConfigError(f"Cannot export {architecture.name}: {error}") from error
+        raise ConfigError(f"Cannot export {program.name}: {error}") from error
     with torch.no_grad():
-        bits, tensors = Folding(student, architecture).run()
-    model = PackedModel(architecture, bits, settings, list(classes), dict(origin or {}), tensors)
-    write_packed(path, model)
+        tensors = lowering.tensors()
+    write_packed(path, PackedModel(program, settings, list(classes), dict(origin or {}), tensors))
 
 
 def export_checkpoint(checkpoint: str | Path, path: str | Path) -> None:
@@ -100,8 +91,6 @@ def origin_of(card: ModelCard) -> dict[str, Any]:
 
 
 def _check_quantized(student: nn.Module) -> None:
-    if type(student) not in (VisionTransformer, VisionTransformerDistilled):
-        refuse("the model", student, "a packed file holds timm's VisionTransformer and its distilled variant")
     quantizers = {name: module for name, module in student.named_modules() if isinstance(module, Quantizer)}
     if not quantizers:
         refuse("the model", student, "it has no quantizers: pass what qvit.quantize returned")

@@ -1,7 +1,7 @@
 """The header of a packed file: JSON that is checked, field by field, before anything is done with it.
 
-``version``, ``checksum``, ``architecture`` (:class:`qvit.format.architecture.Architecture`), ``bits`` (name to
-[weight bits, activation bits]), ``preprocessing``, ``classes`` and ``origin``. No PyTorch here.
+``version``, ``checksum``, ``name``, ``input``, ``program`` (:mod:`qvit.format.program`), ``preprocessing``, ``classes``
+and ``origin``. No PyTorch here.
 """
 
 from __future__ import annotations
@@ -10,15 +10,17 @@ import json
 import re
 from typing import Any
 
-from qvit.config import Bits
 from qvit.errors import PackedFileError
 from qvit.files import first_line
-from qvit.format.architecture import OPERANDS, Architecture, is_bits, is_number, shown
+from qvit.format.fields import is_number, shown
+from qvit.format.program import Program, read_program
 
-VERSION = 1
+VERSION = 2
+SMALLEST_STD, LARGEST_STD = 1e-4, 1e4
+"""Of a channel; smaller ones would turn pixels into infinities."""
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 CROP_MODES = ("center", "squash", "border")
-_KEYS = ("version", "checksum", "architecture", "bits", "preprocessing", "classes", "origin")
+_KEYS = ("version", "checksum", "name", "input", "program", "preprocessing", "classes", "origin")
 _PREPROCESSING = ("input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation")
 
 
@@ -32,8 +34,9 @@ def parse(text: str, what: str) -> dict[str, Any]:
     def no_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            names = [name for name, _ in pairs]
-            raise PackedFileError(f"{what} has {shown(next(n for n in names if names.count(n) > 1))} twice.")
+            seen: set[str] = set()
+            twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+            raise PackedFileError(f"{what} has {shown(twice)} twice.")
         return result
 
     def no_constant(constant: str) -> None:
@@ -56,12 +59,11 @@ def parse(text: str, what: str) -> dict[str, Any]:
     return data
 
 
-def check_header(header: dict[str, Any], entries: int) -> tuple[Architecture, dict[str, Bits]]:
-    """Return the architecture and the bits of a header, all of which is checked.
+def check_header(header: dict[str, Any]) -> Program:
+    """Return the program of a header, all of which is checked.
 
     Args:
         header: what :func:`parse` returned.
-        entries: number of tensors in the file.
 
     Raises:
         PackedFileError: naming what is absent, unknown, cannot be meant or does not fit the rest.
@@ -69,6 +71,8 @@ def check_header(header: dict[str, Any], entries: int) -> tuple[Architecture, di
     version = header.get("version")
     if type(version) is int and version > VERSION:
         raise PackedFileError(f"version is {shown(version)}, this qvit reads {VERSION}: update qvit.")
+    if version == 1 and type(version) is int:
+        raise PackedFileError("version is 1, which was never released: export the checkpoint again (qvit export).")
     if type(version) is not int or version != VERSION:
         raise PackedFileError(f"version must be {VERSION}, not {shown(version)}.")
     for name in _KEYS:
@@ -80,47 +84,26 @@ def check_header(header: dict[str, Any], entries: int) -> tuple[Architecture, di
     checksum = header["checksum"]
     if not isinstance(checksum, str) or not re.fullmatch("[0-9a-f]{8}", checksum):
         raise PackedFileError(f"checksum must be 8 hexadecimal digits, not {shown(checksum)}.")
-    architecture = Architecture.from_dict(header["architecture"])
-    # Every branch has at least ten entries. Known before anything is listed, so that no number costs memory.
-    if architecture.depth * architecture.parallel > entries:
-        raise PackedFileError(
-            f"architecture.depth: {architecture.depth} blocks of {architecture.parallel} branches cannot be in a file "
-            f"of {entries} entries."
-        )
+    program = read_program(header["name"], header["input"], header["program"])
     if not isinstance(header["origin"], dict):
         raise PackedFileError(f"origin must be an object, not {shown(header['origin'])}.")
-    check_classes(header["classes"], architecture.class_count)
-    check_preprocessing(header["preprocessing"], (architecture.channels, *architecture.image_size))
-    return architecture, _check_bits(header["bits"], architecture)
+    check_classes(header["classes"], program)
+    check_preprocessing(header["preprocessing"], program.input)
+    return program
 
 
-def _check_bits(data: Any, architecture: Architecture) -> dict[str, Bits]:
-    if not isinstance(data, dict):
-        raise PackedFileError(f"bits must be an object, not {shown(data)}.")
-    bits = {}
-    for name in architecture.bit_names():
-        pair = data.get(name)
-        if not isinstance(pair, list) or len(pair) != 2 or not all(is_bits(value) for value in pair):
-            raise PackedFileError(f"bits.{name} must be two whole numbers from 2 to 8, not {shown(pair)}.")
-        bits[name] = Bits(*pair)
-        if name.rpartition(".")[2] in OPERANDS and pair[0] != pair[1]:
-            raise PackedFileError(f"bits.{name} must be twice the same number, not {pair}.")
-    for name in data:
-        if name not in bits:
-            raise PackedFileError(f"bits names {shown(name)}, which the architecture does not have.")
-    return bits
-
-
-def check_classes(classes: Any, count: int) -> None:
-    """Refuse what is no list of ``count`` class names.
+def check_classes(classes: Any, program: Program) -> None:
+    """Refuse what is no list of class names, one per logit; a feature extractor has none.
 
     Raises:
         PackedFileError: saying why.
     """
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise PackedFileError(f"classes must be a list of names, not {shown(classes)}.")
+    count = program.output if program.classifies else 0
     if len(classes) != count:
-        raise PackedFileError(f"classes has {len(classes)} names, the model has {count} logits.")
+        what = f"has {count} logits" if program.classifies else "is a feature extractor and has none"
+        raise PackedFileError(f"classes has {len(classes)} names, the model {what}.")
 
 
 def check_preprocessing(data: Any, size: tuple[int, int, int]) -> None:
@@ -136,13 +119,15 @@ def check_preprocessing(data: Any, size: tuple[int, int, int]) -> None:
     if not isinstance(data, dict) or set(data) != set(_PREPROCESSING):
         raise PackedFileError(f"preprocessing must have {', '.join(_PREPROCESSING)}, it is {shown(data)}.")
     if data["input_size"] != list(size):
-        refuse("input_size", f"{list(size)} as in the architecture")
+        refuse("input_size", f"{list(size)} as in the program")
     for field in ("mean", "std"):
         values = data[field]
         if not isinstance(values, list) or len(values) != size[0] or not all(is_number(value) for value in values):
-            refuse(field, f"{size[0]} numbers, one a channel")
-    if min(data["std"]) <= 0:
-        refuse("std", "positive")
+            refuse(field, f"{size[0]} numbers, one per channel")
+    if not all(SMALLEST_STD <= value <= LARGEST_STD for value in data["std"]):
+        refuse("std", f"from {SMALLEST_STD} to {LARGEST_STD}, as pixels from 0 to 1 have it")
+    if not all(abs(value) <= LARGEST_STD for value in data["mean"]):
+        refuse("mean", f"at most {LARGEST_STD} from 0, as pixels from 0 to 1 have it")
     # Images are resized to size / crop_pct before the centre is cut out.
     if not is_number(data["crop_pct"]) or not 0.1 <= data["crop_pct"] <= 1:
         refuse("crop_pct", "a number from 0.1 to 1")

@@ -1,9 +1,10 @@
 """The packed file: a quantized vision transformer as codes at their true width, in one safetensors file.
 
 The metadata entry ``qvit`` is the header (:mod:`qvit.format.header`), the tensors are those of
-:meth:`Architecture.entries`. Data only: no pickle, no code, and nothing of it is used before all of it is checked.
+:meth:`qvit.format.program.Program.entries`. Data only: no pickle, no code, and nothing of it is used before all of it
+is checked.
 
-Weights: ``w_hat = scale * code`` with one scale an output channel; inputs: ``x_hat = input_scale * code +
+Weights: ``w_hat = scale * code`` with one scale per output channel; inputs: ``x_hat = input_scale * code +
 input_offset`` (method.md, section 1). LayerScale and a ``head`` rectifier are folded in, so that scales may have either
 sign. A row of codes is a little-endian bit stream of ``code + 2^(b-1)``. No PyTorch here.
 """
@@ -11,29 +12,32 @@ sign. A row of codes is a little-endian bit stream of ``code + 2^(b-1)``. No PyT
 from __future__ import annotations
 
 import dataclasses
-import functools
+import io
 import json
 import os
 import stat
 import zlib
 from collections.abc import Mapping
-from io import BufferedReader
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from qvit.config import Bits
 from qvit.errors import PackedFileError
 from qvit.files import first_line, write_atomically
-from qvit.format.architecture import OPERANDS, Architecture, shown
 from qvit.format.codes import unpack_codes
+from qvit.format.fields import shown
 from qvit.format.header import VERSION, check_header, parse
+from qvit.format.ops import OPERANDS, Layer
+from qvit.format.program import Program
 
 MAX_HEADER = 2**22
 """Bytes of the longest header that is read; 20 000 class names and 100 blocks take less than half of it."""
 _DTYPES: dict[str, np.dtype] = {"U8": np.dtype(np.uint8), "F32": np.dtype("<f4")}
 _NO_CHECKSUM = "0" * 8
+
+Source = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO
 
 
 class PackedLayer(NamedTuple):
@@ -68,38 +72,25 @@ class PackedModel:
     """What a packed file holds.
 
     Args:
-        architecture: sizes and kinds of the layers.
-        bits: weight and activation bits of every name in :meth:`Architecture.bit_names`.
+        program: what is computed.
         preprocessing: input_size (C, H, W), mean, std, crop_pct, crop_mode, interpolation.
         classes: class names in the order of the logits.
         origin: how the model was made, for people: plain JSON data.
         tensors: arrays by entry name, owned by the model: who needs the memory may take them out one by one.
     """
 
-    architecture: Architecture
-    bits: dict[str, Bits]
+    program: Program
     preprocessing: dict[str, Any]
     classes: list[str]
     origin: dict[str, Any]
     tensors: dict[str, np.ndarray]
 
-    @functools.cached_property
-    def _inputs(self) -> dict[str, int]:
-        return {linear.name: linear.inputs for linear in self.architecture.linear_layers()}
-
-    def layer(self, name: str) -> PackedLayer:
-        """Return the linear layer called ``name``."""
+    def layer(self, layer: Layer) -> PackedLayer:
+        """Return what the file holds of a linear layer of the program."""
         packed, scale, bias, input_scale, input_offset = (
-            self.tensors[f"{name}.{part}"] for part in ("codes", "scale", "bias", "input_scale", "input_offset")
+            self.tensors[f"{layer.name}.{part}"] for part in ("codes", "scale", "bias", "input_scale", "input_offset")
         )
-        return PackedLayer(self.bits[name], self._inputs[name], packed, scale, bias, input_scale[0], input_offset[0])
-
-
-def expected_entries(
-    architecture: Architecture, bits: Mapping[str, Bits]
-) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-    """Return dtype and shape of every tensor that a file of this architecture and these bits holds."""
-    return {name: (dtype, shape) for name, dtype, shape in architecture.entries(bits)}
+        return PackedLayer(layer.bits, layer.inputs, packed, scale, bias, input_scale[0], input_offset[0])
 
 
 def write_packed(path: str | Path, model: PackedModel) -> None:
@@ -114,8 +105,9 @@ def write_packed(path: str | Path, model: PackedModel) -> None:
     header = {
         "version": VERSION,
         "checksum": _NO_CHECKSUM,
-        "architecture": model.architecture.to_dict(),
-        "bits": {name: list(bits) for name, bits in model.bits.items()},
+        "name": model.program.name,
+        "input": list(model.program.input),
+        "program": model.program.to_list(),
         "preprocessing": model.preprocessing,
         "classes": model.classes,
         "origin": model.origin,
@@ -123,10 +115,10 @@ def write_packed(path: str | Path, model: PackedModel) -> None:
     expected: dict[str, Any] = {}
     try:
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-        _, bits = check_header(parse(text, "the header"), len(model.tensors))
-        expected = expected_entries(model.architecture, bits)
+        program = check_header(parse(text, "the header"))
+        expected = program.entries()
         _same_names(expected, model.tensors)
-        tails = _tails(model.architecture, bits)
+        tails = _tails(program)
         checksum = zlib.crc32(text.encode())
         for name, (dtype, shape) in expected.items():
             array = model.tensors[name]
@@ -142,12 +134,34 @@ def write_packed(path: str | Path, model: PackedModel) -> None:
     write_atomically(Path(path), lambda temporary: temporary.write_bytes(data))
 
 
-def read_packed(path: str | Path) -> PackedModel:
+def read_packed(source: Source) -> PackedModel:
     """Read and check a packed file. Holds no more than the tensors themselves in memory.
+
+    Args:
+        source: a path, the file's bytes, or a binary file that is open for reading, from where it stands to its end.
 
     Raises:
         PackedFileError: naming the file, the entry and what is wrong with it.
     """
+    if isinstance(source, (str, os.PathLike)):
+        return _read_path(source)
+    what = "The packed model"
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        source = io.BytesIO(source)
+    elif not callable(getattr(source, "read", None)):
+        raise PackedFileError(f"{what} must be a path, bytes or an open binary file, not {type(source).__name__}.")
+    try:
+        data = source.read()
+        if not isinstance(data, (bytes, bytearray)):
+            raise PackedFileError("it is open as text: open it with mode 'rb'.")
+        return _read(io.BytesIO(data), len(data))
+    except PackedFileError as error:
+        raise PackedFileError(f"{what}: {error}") from error
+    except (OSError, ValueError) as error:  # a ValueError for a file that is closed, or whose text is no text
+        raise PackedFileError(f"{what} cannot be read: {first_line(error)}") from error
+
+
+def _read_path(path: str | os.PathLike[str]) -> PackedModel:
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise PackedFileError("it is no file.")
@@ -171,7 +185,7 @@ class _Stored(NamedTuple):
 # safetensors' own reader maps the file and then copies every tensor, which takes the memory twice, and its errors name
 # no entry. So it is read here, by the format's definition: the length of a JSON object (8 bytes, little-endian), the
 # object (name to dtype, shape and data_offsets) padded with spaces, then the tensors without a gap.
-def _read(file: BufferedReader, size: int) -> PackedModel:
+def _read(file: BinaryIO, size: int) -> PackedModel:
     if size < 8:
         raise PackedFileError(f"it is cut short: {size} bytes do not hold a safetensors header.")
     length = int.from_bytes(file.read(8), "little")
@@ -182,29 +196,29 @@ def _read(file: BufferedReader, size: int) -> PackedModel:
         )
     text, stored = _read_index(file.read(length))
     header = parse(text, "the header")
-    architecture, bits = check_header(header, len(stored))
+    program = check_header(header)
     _check_layout(stored, size - 8 - length)
 
     # First every entry, then the first byte of data.
     expected = {}
-    for name, dtype, shape in architecture.entries(bits):
+    for name, (dtype, shape) in program.entries().items():
         if name not in stored:
             raise PackedFileError(f"{name} is absent.")
         entry = stored[name]
         if (_DTYPES[entry.dtype], tuple(entry.shape)) != (dtype, shape):
             is_now = f"{entry.dtype} {shown(entry.shape)}"
-            raise PackedFileError(f"{name} is {is_now}, the architecture needs {dtype} {list(shape)}.")
+            raise PackedFileError(f"{name} is {is_now}, the program needs {dtype} {list(shape)}.")
         expected[name] = dtype, shape
     _same_names(expected, stored)
 
     zeroed = text.replace(f'"checksum":"{header["checksum"]}"', f'"checksum":"{_NO_CHECKSUM}"', 1)
     checksum = zlib.crc32(zeroed.encode())
-    tails = _tails(architecture, bits)
+    tails = _tails(program)
     tensors = {}
     for name, (dtype, shape) in expected.items():
         array = np.empty(shape, dtype)
         file.seek(8 + length + stored[name].start)
-        if file.readinto(array.data.cast("B")) != array.nbytes:
+        if file.readinto(array.data.cast("B")) != array.nbytes:  # type: ignore[attr-defined]
             raise PackedFileError(f"{name} is cut short: the file changed while it was read.")
         _check_values(name, array, tails.get(name, 0))
         checksum = zlib.crc32(array.data, checksum)
@@ -213,7 +227,7 @@ def _read(file: BufferedReader, size: int) -> PackedModel:
         raise PackedFileError(
             f"checksum is {header['checksum']}, the content gives {checksum:08x}: the file was damaged or edited."
         )
-    return PackedModel(architecture, bits, header["preprocessing"], header["classes"], header["origin"], tensors)
+    return PackedModel(program, header["preprocessing"], header["classes"], header["origin"], tensors)
 
 
 def _read_index(raw: bytes) -> tuple[str, dict[str, _Stored]]:
@@ -275,9 +289,9 @@ def _check_layout(stored: Mapping[str, _Stored], size: int) -> None:
         raise PackedFileError(f"the file goes on for {size - at} bytes after its last entry.")
 
 
-def _tails(architecture: Architecture, bits: Mapping[str, Bits]) -> dict[str, int]:
+def _tails(program: Program) -> dict[str, int]:
     """Return how many bits of the last byte of a row of codes are used, by entry; 0 for all of them."""
-    return {f"{layer.name}.codes": layer.inputs * bits[layer.name].weight % 8 for layer in architecture.linear_layers()}
+    return {f"{name}.codes": layer.inputs * layer.bits.weight % 8 for name, layer in program.layers().items()}
 
 
 def _check_values(name: str, array: np.ndarray, tail: int) -> None:
@@ -301,4 +315,4 @@ def _same_names(expected: Mapping[str, Any], found: Mapping[str, Any]) -> None:
             raise PackedFileError(f"{name} is absent.")
     for name in found:
         if name not in expected:
-            raise PackedFileError(f"{shown(name)} is no entry of this architecture.")
+            raise PackedFileError(f"{shown(name)} is no entry of this program.")

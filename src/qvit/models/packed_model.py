@@ -35,8 +35,8 @@ def load_packed(path: str | Path) -> tuple[PackedClassifier, ModelCard]:
         PackedFileError: as :func:`qvit.format.packed.read_packed`.
     """
     engine = load(path)
-    (weight, activation), _ = collections.Counter(engine.bits.values()).most_common(1)[0]
+    (weight, activation), _ = collections.Counter(engine.program.bits().values()).most_common(1)[0]
     bits = {"weight_bits": weight, "activation_bits": activation}
     return PackedClassifier(engine), ModelCard(
-        engine.architecture.name, {}, engine.classes, engine.preprocessing, bits, method="packed"
+        engine.program.name, {}, engine.classes, engine.preprocessing, bits, method="packed"
     )

@@ -1,59 +1,38 @@
-"""timm's ``VisionTransformer`` and its distilled variant: what a packed file says of them, and what it cannot."""
+"""timm's ``VisionTransformer`` and its distilled variant: ViT, DeiT, AugReg, CLIP, SigLIP, DINOv2, AIMv2, ...."""
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+import functools
+from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import timm.layers
 import torch
-from timm.layers import PatchEmbed
+from timm.layers import PatchEmbed, resample_abs_pos_embed
 from timm.models import VisionTransformer
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, ParallelThingsBlock, ResPostBlock
 from torch import nn
 
 from qvit.errors import ConfigError, UnsupportedModelError
-from qvit.format.architecture import Architecture, Norm
-from qvit.nn.attention import QuantAttention
-from qvit.nn.linear import QuantLinear
-from qvit.nn.rectify import HeadRectifier, TokenRectifier
+from qvit.format.branches import Attention, Mlp, Residual
+from qvit.format.ops import Classify, Embed, Norm, Operation, Pool, Tokens
+from qvit.format.program import Program
+from qvit.models.lowering import Lowering, refuse, wide
 
-_BLOCKS: dict[type, str] = {Block: "pre", ResPostBlock: "post", ParallelThingsBlock: "parallel"}
-
-
-_NORMS: dict[type, str] = {
-    nn.LayerNorm: "layer",
-    timm.layers.LayerNorm: "layer",
-    timm.layers.LayerNormFp32: "layer",
-    nn.RMSNorm: "rms",
-    timm.layers.RmsNorm: "rms",
-    timm.layers.RmsNormFp32: "rms",
-}
-
-
-_MLPS: dict[type, str] = {timm.layers.Mlp: "plain", timm.layers.GluMlp: "glu", timm.layers.SwiGLU: "swiglu"}
-
-
-_ACTIVATIONS: dict[type, str] = {
-    timm.layers.activations.GELU: "gelu",
-    timm.layers.activations.GELUTanh: "gelu_tanh",
-    timm.layers.activations.QuickGELU: "quick_gelu",
-    timm.layers.activations.Swish: "silu",
-    nn.SiLU: "silu",
-    nn.ReLU: "relu",
-}
-
-
+MODELS: tuple[type[nn.Module], ...] = (VisionTransformer, VisionTransformerDistilled)
 _POOLS = ("token", "avg", "avgmax", "max")
 
 
-def refuse(name: str, module: object, why: str) -> NoReturn:
-    """Raise the error that names a module which a packed file cannot represent."""
-    raise UnsupportedModelError(f"Cannot export {name} ({type(module).__name__}): {why}.")
+def lower(to: Lowering) -> Iterator[Operation]:
+    """Yield the operations of a model, or refuse what a packed file cannot say.
 
-
-def architecture_of(model: VisionTransformer, image_size: tuple[int, int]) -> Architecture:
-    """Return the architecture of ``model`` for images of ``image_size``, or refuse what it cannot say."""
+    Raises:
+        UnsupportedModelError: naming the module.
+        ConfigError: if the images have another size than the model.
+    """
+    model: Any = to.model
     embed = model.patch_embed
     if type(embed) is not PatchEmbed:
         refuse("patch_embed", embed, "only timm's plain PatchEmbed is supported")
@@ -61,53 +40,88 @@ def architecture_of(model: VisionTransformer, image_size: tuple[int, int]) -> Ar
     plain = (proj.stride, proj.padding, proj.dilation, proj.groups) == (proj.kernel_size, (0, 0), (1, 1), 1)
     if not plain or proj.kernel_size != tuple(embed.patch_size):
         refuse("patch_embed.proj", proj, "its patches overlap or are padded")
-    _check_image_size(model, image_size)
+    _check_image_size(model, to.image_size)
     if model.attn_pool is not None or model.global_pool not in _POOLS:
         refuse("the model", model, f"it pools by {model.global_pool!r}; a packed file knows {', '.join(_POOLS)}")
-    for name in ("head", "head_dist"):
-        if not isinstance(getattr(model, name, model.head), QuantLinear):
-            refuse(name, getattr(model, name), "a packed file holds a classifier")
     if not len(model.blocks):
         refuse("blocks", model.blocks, "it is empty")
-
-    distilled = isinstance(model, VisionTransformerDistilled)  # which looks at neither registers nor fc_norm
-    registers = 0 if distilled or model.reg_token is None else model.reg_token.shape[1]
-    prefix = int(model.cls_token is not None) + distilled + registers
-    position = "none" if model.pos_embed is None else "patches" if model.no_embed_class else "all"
-    if model.pos_embed is not None:
-        covered = embed.num_patches + (prefix if position == "all" else 0)
-        if model.pos_embed.shape[1] != covered:
-            refuse("pos_embed", model.pos_embed, f"it covers {model.pos_embed.shape[1]} tokens of {covered}")
-    blocks = {name: _describe_block(f"blocks.{name}", block) for name, block in model.blocks.named_children()}
-    first = blocks["0"]
-    for name, block in blocks.items():
-        for key, value in block.items():
-            if value != first[key]:
-                at, module = f"blocks.{name}", model.blocks[int(name)]
-                refuse(at, module, f"its {key} is {value}, that of blocks.0 is {first[key]}: all must be alike")
-    return Architecture(
-        name=_model_name(model),
-        image_size=image_size,
-        patch_size=(int(embed.patch_size[0]), int(embed.patch_size[1])),
-        channels=proj.in_channels,
-        embed_dim=proj.out_channels,
-        depth=len(blocks),
-        class_token=model.cls_token is not None,
-        distillation_token=distilled,
-        register_tokens=registers,
-        position_embedding=position,
-        embed_norm=_norm("patch_embed.norm", embed.norm),
-        pre_norm=_norm("norm_pre", model.norm_pre),
-        final_norm=_norm("norm", model.norm),
-        pool_norm=None if distilled else _norm("fc_norm", model.fc_norm),
-        pool=model.global_pool,
-        pool_skip=0 if model.global_pool == "token" or model.pool_include_prefix else prefix,
-        class_count=model.head.out_features,
-        **first,
-    )
+    yield Embed((int(embed.patch_size[0]), int(embed.patch_size[1])), to.layer("patch_embed.proj"))
+    yield from _norm(to, "patch_embed.norm")
+    tokens = _tokens(to)
+    yield tokens
+    yield from _norm(to, "norm_pre")
+    for name, block in model.blocks.named_children():
+        yield from _block(to, f"blocks.{name}", block)
+    yield from _norm(to, "norm")
+    # A distilled model looks at neither fc_norm nor its registers.
+    distilled = isinstance(model, VisionTransformerDistilled)
+    skip = 0 if model.global_pool == "token" or model.pool_include_prefix else tokens.prefix
+    yield Pool(model.global_pool, tokens=1 + distilled, skip=skip)
+    if not distilled:
+        yield from _norm(to, "fc_norm")
+    heads = ("head", "head_dist") if distilled else ("head",)
+    if not isinstance(model.head, nn.Identity):
+        yield Classify(tuple(to.layer(name) for name in heads))
 
 
-def _check_image_size(model: VisionTransformer, image_size: tuple[int, int]) -> None:
+def _norm(to: Lowering, name: str) -> Iterator[Norm]:
+    norm = to.norm(name)
+    if norm is not None:
+        yield norm
+
+
+def _block(to: Lowering, name: str, block: nn.Module) -> Iterator[Residual]:
+    if type(block) is ParallelThingsBlock:
+        attentions = [f"{name}.attns.{index}" for index in range(len(block.attns))]
+        mlps = [f"{name}.ffns.{index}" for index in range(len(block.ffns))]
+        yield Residual(tuple(to.attention(f"{path}.attn", f"{path}.norm", f"{path}.ls") for path in attentions))
+        yield Residual(tuple(to.mlp(f"{path}.mlp", f"{path}.norm", f"{path}.ls") for path in mlps))
+    elif type(block) in (Block, ResPostBlock):
+        post = type(block) is ResPostBlock
+        scales = (None, None) if post else (f"{name}.ls1", f"{name}.ls2")
+        for norm in ("norm1", "norm2"):
+            if isinstance(getattr(block, norm), nn.Identity):
+                refuse(f"{name}.{norm}", getattr(block, norm), "a block needs its norms")
+        yield Residual((to.attention(f"{name}.attn", f"{name}.norm1", scales[0]),), post)
+        yield Residual((to.mlp(f"{name}.mlp", f"{name}.norm2", scales[1]),), post)
+    else:
+        refuse(name, block, "a packed file knows Block, ResPostBlock, ParallelThingsBlock")
+
+
+def _tokens(to: Lowering) -> Tokens:
+    """Return the prefix tokens in timm's order, with their position embedding, and the patches' own."""
+    model: Any = to.model
+    distilled = isinstance(model, VisionTransformerDistilled)
+    parts = [model.cls_token, model.dist_token if distilled else model.reg_token]
+    tokens = [part for part in parts if part is not None]
+    prefix = sum(part.shape[1] for part in tokens)
+    covered = 0 if model.no_embed_class else prefix
+    positions = model.pos_embed
+    if positions is not None and positions.shape[1] != model.patch_embed.num_patches + covered:
+        expected = model.patch_embed.num_patches + covered
+        refuse("pos_embed", positions, f"it covers {positions.shape[1]} tokens of {expected}")
+
+    def embedding() -> np.ndarray:
+        if not model.dynamic_img_size:
+            return wide(positions)[0]
+        grid = [side // patch for side, patch in zip(to.image_size, model.patch_embed.patch_size, strict=True)]
+        own = list(model.patch_embed.grid_size)
+        return wide(resample_abs_pos_embed(positions, grid, own, num_prefix_tokens=covered))[0]
+
+    def prefix_tokens() -> np.ndarray:
+        values = np.concatenate([wide(part)[0] for part in tokens])
+        if positions is not None:
+            values[:covered] += embedding()[:covered]
+        return values
+
+    if prefix:
+        to.store("prefix_tokens", prefix_tokens)
+    if positions is not None:
+        to.store("position_embedding", lambda: embedding()[covered:])
+    return Tokens(prefix, positions is not None)
+
+
+def _check_image_size(model: Any, image_size: tuple[int, int]) -> None:
     embed = model.patch_embed
     if model.dynamic_img_size:
         if any(side % patch for side, patch in zip(image_size, embed.patch_size, strict=True)):
@@ -120,86 +134,73 @@ def _check_image_size(model: VisionTransformer, image_size: tuple[int, int]) -> 
         )
 
 
-def _model_name(model: VisionTransformer) -> str:
-    configuration = getattr(model, "pretrained_cfg", None) or {}
-    return str(configuration.get("architecture") or type(model).__name__)
+def float_model(program: Program) -> VisionTransformer:
+    """Return timm's float model of a program, with random weights, in evaluation mode: what a peer of the engine runs.
+
+    Raises:
+        UnsupportedModelError: if timm cannot build it: its heads fill the embedding, its blocks are alike.
+    """
+    operations = program.operations
+    norms = {operation.name: operation for operation in operations if isinstance(operation, Norm)}
+    residuals = [operation for operation in operations if isinstance(operation, Residual)]
+    attentions = [branch for branch in residuals[0].branches if isinstance(branch, Attention)]
+    mlps = [branch for branch in residuals[1].branches if isinstance(branch, Mlp)]
+    attention, mlp = attentions[0], mlps[0]
+    embed, tokens, pool, classify = (
+        next((operation for operation in operations if isinstance(operation, kind)), None)
+        for kind in (Embed, Tokens, Pool, Classify)
+    )
+    assert isinstance(embed, Embed)
+    assert isinstance(tokens, Tokens)
+    assert isinstance(pool, Pool)
+    width = embed.layer.outputs
+    if attention.width != width:
+        raise UnsupportedModelError(
+            f"timm's vision transformer has no {attention.heads} heads of {attention.head_dim} channels at width "
+            f"{width}."
+        )
+    block: Any = ResPostBlock if residuals[0].post else Block
+    if len(attentions) > 1 or ".attns." in attention.name:
+        block = functools.partial(ParallelThingsBlock, num_parallel=len(attentions))
+    glu = mlp.kind in ("glu", "glu_gate_last")
+    mlp_layer: Any = {"plain": timm.layers.Mlp, "swiglu": timm.layers.SwiGLU}.get(
+        mlp.kind, functools.partial(timm.layers.GluMlp, gate_last=mlp.kind == "glu_gate_last")
+    )
+    registers_and_class = tokens.prefix - (pool.tokens - 1)
+    class_token = pool.kind == "token" or tokens.prefix > 0
+    torch.manual_seed(0)
+    kind: Any = VisionTransformerDistilled if pool.tokens == 2 else VisionTransformer
+    model: VisionTransformer = kind(
+        img_size=program.input[1:],
+        patch_size=embed.patch,
+        in_chans=program.input[0],
+        num_classes=classify.heads[0].outputs if isinstance(classify, Classify) else 0,
+        global_pool=pool.kind,
+        embed_dim=width,
+        depth=len(residuals) // 2,
+        num_heads=attention.heads,
+        # timm rounds dim * mlp_ratio down, and a `glu` halves it.
+        mlp_ratio=((2 if glu else 1) * mlp.hidden + 0.5) / width,
+        qk_norm=attention.query_norm is not None,
+        scale_attn_norm=attention.inner_norm is not None,
+        scale_mlp_norm=mlp.inner_norm is not None,
+        class_token=class_token,
+        reg_tokens=registers_and_class - class_token,
+        pos_embed="learn" if tokens.position else "none",
+        pre_norm="norm_pre" in norms,
+        final_norm="norm" in norms or "fc_norm" in norms,
+        fc_norm="fc_norm" in norms,
+        pool_include_prefix=pool.kind != "token" and pool.skip == 0,
+        embed_norm_layer=_norm_layer(norms.get("patch_embed.norm")),
+        norm_layer=_norm_layer(attention.norm),
+        act_layer=mlp.activation,
+        block_fn=block,
+        mlp_layer=mlp_layer,
+    )
+    return model.eval()
 
 
-def _describe_block(name: str, block: nn.Module) -> dict[str, Any]:
-    if type(block) not in _BLOCKS:
-        refuse(name, block, f"a packed file knows {', '.join(kind.__name__ for kind in _BLOCKS)}")
-    paths: list[tuple[str, Any, Any, Any]]
-    if isinstance(block, ParallelThingsBlock):
-        attentions: Any = enumerate(block.attns)
-        mlps: Any = enumerate(block.ffns)
-        paths = [(f"{name}.attns.{j}", path.norm, path.attn, None) for j, path in attentions]
-        paths += [(f"{name}.ffns.{j}", path.norm, None, path.mlp) for j, path in mlps]
-    else:
-        paths = [(name, block.norm1, block.attn, block.mlp), (name, block.norm2, None, None)]
-    described: dict[str, Any] = {
-        "block": _BLOCKS[type(block)],
-        "parallel": max(1, len(paths) // 2) if isinstance(block, ParallelThingsBlock) else 1,
-    }
-    for path, norm, attention, mlp in paths:
-        found = {"norm": _norm(f"{path}.norm", norm)}
-        if found["norm"] is None:
-            refuse(f"{path}.norm", norm, "a block needs its norms")
-        if attention is not None:
-            found |= _describe_attention(f"{path}.attn", attention)
-        if mlp is not None:
-            found |= _describe_mlp(f"{path}.mlp", mlp)
-        for key, value in found.items():
-            if described.setdefault(key, value) != value:
-                refuse(path, block, f"its {key} is {value} and {described[key]}: all must be alike")
-    return described
-
-
-def _describe_attention(name: str, attention: Any) -> dict[str, Any]:
-    if type(attention) is not QuantAttention:
-        refuse(name, attention, "it is no attention of qvit's")
-    query, key = attention.query_rectifier, attention.key_rectifier
-    kinds = {HeadRectifier: "head", TokenRectifier: "token", nn.Identity: None}
-    if type(query) not in kinds or type(key) is not type(query):
-        refuse(f"{name}.query_rectifier", query, "it is no rectifier of qvit's, or another than the keys'")
-    q_norm, k_norm = _norm(f"{name}.q_norm", attention.q_norm), _norm(f"{name}.k_norm", attention.k_norm)
-    if q_norm != k_norm:
-        refuse(f"{name}.k_norm", attention.k_norm, "it is another norm than that of the queries")
-    return {
-        "num_heads": attention.num_heads,
-        "head_dim": attention.head_dim,
-        "attention_scale": float(attention.scale),
-        "rectify": kinds[type(query)],
-        "qk_norm": q_norm,
-        "attention_norm": _norm(f"{name}.norm", attention.norm),
-    }
-
-
-def _describe_mlp(name: str, mlp: Any) -> dict[str, Any]:
-    if type(mlp) not in _MLPS:
-        refuse(name, mlp, f"a packed file knows {', '.join(kind.__name__ for kind in _MLPS)}")
-    for layer, module in mlp.named_children():
-        if layer.startswith("fc") and not isinstance(module, QuantLinear):
-            refuse(f"{name}.{layer}", module, "it is no quantized linear layer")
-    activation = _ACTIVATIONS.get(type(mlp.act))
-    if isinstance(mlp.act, nn.GELU):
-        activation = {"none": "gelu", "tanh": "gelu_tanh"}[mlp.act.approximate]
-    if activation is None:
-        known = ", ".join(sorted(set(_ACTIVATIONS.values())))
-        refuse(f"{name}.act", mlp.act, f"a packed file knows the activations {known}")
-    return {
-        "mlp": _MLPS[type(mlp)],
-        "mlp_hidden": mlp.fc2.in_features,
-        "gate_last": bool(getattr(mlp, "gate_last", False)),
-        "activation": activation,
-        "mlp_norm": _norm(f"{name}.norm", mlp.norm),
-    }
-
-
-def _norm(name: str, module: nn.Module) -> Norm | None:
-    if isinstance(module, nn.Identity):
+def _norm_layer(norm: Norm | None) -> Any:
+    if norm is None:
         return None
-    kind = _NORMS.get(type(module))
-    if kind is None:
-        refuse(name, module, "it is no LayerNorm and no RMSNorm")
-    eps = getattr(module, "eps", None)
-    return Norm(kind, float(torch.finfo(torch.float32).eps if eps is None else eps))
+    return functools.partial({"layer": nn.LayerNorm, "rms": nn.RMSNorm}[norm.kind], eps=norm.eps)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,23 +13,23 @@ from PIL import Image
 
 from qvit import _kernels
 from qvit.errors import ConfigError, DataError
-from qvit.format.architecture import Architecture, Branch, Norm
-from qvit.format.packed import PackedModel, read_packed
+from qvit.format.branches import Attention, Mlp, Residual
+from qvit.format.ops import OPERANDS, Classify, Embed, Norm, Pool, Tokens
+from qvit.format.packed import PackedModel, Source, read_packed
 from qvit.images import mode_of, open_image
+from qvit.runtime.parts import Part, program_parts
 from qvit.runtime.preprocess import preprocess_batch
 
-RECTIFIER_EPS = 1e-6
-"""Under the root of a token rectifier's variance (method.md, section 2)."""
 _TRACED = 8
 """Images whose codes the kernels keep at once."""
 Picture = str | Path | Image.Image
 
 
-def load(path: str | Path, *, threads: int | None = None, instruction_set: str | None = None) -> Engine:
-    """Return an engine that runs the packed file at ``path``.
+def load(source: Source, *, threads: int | None = None, instruction_set: str | None = None) -> Engine:
+    """Return an engine that runs a packed file.
 
     Args:
-        path: what ``qvit export`` wrote.
+        source: what ``qvit export`` wrote: a path, its bytes, or a binary file that is open for reading.
         threads: of the engine's own pool; all of the processor's by default.
         instruction_set: one of :func:`instruction_sets`, the best one by default.
 
@@ -37,7 +37,7 @@ def load(path: str | Path, *, threads: int | None = None, instruction_set: str |
         PackedFileError: naming the file, the entry and what is wrong with it.
         ConfigError: for a number of threads below 1 or an instruction set that this machine does not have.
     """
-    return Engine(read_packed(path), threads=threads, instruction_set=instruction_set)
+    return Engine(read_packed(source), threads=threads, instruction_set=instruction_set)
 
 
 def instruction_sets() -> list[str]:
@@ -62,8 +62,7 @@ class Engine:
     """
 
     def __init__(self, packed: PackedModel, *, threads: int | None = None, instruction_set: str | None = None) -> None:
-        self.architecture: Architecture = packed.architecture
-        self.bits, self.classes, self.preprocessing = packed.bits, packed.classes, packed.preprocessing
+        self.program, self.classes, self.preprocessing = packed.program, packed.classes, packed.preprocessing
         self.threads = processors() if threads is None else threads
         if not isinstance(self.threads, int) or self.threads < 1:
             raise ConfigError(f"threads must be a whole number from 1 up, not {threads!r}.")
@@ -76,11 +75,13 @@ class Engine:
     def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return logits ``(B, classes)`` of preprocessed images ``(B, C, H, W)``, both float32.
 
+        Of a feature extractor the pooled vectors, ``(B, width)``.
+
         Raises:
             DataError: for images of another shape, or with a NaN or an infinity.
         """
         images = self._checked(images)
-        logits = np.empty((len(images), self.architecture.class_count), np.float32)
+        logits = np.empty((len(images), self.program.output), np.float32)
         self._model.forward(images, logits)
         return logits
 
@@ -97,7 +98,7 @@ class Engine:
         pictures = [images] if isinstance(images, (str, Path, Image.Image)) else list(images)
         if not pictures:
             return []
-        mode = mode_of(self.architecture.channels)
+        mode = mode_of(self.program.input[0])
         opened = [image if isinstance(image, Image.Image) else open_image(image, mode) for image in pictures]
         logits = self(preprocess_batch(opened, self.preprocessing)).astype(np.float64)
         powers = np.exp(logits - logits.max(axis=1, keepdims=True))
@@ -119,21 +120,21 @@ class Engine:
             DataError: as in a call.
         """
         images = self._checked(images)
-        net = self.architecture
+        attentions = self.program.attentions()
         found: dict[str, NDArray[np.uint8]] = {}
         chunks = [self._model.trace(images[at : at + _TRACED]) for at in range(0, len(images), _TRACED)]
         for key, (_, (_, rows, width)) in chunks[0].items():
             values = b"".join(chunk[key][0] for chunk in chunks)
             codes: NDArray[np.uint8] = np.frombuffer(values, np.uint8).reshape(len(images), rows, width)
-            part, block, branch = key
-            if part in ("query", "key", "value", "attention"):
-                codes = codes.reshape(len(images), net.num_heads, net.tokens, width)
-            elif part == "proj":
-                by_head = codes.reshape(len(images), net.num_heads, net.tokens, width)
-                codes = by_head.transpose(0, 2, 1, 3).reshape(len(images), net.tokens, net.attention_dim)
-            elif part == "head":
+            name, (owner, _, part) = self._names[key], self._names[key].rpartition(".")
+            if owner in attentions and part != "qkv":
+                attention, x = attentions[owner]
+                codes = codes.reshape(len(images), attention.heads, x.tokens, width)
+                if part == "proj":
+                    codes = codes.transpose(0, 2, 1, 3).reshape(len(images), x.tokens, attention.width)
+            elif key[0] == "head":
                 codes = codes[:, 0]
-            found[self._name(part, block, branch)] = codes
+            found[name] = codes
         return found
 
     def profile(self, images: NDArray[np.float32], repeats: int = 10) -> dict[str, float]:
@@ -152,11 +153,10 @@ class Engine:
         return {name: seconds / repeats for name, seconds in self._model.profile()}
 
     def _checked(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        net = self.architecture
-        expected = (net.channels, *net.image_size)
+        expected = self.program.input
         if images.ndim != 4 or images.shape[1:] != expected:
             raise DataError(
-                f"{net.name} takes images of shape (B, {', '.join(map(str, expected))}), not {images.shape}."
+                f"{self.program.name} takes images of shape (B, {', '.join(map(str, expected))}), not {images.shape}."
             )
         images = np.ascontiguousarray(images, np.float32)
         # The sum is finite unless a value is not (or the values are of no image): the quick check first.
@@ -164,17 +164,27 @@ class Engine:
             raise DataError("The images hold a NaN or an infinity.")
         return images
 
-    def _name(self, part: str, block: int, branch: int) -> str:
-        """Return the file's name of a quantizer from the kernels'."""
-        net = self.architecture
-        if part in ("patch", "head"):
-            return "patch_embed.proj" if part == "patch" else net.head_names[branch]
-        attentions, mlps = net.stages(block)
-        if part not in ("up", "gate", "down"):
-            return f"{attentions[branch].name}.{part}"
-        gate, up = ("fc1_g", "fc1_x") if net.mlp == "swiglu" else ("", "fc1")
-        layer = {"up": up, "gate": gate, "down": "fc2"}[part]
-        return f"{mlps[branch].name}.{layer}"
+    @functools.cached_property
+    def _names(self) -> dict[tuple[str, int, int], str]:
+        """The file's name of each quantizer by the kernels' own: part, block and branch."""
+        names = {}
+        block = -1
+        for operation in self.program.operations:
+            if isinstance(operation, Embed):
+                names["patch", 0, 0] = operation.layer.name
+            elif isinstance(operation, Classify):
+                names |= {("head", 0, index): layer.name for index, layer in enumerate(operation.heads)}
+            elif isinstance(operation, Residual):
+                block += isinstance(operation.branches[0], Attention)
+                for index, branch in enumerate(operation.branches):
+                    if isinstance(branch, Attention):
+                        names |= {("qkv", block, index): branch.qkv.name, ("proj", block, index): branch.proj.name}
+                        for operand, part in zip(OPERANDS, ("query", "key", "value", "attention"), strict=True):
+                            names[part, block, index] = f"{branch.name}.{operand}"
+                    else:
+                        layers = (("up", branch.fc1), ("gate", branch.gate), ("down", branch.fc2))
+                        names |= {(part, block, index): layer.name for part, layer in layers if layer is not None}
+        return names
 
 
 def processors() -> int:
@@ -182,120 +192,81 @@ def processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class _Parts:
-    """Takes the parts of a packed model, by name, as the kernels want them."""
-
-    def __init__(self, packed: PackedModel) -> None:
-        self.packed, self.net, self.tensors = packed, packed.architecture, packed.tensors
-
-    def take(self, name: str) -> NDArray[np.float32]:
-        return self.tensors.pop(name)
-
-    def linear(self, name: str) -> dict[str, Any]:
-        bits = self.packed.bits[name]
-        return {
-            "codes": self.tensors.pop(f"{name}.codes"),
-            "weight_bits": bits.weight,
-            "scale": self.take(f"{name}.scale"),
-            "bias": self.take(f"{name}.bias"),
-            "input_scale": float(self.take(f"{name}.input_scale")[0]),
-            "input_offset": float(self.take(f"{name}.input_offset")[0]),
-            "input_bits": bits.activation,
-        }
-
-    def norm(self, name: str, norm: Norm | None) -> dict[str, Any] | None:
-        if norm is None:
-            return None
-        return {
-            "rms": norm.kind == "rms",
-            "eps": norm.eps,
-            "weight": self.take(f"{name}.weight"),
-            "bias": self.take(f"{name}.bias"),
-        }
-
-    def operand(self, name: str) -> dict[str, Any]:
-        part = {"scale": self.take(f"{name}.scale"), "bits": self.packed.bits[name].activation}
-        return part if name.endswith(".attention") else {**part, "offset": self.take(f"{name}.offset")}
-
-    def rectified(self, name: str, operand: str) -> dict[str, Any]:
-        """Queries or keys: their quantizer, and the norm and rectifier before it."""
-        part = self.operand(f"{name}.{operand}")
-        part["norm"] = self.norm(f"{name}.{operand[0]}_norm", self.net.qk_norm)
-        if self.net.rectify == "token":
-            for value in ("gamma", "beta"):
-                part[value] = self.take(f"{name}.{operand}_rectifier.{value}")
-            part["eps"] = RECTIFIER_EPS
-        return part
-
-    def attention(self, branch: Branch) -> dict[str, Any]:
-        name = branch.name
-        return {
-            "norm": self.norm(branch.norm, self.net.norm),
-            "qkv": self.linear(f"{name}.qkv"),
-            "query": self.rectified(name, "query"),
-            "key": self.rectified(name, "key"),
-            "value": self.operand(f"{name}.value"),
-            "attention": self.operand(f"{name}.attention"),
-            "inner": self.norm(f"{name}.norm", self.net.attention_norm),
-            "proj": self.linear(f"{name}.proj"),
-        }
-
-    def mlp(self, branch: Branch) -> dict[str, Any]:
-        name, net = branch.name, self.net
-        part = {
-            "norm": self.norm(branch.norm, net.norm),
-            "hidden": net.mlp_hidden,
-            "kind": {"plain": "plain", "swiglu": "split"}.get(net.mlp, "last_half" if net.gate_last else "first_half"),
-            "activation": net.activation,
-            "inner": self.norm(f"{name}.norm", net.mlp_norm),
-            "down": self.linear(f"{name}.fc2"),
-        }
-        if net.mlp == "swiglu":
-            return {**part, "gate": self.linear(f"{name}.fc1_g"), "up": self.linear(f"{name}.fc1_x")}
-        return {**part, "up": self.linear(f"{name}.fc1")}
-
-
 def _build(packed: PackedModel, instruction_set: str, threads: int) -> _kernels.Model:
-    net, parts = packed.architecture, _Parts(packed)
+    program, shapes = packed.program, packed.program.streams
+    kinds = [type(operation) for operation in program.operations]
+    attentions = [branch for op in program.operations if isinstance(op, Residual) for branch in op.branches]
+    plain = all(
+        isinstance(b, Mlp) or (b.window, b.bias, b.rotary, b.scale is None) == (None,) * 3 + (False,)
+        for b in attentions
+    )
+    known = {Embed, Tokens, Norm, Residual, Pool, Classify}
+    if not plain or not set(kinds) <= known or kinds[-1] is not Classify or Tokens not in kinds:
+        raise ConfigError(f"The engine cannot run {program.name} yet.")
+    parts = program_parts(program, packed.tensors)
+    by_kind = {kind: index for index, kind in enumerate(kinds)}
+    first, last = kinds.index(Residual), len(kinds) - 1 - kinds[::-1].index(Residual)
+    tokens, pool = kinds.index(Tokens), kinds.index(Pool)
+
+    def norm_in(low: int, high: int) -> Part | None:
+        return next((parts[i]["norm"] for i in range(low, high) if kinds[i] is Norm), None)
+
+    attention = next(b for b in attentions if isinstance(b, Attention))
+    patch = program.operations[0].patch  # type: ignore[attr-defined]
     shape = {
-        "channels": net.channels,
-        "height": net.image_size[0],
-        "width": net.image_size[1],
-        "patch_height": net.patch_size[0],
-        "patch_width": net.patch_size[1],
-        "embed_dim": net.embed_dim,
-        "heads": net.num_heads,
-        "head_dim": net.head_dim,
-        "prefix": net.prefix_tokens,
-        "skip": net.pool_skip,
-        "classes": net.class_count,
-        "attention_scale": net.attention_scale,
-        "pool": net.pool,
+        "channels": program.input[0],
+        "height": program.input[1],
+        "width": program.input[2],
+        "patch_height": patch[0],
+        "patch_width": patch[1],
+        "embed_dim": shapes[1].width,
+        "heads": attention.heads,
+        "head_dim": attention.head_dim,
+        "prefix": shapes[first].prefix,
+        "skip": parts[pool]["skip"],
+        "classes": program.output,
+        "attention_scale": attention.scale,
+        "pool": parts[pool]["kind"],
     }
     model = _kernels.Model(instruction_set, shape, threads)
     model.set_embedding(
         {
-            "patch": parts.linear("patch_embed.proj"),
-            "norm": parts.norm("patch_embed.norm", net.embed_norm),
-            "prefix": parts.tensors.pop("prefix_tokens", None),
-            "positions": parts.tensors.pop("position_embedding", None),
-            "pre_norm": parts.norm("norm_pre", net.pre_norm),
+            "patch": parts[0]["layer"],
+            "norm": norm_in(1, tokens),
+            "prefix": parts[tokens]["prefix"],
+            "positions": parts[tokens]["position"],
+            "pre_norm": norm_in(tokens, first),
         }
     )
-    for block in range(net.depth):
-        attentions, mlps = net.stages(block)
+    for index in range(first, last + 1, 2):
         model.add_block(
             {
-                "post": net.block == "post",
-                "attentions": [parts.attention(branch) for branch in attentions],
-                "mlps": [parts.mlp(branch) for branch in mlps],
+                "post": parts[index]["post"],
+                "attentions": [
+                    {**b, "attention": b["map"], "inner": b["inner_norm"]} for b in parts[index]["branches"]
+                ],
+                "mlps": [_mlp_part(b) for b in parts[index + 1]["branches"]],
             }
         )
     model.set_head(
         {
-            "norm": parts.norm("norm", net.final_norm),
-            "pool_norm": parts.norm("fc_norm", net.pool_norm),
-            "heads": [parts.linear(name) for name in net.head_names],
+            "norm": norm_in(last, pool),
+            "pool_norm": norm_in(pool, len(kinds)),
+            "heads": parts[by_kind[Classify]]["heads"],
         }
     )
     return model
+
+
+def _mlp_part(part: Part) -> Part:
+    kinds = {"plain": "plain", "swiglu": "split", "glu": "first_half", "glu_gate_last": "last_half"}
+    return {
+        "norm": part["norm"],
+        "hidden": part["fc2"]["inputs"],
+        "kind": kinds[part["kind"]],
+        "activation": part["activation"],
+        "inner": part["inner_norm"],
+        "down": part["fc2"],
+        "gate": part["gate"],
+        "up": part["fc1"],
+    }

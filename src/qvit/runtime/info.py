@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -11,10 +12,13 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from qvit.format.architecture import Architecture, Norm, shown
+from qvit.config import Bits
+from qvit.format.branches import Attention, Mlp, Residual
+from qvit.format.fields import shown
+from qvit.format.ops import Classify, Embed, Merge, Norm, Operation, Pool, Stream, Tokens
 from qvit.format.packed import PackedModel, read_packed
+from qvit.format.program import Program
 
-_BLOCKS = {"pre": "norm before each branch", "post": "norm after each branch", "parallel": "parallel branches"}
 _PARTS = (
     "codes of the blocks",
     "codes of the patch embedding",
@@ -27,15 +31,21 @@ _PARTS = (
 
 
 def info_tables(path: str | Path) -> list[Table]:
-    """Return tables of a packed file's architecture, bits, size by part, and preprocessing.
+    """Return tables of a packed file's program, bits, work, size by part, and preprocessing.
 
     Raises:
         PackedFileError: as :func:`qvit.format.packed.read_packed`.
     """
     model = read_packed(path)
     return [
-        _table(str(path), ("", ""), [*_architecture(model.architecture), *_about(model)]),
-        _table("Bits", ("layer", "weights", "inputs", "number"), _bits(model)),
+        _table(str(path), ("", ""), [*_about_program(model.program), *_about(model)]),
+        _table("Program", ("operation", "number", "what", "gives"), _steps(model.program)),
+        _table("Bits", ("layer", "weights", "inputs", "number"), _bits(model.program)),
+        _table(
+            "Multiply-adds of one image",
+            ("weights or keys, values", "inputs", "millions", "share"),
+            _work(model.program),
+        ),
         _table("Size", ("part", "bytes", "share"), _sizes(model, Path(path).stat().st_size)),
     ]
 
@@ -43,12 +53,11 @@ def info_tables(path: str | Path) -> list[Table]:
 def bytes_by_part(model: PackedModel) -> dict[str, int]:
     """Return the bytes of a model's tensors by part."""
     sizes = dict.fromkeys(_PARTS, 0)
-    layers = {linear.name for linear in model.architecture.linear_layers()}
+    layers, ends = model.program.layers(), _ends(model.program)
     for name, array in model.tensors.items():
         owner, _, kind = name.rpartition(".")
         if kind == "codes":
-            place = {"patch_embed": "patch embedding", "blocks": "blocks"}.get(name.partition(".")[0], "heads")
-            part = f"codes of the {place}"
+            part = f"codes of the {ends.get(owner, 'blocks')}"
         elif kind in ("scale", "offset", "input_scale", "input_offset"):
             part = "scales and offsets"
         elif name in ("prefix_tokens", "position_embedding"):
@@ -59,36 +68,93 @@ def bytes_by_part(model: PackedModel) -> dict[str, int]:
     return sizes
 
 
-def _architecture(net: Architecture) -> Iterator[tuple[str, str]]:
-    def size(height_width: tuple[int, int]) -> str:
-        return f"{height_width[0]} x {height_width[1]}"
+def _ends(program: Program) -> dict[str, str]:
+    """Return which layers are no block's: the patch embedding and the classifiers."""
+    ends: dict[str, str] = {}
+    for operation in program.operations:
+        where = {Embed: "patch embedding", Classify: "heads"}.get(type(operation))
+        if where is not None:
+            ends.update((layer.name, where) for layer in operation.layers())
+    return ends
 
-    yield "model", net.name
-    yield "image", f"{size(net.image_size)}, {net.channels} channels, patches of {size(net.patch_size)}"
-    kinds = ["class token"] * net.class_token + ["distillation token"] * net.distillation_token
-    if net.register_tokens:
-        kinds.append(f"{net.register_tokens} registers")
-    yield "tokens", f"{net.tokens}: {', '.join([*kinds, f'{net.patches} patches'])}"
-    branches = f" ({net.parallel})" if net.block == "parallel" else ""
-    yield "blocks", f"{net.depth}, width {net.embed_dim}, {_BLOCKS[net.block]}{branches}"
-    yield "attention", f"{net.num_heads} heads of {net.head_dim}, rectifier: {net.rectify or 'none'}"
-    yield "MLP", f"{net.mlp}, width {net.mlp_hidden}, {net.activation}"
-    norms = {
-        "blocks": net.norm,
-        "patch embedding": net.embed_norm,
-        "before the blocks": net.pre_norm,
-        "after the blocks": net.final_norm,
-        "after pooling": net.pool_norm,
-        "queries and keys": net.qk_norm,
-        "attention": net.attention_norm,
-        "MLP": net.mlp_norm,
-    }
-    used: dict[Norm, list[str]] = {}
-    for where, norm in norms.items():
-        if norm is not None:
-            used.setdefault(norm, []).append(where)
-    yield "norms", "; ".join(f"{norm.kind}, eps {norm.eps:g}: {', '.join(where)}" for norm, where in used.items())
-    yield "pooling", net.pool + (" of head and head_dist" if net.distillation_token else "")
+
+def _about_program(program: Program) -> Iterator[tuple[str, str]]:
+    channels, height, width = program.input
+    yield "model", program.name
+    yield "image", f"{height} x {width}, {channels} channels"
+    yield "gives", f"{program.output} logits" if program.classifies else f"a vector of {program.output} values"
+
+
+def _steps(program: Program) -> Iterator[tuple[str, str, str, str]]:
+    """Yield the operations; those that follow one another and differ in names alone make one row."""
+    for (kind, what, gives), rows in itertools.groupby(_lines(program)):
+        yield kind, str(len(list(rows))), what, gives
+
+
+def _lines(program: Program) -> Iterator[tuple[str, str, str]]:
+    pairs = [
+        (op.op, _what(op, x), _gives(after)) for (op, x), after in zip(program.steps, program.streams[1:], strict=True)
+    ]
+    # A block is an attention and an MLP one after the other: shown as one line per kind of block.
+    index = 0
+    while index < len(pairs):
+        kind, what, gives = pairs[index]
+        if kind == "residual" and index + 1 < len(pairs) and pairs[index + 1][0] == "residual":
+            yield kind, f"{what}\n{pairs[index + 1][1]}", gives
+            index += 2
+        else:
+            yield kind, what, gives
+            index += 1
+
+
+def _what(operation: Operation, x: Stream) -> str:
+    if isinstance(operation, Embed):
+        return f"patches of {operation.patch[0]} x {operation.patch[1]}"
+    if isinstance(operation, Tokens):
+        position = ", position embedding" if operation.position else ""
+        return f"{operation.prefix} prefix tokens{position}"
+    if isinstance(operation, Norm):
+        return _norm(operation)
+    if isinstance(operation, Residual):
+        after = ", norm after it" if operation.post else ""
+        return "\n".join(_branch(branch, x) + after for branch in operation.branches)
+    if isinstance(operation, Merge):
+        return "2 x 2 neighbours"
+    if isinstance(operation, Pool):
+        return f"{operation.kind}, {operation.skip} tokens left out" if operation.skip else operation.kind
+    return ", ".join(layer.name for layer in operation.layers())
+
+
+def _branch(branch: Attention | Mlp, x: Stream) -> str:
+    if isinstance(branch, Mlp):
+        return f"MLP: {branch.kind}, width {branch.hidden}, {branch.activation}{_norms(branch.norm, branch.inner_norm)}"
+    window = "" if branch.window is None else f", windows of {branch.window[0]} x {branch.window[1]}"
+    shift = f" shifted by {branch.shift[0]}, {branch.shift[1]}" if any(branch.shift) else ""
+    extras = [
+        branch.bias and "relative position bias",
+        branch.rotary and "rotary",
+        branch.rectifier and f"rectifier: {branch.rectifier}",
+    ]
+    more = "".join(f", {extra}" for extra in extras if extra)
+    norms = _norms(branch.norm, branch.query_norm, branch.inner_norm)
+    return f"attention: {branch.heads} heads of {branch.head_dim}{window}{shift}{more}{norms}"
+
+
+def _norms(*norms: Norm | None) -> str:
+    return "".join(f", {text}" for text in dict.fromkeys(_norm(norm) for norm in norms if norm is not None))
+
+
+def _norm(norm: Norm) -> str:
+    return f"{norm.kind} norm, eps {norm.eps:g}"
+
+
+def _gives(x: Stream) -> str:
+    if x.stage == "logits":
+        return f"{x.width} logits"
+    if x.stage == "vectors":
+        return f"{x.tokens} x {x.width}"
+    patches = f"{x.grid[0]} x {x.grid[1]} patches" if x.grid != (0, 0) else f"{x.tokens} tokens"
+    return f"{x.prefix} + {patches} x {x.width}" if x.prefix else f"{patches} x {x.width}"
 
 
 def _about(model: PackedModel) -> Iterator[tuple[str, str]]:
@@ -103,12 +169,26 @@ def _value(value: Any) -> str:
     return value if isinstance(value, str) else shown(value)
 
 
-def _bits(model: PackedModel) -> Iterator[tuple[str, str, str, str]]:
-    roles = Counter((re.sub(r"\.\d+\.", ".*.", name), bits) for name, bits in model.bits.items())
-    layers = {re.sub(r"\.\d+\.", ".*.", linear.name) for linear in model.architecture.linear_layers()}
-    for (role, bits), number in roles.items():
+def _bits(program: Program) -> Iterator[tuple[str, str, str, str]]:
+    def role(name: str) -> str:
+        return re.sub(r"\.\d+\.", ".*.", name)
+
+    roles = Counter((role(name), bits) for name, bits in program.bits().items())
+    layers = {role(name) for name in program.layers()}
+    for (name, bits), number in roles.items():
         # An operand of the attention products has no weights.
-        yield role, str(bits.weight) if role in layers else "", str(bits.activation), str(number)
+        yield name, str(bits.weight) if name in layers else "", str(bits.activation), str(number)
+
+
+def _work(program: Program) -> Iterator[tuple[str, str, str, str]]:
+    """Yield the multiply-adds by the bits of both factors, so that it is known before what an image costs."""
+    by_bits: Counter[Bits] = Counter()
+    for product in program.products():
+        by_bits[product.bits] += product.macs
+    total = sum(by_bits.values())
+    for bits, macs in sorted(by_bits.items()):
+        yield str(bits.weight), str(bits.activation), f"{macs / 1e6:,.1f}", f"{macs / total:.1%}"
+    yield "all", "", f"{total / 1e6:,.1f}", "100.0%"
 
 
 def _sizes(model: PackedModel, total: int) -> Iterator[tuple[str, str, str]]:
@@ -121,7 +201,8 @@ def _sizes(model: PackedModel, total: int) -> Iterator[tuple[str, str, str]]:
 def _table(title: str, columns: tuple[str, ...], rows: Any) -> Table:
     table = Table(title=escape(title), show_header=any(columns), title_justify="left")
     for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index and any(columns) else "left")
+        numbers = index > 0 and column not in ("", "what", "gives")
+        table.add_column(column, justify="right" if numbers else "left")
     for row in rows:
         table.add_row(*map(escape, row))
     return table

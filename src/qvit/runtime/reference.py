@@ -1,115 +1,36 @@
-"""What a packed file means: the whole model in plain NumPy, every product of codes in int64.
-
-Written to be read and to be compared against, not to be fast: the kernels are tested bit for bit against its integer
-products, and the training wing's affine algebra against its logits. Equations: method.md, sections 1 and 2.
-"""
+"""What a packed file means: every operation in plain NumPy. Arithmetic: :mod:`qvit.runtime.arithmetic`."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from qvit.errors import DataError
-from qvit.format.architecture import Branch, Norm
-from qvit.format.packed import PackedLayer, PackedModel
+from qvit.format.branches import Attention, AttentionPool, Mlp, Residual
+from qvit.format.ops import Classify, Embed, Layer, Merge, Norm, Pool, Stream, Tokens
+from qvit.format.packed import PackedModel
+from qvit.runtime.arithmetic import (
+    activate,
+    attention_logits,
+    attention_output,
+    linear_codes,
+    normalize,
+    quantize,
+    rectify,
+    relative_positions,
+    rotate,
+    signed_range,
+    softmax,
+    window_regions,
+)
 
 Array = np.ndarray
 Watch = Callable[[str, Array], None]
 """Called with the name of a quantizer and its codes, an integer array of any shape."""
-
-
-def quantize(x: Array, scale: Array | np.float32, offset: Array | np.float32, low: int, high: int) -> Array:
-    """Return the codes ``round(clip((x - offset) / scale, low, high))`` in int64, rounded half to even.
-
-    The arithmetic before the rounding is float32, as in the training wing: a code is decided there.
-    """
-    x = x.astype(np.float32)
-    return np.rint(np.clip((x - offset) / scale, low, high)).astype(np.int64)
-
-
-def signed_range(bits: int) -> tuple[int, int]:
-    """Return the smallest and the largest signed code of ``bits`` bits."""
-    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-
-
-def integer_matmul(a: Array, b: Array) -> Array:
-    """Return ``a b^T`` of codes ``(..., M, K)`` and ``(..., N, K)``: ``(..., M, N)``, exact in int64."""
-    return np.asarray(a.astype(np.int64) @ b.astype(np.int64).swapaxes(-1, -2))
-
-
-def linear_codes(codes: Array, layer: PackedLayer) -> Array:
-    """Return ``x_hat w_hat^T + bias`` for input codes ``(..., K)``: ``(..., outputs)``, float32.
-
-    With ``x_hat = a Q + z`` and ``w_hat = s W``: ``a s (Q W^T) + z s rowsum(W) + bias``.
-    """
-    weight = layer.codes.astype(np.int64)
-    step, offset = float(layer.input_scale), float(layer.input_offset)
-    scale, bias = layer.scale.astype(np.float64), layer.bias.astype(np.float64)
-    product = integer_matmul(codes, weight)
-    return (step * scale * product + offset * scale * weight.sum(axis=1) + bias).astype(np.float32)
-
-
-def attention_logits(q: Array, k: Array, a_q: Array, z_q: Array, a_k: Array, z_k: Array) -> Array:
-    """Return ``q_hat k_hat^T`` for codes ``(B, H, N, D)``: ``(B, H, N, N)``, float64.
-
-    The offsets contribute one rank-1 term each and a constant. Scales and offsets are ``(H,)``.
-    """
-    a_q, z_q, a_k, z_k = (v.astype(np.float64)[:, None, None] for v in (a_q, z_q, a_k, z_k))
-    q_sums, k_sums = q.sum(axis=-1)[..., :, None], k.sum(axis=-1)[..., None, :]
-    return a_q * a_k * integer_matmul(q, k) + a_q * z_k * q_sums + a_k * z_q * k_sums + q.shape[-1] * z_q * z_k
-
-
-def attention_output(p: Array, v: Array, a_p: Array, a_v: Array, z_v: Array) -> Array:
-    """Return ``p_hat v_hat`` for codes of the attention map ``(B, H, N, N)`` and values ``(B, H, N, D)``, float32."""
-    a_p, a_v, z_v = (x.astype(np.float64)[:, None, None] for x in (a_p, a_v, z_v))
-    product = integer_matmul(p, v.swapaxes(-1, -2))
-    return (a_p * a_v * product + a_p * z_v * p.sum(axis=-1, keepdims=True)).astype(np.float32)
-
-
-def softmax(x: Array) -> Array:
-    """Return the softmax over the last dimension, float32."""
-    powers = np.exp(x - x.max(axis=-1, keepdims=True))
-    return (powers / powers.sum(axis=-1, keepdims=True)).astype(np.float32)
-
-
-def normalize(x: Array, norm: Norm, weight: Array, bias: Array) -> Array:
-    """Return LayerNorm or RMSNorm over the last dimension, float32; ``weight`` and ``bias`` broadcast against x."""
-    wide = x.astype(np.float64)
-    if norm.kind == "layer":
-        wide = wide - wide.mean(axis=-1, keepdims=True)
-    mean_square = np.square(wide).mean(axis=-1, keepdims=True)
-    return (wide / np.sqrt(mean_square + norm.eps) * weight + bias).astype(np.float32)
-
-
-def rectify(x: Array, gamma: Array, beta: Array) -> Array:
-    """Return the token rectifier of ``x (B, H, N, D)``, float32: ``(x - mu + beta) / (gamma sqrt(var + 1e-6))``."""
-    wide = x.astype(np.float64)
-    mean, variance = wide.mean(axis=-1, keepdims=True), wide.var(axis=-1, keepdims=True)
-    return ((wide - mean + beta[:, None]) / (gamma[:, None] * np.sqrt(variance + 1e-6))).astype(np.float32)
-
-
-def _erf(x: Array) -> Array:
-    return np.fromiter(map(math.erf, x.reshape(-1)), np.float64, x.size).reshape(x.shape)
-
-
-def _sigmoid(x: Array) -> Array:
-    return 0.5 * (1 + np.tanh(0.5 * x))
-
-
-_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": lambda x: 0.5 * x * (1 + _erf(x * math.sqrt(0.5))),
-    "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
-    "quick_gelu": lambda x: x * _sigmoid(1.702 * x),
-    "silu": lambda x: x * _sigmoid(x),
-    "relu": lambda x: np.maximum(x, 0),
-}
-
-
-def activate(x: Array, kind: str) -> Array:
-    """Return the activation function called ``kind`` in :class:`qvit.format.architecture.Architecture`, float32."""
-    return _ACTIVATIONS[kind](x.astype(np.float64)).astype(np.float32)
+MASKED = np.float32(-100)
+"""Added to the logits of tokens of a shifted window that are no neighbours, as in timm."""
 
 
 class ReferenceEngine:
@@ -121,118 +42,241 @@ class ReferenceEngine:
     """
 
     def __init__(self, packed: PackedModel, watch: Watch | None = None) -> None:
-        self.packed, self.architecture, self.tensors = packed, packed.architecture, packed.tensors
+        self.packed, self.program, self.tensors = packed, packed.program, packed.tensors
         self._watch = watch
 
     def __call__(self, images: Array) -> Array:
         """Return logits ``(B, classes)`` of preprocessed images ``(B, C, H, W)``, both float32.
 
+        Of a feature extractor the pooled vectors, ``(B, width)``.
+
         Raises:
             DataError: for images of another shape, or with a NaN or an infinity.
         """
-        net = self.architecture
-        expected = (net.channels, *net.image_size)
+        expected = self.program.input
         if images.ndim != 4 or images.shape[1:] != expected:
             raise DataError(
-                f"{net.name} takes images of shape (B, {', '.join(map(str, expected))}), not {images.shape}."
+                f"{self.program.name} takes images of shape (B, {', '.join(map(str, expected))}), not {images.shape}."
             )
         if not np.isfinite(images).all():
             raise DataError("The images hold a NaN or an infinity.")
-        x = self._embed(images.astype(np.float32))
-        for block in range(net.depth):
-            for stage in net.stages(block):
-                x = x + sum(self._branch(x, branch) for branch in stage)
-        x = self._norm("norm", net.final_norm, x)
-        if net.distillation_token:
-            return (self._linear("head", x[:, 0]) + self._linear("head_dist", x[:, 1])) / 2
-        return self._linear("head", self._norm("fc_norm", net.pool_norm, self._pool(x)))
+        values = images.astype(np.float32)
+        for operation, x in self.program.steps:
+            values = RUN[type(operation)](self, operation, x, values)
+        return values.reshape(len(images), self.program.output)
 
-    def _embed(self, images: Array) -> Array:
-        net = self.architecture
-        (rows, columns), (height, width) = net.grid, net.patch_size
-        cut = images[:, :, : rows * height, : columns * width]
-        patches = cut.reshape(len(cut), net.channels, rows, height, columns, width).transpose(0, 2, 4, 1, 3, 5)
-        x = self._linear("patch_embed.proj", patches.reshape(len(cut), net.patches, net.patch_inputs))
-        x = self._norm("patch_embed.norm", net.embed_norm, x)
-        if net.position_embedding != "none":
-            x = x + self.tensors["position_embedding"]
-        if net.prefix_tokens:
-            prefix = np.broadcast_to(self.tensors["prefix_tokens"], (len(x), net.prefix_tokens, net.embed_dim))
-            x = np.concatenate([prefix, x], axis=1)
-        return self._norm("norm_pre", net.pre_norm, x)
+    def layer(self, layer: Layer, x: Array) -> Array:
+        """Return a linear layer's outputs for ``x (..., inputs)``, which becomes codes first."""
+        parts = self.packed.layer(layer)
+        codes = quantize(x, parts.input_scale, parts.input_offset, *signed_range(layer.bits.activation))
+        self.see(layer.name, codes)
+        return linear_codes(codes, parts)
 
-    def _branch(self, x: Array, branch: Branch) -> Array:
-        run = self._attention if branch.is_attention else self._mlp
-        if self.architecture.block == "post":
-            return self._norm(branch.norm, self.architecture.norm, run(branch.name, x))
-        return run(branch.name, self._norm(branch.norm, self.architecture.norm, x))
-
-    def _attention(self, name: str, x: Array) -> Array:
-        net = self.architecture
-        B, N, _ = x.shape
-        qkv = self._linear(f"{name}.qkv", x).reshape(B, N, 3, net.num_heads, net.head_dim)
-        q, k, v = qkv.transpose(2, 0, 3, 1, 4)
-        if net.qk_norm is not None:
-            q, k = (self._head_norm(f"{name}.{part}", net.qk_norm, t) for part, t in (("q_norm", q), ("k_norm", k)))
-        if net.rectify == "token":
-            q, k = (self._rectify(f"{name}.{part}_rectifier", t) for part, t in (("query", q), ("key", k)))
-        q_codes, a_q, z_q = self._operand(f"{name}.query", q)
-        k_codes, a_k, z_k = self._operand(f"{name}.key", k)
-        v_codes, a_v, z_v = self._operand(f"{name}.value", v)
-        logits = attention_logits(q_codes, k_codes, a_q, z_q, a_k, z_k)
-        a_p = self.tensors[f"{name}.attention.scale"]
-        high = 2 ** self.packed.bits[f"{name}.attention"].activation - 1
-        p_codes = quantize(softmax(logits * net.attention_scale), a_p[:, None, None], np.float32(0), 0, high)
-        self._see(f"{name}.attention", p_codes)
-        out = attention_output(p_codes, v_codes, a_p, a_v, z_v).transpose(0, 2, 1, 3).reshape(B, N, net.attention_dim)
-        return self._linear(f"{name}.proj", self._norm(f"{name}.norm", net.attention_norm, out))
-
-    def _mlp(self, name: str, x: Array) -> Array:
-        net = self.architecture
-        if net.mlp == "plain":
-            x = activate(self._linear(f"{name}.fc1", x), net.activation)
-        elif net.mlp == "swiglu":
-            x = activate(self._linear(f"{name}.fc1_g", x), net.activation) * self._linear(f"{name}.fc1_x", x)
-        else:
-            first, second = np.split(self._linear(f"{name}.fc1", x), 2, axis=-1)
-            gate, value = (second, first) if net.gate_last else (first, second)
-            x = activate(gate, net.activation) * value
-        return self._linear(f"{name}.fc2", self._norm(f"{name}.norm", net.mlp_norm, x))
-
-    def _pool(self, x: Array) -> Array:
-        net = self.architecture
-        if net.pool == "token":
-            return x[:, 0]
-        x = x[:, net.pool_skip :]
-        average, largest = x.mean(axis=1, dtype=np.float64).astype(np.float32), x.max(axis=1)
-        return {"avg": average, "max": largest, "avgmax": 0.5 * (average + largest)}[net.pool]
-
-    def _linear(self, name: str, x: Array) -> Array:
-        layer = self.packed.layer(name)
-        codes = quantize(x, layer.input_scale, layer.input_offset, *signed_range(layer.bits.activation))
-        self._see(name, codes)
-        return linear_codes(codes, layer)
-
-    def _operand(self, name: str, x: Array) -> tuple[Array, Array, Array]:
+    def operand(self, name: str, bits: int, x: Array) -> tuple[Array, Array, Array]:
         """Return codes, scales and offsets of one operand ``(B, H, N, D)`` of the attention products."""
         scale, offset = self.tensors[f"{name}.scale"], self.tensors[f"{name}.offset"]
-        low, high = signed_range(self.packed.bits[name].activation)
-        codes = quantize(x, scale[:, None, None], offset[:, None, None], low, high)
-        self._see(name, codes)
+        codes = quantize(x, scale[:, None, None], offset[:, None, None], *signed_range(bits))
+        self.see(name, codes)
         return codes, scale, offset
 
-    def _norm(self, name: str, norm: Norm | None, x: Array) -> Array:
+    def norm(self, norm: Norm | None, x: Array) -> Array:
+        """Return ``x (..., width)`` normalised."""
         if norm is None:
             return x
-        return normalize(x, norm, self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"])
+        return normalize(x, norm, self.tensors[f"{norm.name}.weight"], self.tensors[f"{norm.name}.bias"])
 
-    def _head_norm(self, name: str, norm: Norm, x: Array) -> Array:
-        weight, bias = self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"]
+    def head_norm(self, norm: Norm | None, x: Array) -> Array:
+        """Return ``x (B, H, N, D)`` normalised, each head with weights of its own."""
+        if norm is None:
+            return x
+        weight, bias = self.tensors[f"{norm.name}.weight"], self.tensors[f"{norm.name}.bias"]
         return normalize(x, norm, weight[:, None], bias[:, None])
 
-    def _rectify(self, name: str, x: Array) -> Array:
-        return rectify(x, self.tensors[f"{name}.gamma"], self.tensors[f"{name}.beta"])
+    def products(self, op: Attention | AttentionPool, q: Array, k: Array, v: Array, bias: Array | None) -> Array:
+        """Return what attention gives for q, k and v ``(B, H, N, D)``, each of which becomes codes first.
 
-    def _see(self, name: str, codes: Array) -> None:
+        ``bias`` is added to the scaled logits ``(B, H, N, N)``.
+        """
+        q_codes, a_q, z_q = self.operand(f"{op.name}.query", op.query, q)
+        k_codes, a_k, z_k = self.operand(f"{op.name}.key", op.key, k)
+        v_codes, a_v, z_v = self.operand(f"{op.name}.value", op.value, v)
+        scale = self.tensors[f"{op.name}.logit_scale"][:, None, None] if op.scale is None else op.scale
+        logits = attention_logits(q_codes, k_codes, a_q, z_q, a_k, z_k) * scale
+        a_p = self.tensors[f"{op.name}.map.scale"]
+        attention = softmax(logits if bias is None else logits + bias)
+        p_codes = quantize(attention, a_p[:, None, None], np.float32(0), 0, 2**op.map - 1)
+        self.see(f"{op.name}.map", p_codes)
+        return attention_output(p_codes, v_codes, a_p, a_v, z_v)
+
+    def see(self, name: str, codes: Array) -> None:
+        """Show the codes of a quantizer to who watches."""
         if self._watch is not None:
             self._watch(name, codes)
+
+
+def _embed(engine: ReferenceEngine, op: Embed, x: Stream, images: Array) -> Array:
+    height, width = op.patch
+    rows, columns = x.grid[0] // height, x.grid[1] // width
+    cut = images[:, :, : rows * height, : columns * width]
+    patches = cut.reshape(len(cut), x.width, rows, height, columns, width).transpose(0, 2, 4, 1, 3, 5)
+    return engine.layer(op.layer, patches.reshape(len(cut), rows * columns, op.layer.inputs))
+
+
+def _tokens(engine: ReferenceEngine, op: Tokens, x: Stream, values: Array) -> Array:
+    if op.position:
+        values = values + engine.tensors["position_embedding"]
+    if op.prefix:
+        prefix = np.broadcast_to(engine.tensors["prefix_tokens"], (len(values), op.prefix, x.width))
+        values = np.concatenate([prefix, values], axis=1)
+    return values
+
+
+def _norm(engine: ReferenceEngine, op: Norm, x: Stream, values: Array) -> Array:
+    return engine.norm(op, values)
+
+
+def _residual(engine: ReferenceEngine, op: Residual, x: Stream, values: Array) -> Array:
+    total: Any = 0
+    for branch in op.branches:
+        run = RUN[type(branch)]
+        if op.post:
+            total = total + engine.norm(branch.norm, run(engine, branch, x, values))
+        else:
+            total = total + run(engine, branch, x, engine.norm(branch.norm, values))
+    result: Array = values + total
+    return result
+
+
+def _attention(engine: ReferenceEngine, op: Attention, x: Stream, values: Array) -> Array:
+    B = len(values)
+    windows = None if op.window is None else _Windows(x.grid, op.window, op.shift)
+    if windows is not None:
+        values = windows.split(values)
+    group = values.shape[1]
+    qkv = engine.layer(op.qkv, values).reshape(len(values), group, 3, op.heads, op.head_dim)
+    q, k, v = qkv.transpose(2, 0, 3, 1, 4)
+    q, k = engine.head_norm(op.query_norm, q), engine.head_norm(op.key_norm, k)
+    if op.rotary is not None:
+        cos, sin = (engine.tensors[f"{op.rotary.name}.{part}"] for part in ("cos", "sin"))
+        for operand in (q, k):
+            operand[:, :, x.prefix :] = rotate(operand[:, :, x.prefix :], cos, sin, op.rotary.layout)
+    q, k = (_rectified(engine, op, name, operand) for name, operand in (("query", q), ("key", k)))
+    out = engine.products(op, q, k, v, _bias(engine, op, x, windows, B))
+    out = out.transpose(0, 2, 1, 3).reshape(len(values), group, op.width)
+    out = engine.layer(op.proj, engine.norm(op.inner_norm, out))
+    return out if windows is None else windows.join(out)
+
+
+def _rectified(engine: ReferenceEngine, op: Attention, operand: str, x: Array) -> Array:
+    name = f"{op.name}.{operand}_rectifier"
+    if op.rectifier == "token":
+        return rectify(x, engine.tensors[f"{name}.gamma"], engine.tensors[f"{name}.beta"])
+    if op.rectifier == "affine":
+        factor, shift = engine.tensors[f"{name}.factor"], engine.tensors[f"{name}.shift"]
+        return (x * factor[:, None] + shift[:, None]).astype(np.float32)
+    return x
+
+
+def _bias(engine: ReferenceEngine, op: Attention, x: Stream, windows: _Windows | None, images: int) -> Array | None:
+    """Return what is added to the logits, broadcast against ``(B, H, N, N)``; windows stand side by side in B."""
+    bias = None
+    if op.bias is not None:
+        table = engine.tensors[f"{op.name}.relative_position_bias"]
+        rows = relative_positions(op.window or x.grid, prefix=x.prefix > 0)
+        # Several prefix tokens share the rows of the first.
+        index = np.maximum(np.arange(op.group(x)) - max(x.prefix - 1, 0), 0)
+        bias = table[rows[np.ix_(index, index)]].transpose(2, 0, 1)[None]
+    if windows is not None and any(op.shift):
+        apart = np.tile(windows.apart(), (images, 1, 1))[:, None]
+        masked = np.where(apart, MASKED, np.float32(0))
+        bias = masked if bias is None else bias + masked
+    return bias
+
+
+class _Windows:
+    """Tokens of a grid gathered window by window after a cyclic shift, and put back."""
+
+    def __init__(self, grid: tuple[int, int], window: tuple[int, int], shift: tuple[int, int]) -> None:
+        self.grid, self.window, self.shift = grid, window, shift
+        place = np.arange(grid[0] * grid[1]).reshape(grid)
+        self.order = self._gathered(np.roll(place, (-shift[0], -shift[1]), (0, 1)))
+        """Token of each place, ``(windows, tokens of a window)``."""
+
+    def _gathered(self, values: Array) -> Array:
+        (rows, columns), (height, width) = self.grid, self.window
+        parts = values.reshape(rows // height, height, columns // width, width).transpose(0, 2, 1, 3)
+        return parts.reshape(-1, height * width)
+
+    def split(self, values: Array) -> Array:
+        """Return ``(B, N, C)`` as ``(B * windows, tokens of a window, C)``."""
+        return values[:, self.order].reshape(-1, self.order.shape[1], values.shape[-1])
+
+    def join(self, values: Array) -> Array:
+        """Undo :meth:`split`."""
+        whole = values.reshape(-1, self.order.size, values.shape[-1])
+        out = np.empty_like(whole)
+        out[:, self.order.reshape(-1)] = whole
+        return out
+
+    def apart(self) -> Array:
+        """Return which tokens of each window are no neighbours in the image, ``(windows, n, n)``."""
+        regions = self._gathered(window_regions(self.grid, self.window, self.shift))
+        return np.asarray(regions[:, :, None] != regions[:, None, :])
+
+
+def _mlp(engine: ReferenceEngine, op: Mlp, x: Stream, values: Array) -> Array:
+    if op.gate is not None:
+        gate = activate(engine.layer(op.gate, values), op.activation)
+        hidden = gate * engine.layer(op.fc1, values)
+    elif op.kind == "plain":
+        hidden = activate(engine.layer(op.fc1, values), op.activation)
+    else:
+        first, second = np.split(engine.layer(op.fc1, values), 2, axis=-1)
+        gate, value = (second, first) if op.kind == "glu_gate_last" else (first, second)
+        hidden = activate(gate, op.activation) * value
+    return engine.layer(op.fc2, engine.norm(op.inner_norm, hidden))
+
+
+def _merge(engine: ReferenceEngine, op: Merge, x: Stream, values: Array) -> Array:
+    (rows, columns), B = x.grid, len(values)
+    parts = values.reshape(B, rows // 2, 2, columns // 2, 2, x.width).transpose(0, 1, 3, 4, 2, 5)
+    return engine.layer(op.layer, engine.norm(op.norm, parts.reshape(B, x.tokens // 4, 4 * x.width)))
+
+
+def _pool(engine: ReferenceEngine, op: Pool, x: Stream, values: Array) -> Array:
+    if op.kind == "token":
+        return values[:, : op.tokens]
+    values = values[:, op.skip :]
+    average = values.mean(axis=1, dtype=np.float64, keepdims=True).astype(np.float32)
+    largest = values.max(axis=1, keepdims=True)
+    return {"avg": average, "max": largest, "avgmax": 0.5 * (average + largest)}[op.kind]
+
+
+def _attention_pool(engine: ReferenceEngine, op: AttentionPool, x: Stream, values: Array) -> Array:
+    B, N, _ = values.shape
+    k, v = engine.layer(op.kv, values).reshape(B, N, 2, op.heads, op.head_dim).transpose(2, 0, 3, 1, 4)
+    q = np.broadcast_to(engine.tensors[f"{op.name}.latent"][None, :, None], (B, op.heads, 1, op.head_dim))
+    out = engine.products(op, q, engine.head_norm(op.key_norm, k), v, None)
+    return engine.layer(op.proj, out.transpose(0, 2, 1, 3).reshape(B, 1, op.width))
+
+
+def _classify(engine: ReferenceEngine, op: Classify, x: Stream, values: Array) -> Array:
+    logits = [engine.layer(layer, values[:, index]) for index, layer in enumerate(op.heads)]
+    total: Array = sum(logits) / len(logits)  # type: ignore[assignment]
+    return total.astype(np.float32)
+
+
+Step = Callable[[ReferenceEngine, Any, Stream, Array], Array]
+RUN: dict[type, Step] = {
+    Embed: _embed,
+    Tokens: _tokens,
+    Norm: _norm,
+    Residual: _residual,
+    Attention: _attention,
+    Mlp: _mlp,
+    Merge: _merge,
+    Pool: _pool,
+    AttentionPool: _attention_pool,
+    Classify: _classify,
+}
+"""What runs an operation: called with the engine, the operation, what flows in, and its values ``(B, ...)``."""
