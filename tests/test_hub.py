@@ -19,8 +19,8 @@ from safetensors import safe_open
 from torch import nn
 
 import qvit
+from commands import run
 from qvit import QuantConfig, calibrate, hub, quantize
-from qvit.cli import app as cli
 from qvit.errors import CheckpointError, HubError
 from qvit.models.checkpoint import describe, read_checkpoint, save_checkpoint
 from qvit.train.recipe import load_recipe
@@ -165,28 +165,17 @@ def test_absent_file_and_absent_repository_are_named(remote: Path, checkpoint: P
         hub.from_pretrained("me/nothing")
 
 
-def test_refused_upload_is_one_sentence(
-    remote: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_refused_upload_is_one_sentence(remote: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: object, *args: object, **kwargs: object) -> None:
         raise PermissionError("401 Unauthorized\nand a page of more")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
-    monkeypatch.setattr(sys, "argv", ["qvit", "push", str(checkpoint), "me/small"])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert stop.value.code == 2
-    assert capsys.readouterr().err == "qvit: The Hub does not take me/small: 401 Unauthorized.\n"
+    done = run("push", checkpoint, "me/small")
+    assert done == (2, "", "qvit: The Hub does not take me/small: 401 Unauthorized.\n")
 
 
-def test_push_command_prints_the_commit(
-    remote: Path, packed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["qvit", "push", str(packed), "me/small", "--private"])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert stop.value.code == 0
-    assert capsys.readouterr().out == "me/small: Upload model.safetensors\n"
+def test_push_command_prints_the_commit(remote: Path, packed: Path) -> None:
+    assert run("push", packed, "me/small", "--private") == (0, "me/small: Upload model.safetensors\n", "")
     assert (remote / "me/small/README.md").exists()
 
 

@@ -1,4 +1,7 @@
-"""Writing files so that a reader sees the old one or the new one, never half of one. No PyTorch here."""
+"""Writing files so that a reader sees the old one or the new one, never half of one; texts from files, to be shown.
+
+No PyTorch here.
+"""
 
 from __future__ import annotations
 
@@ -39,6 +42,16 @@ def write_atomically(path: Path, write: Callable[[Path], object], previous: Path
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` as :func:`write_atomically` does."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def printable(text: object) -> str:
+    """Return ``text`` in one line that no terminal takes for a command.
+
+    Whatever is not a letter, a mark, a figure, a sign or a space is shown by its escape sequence, as ``repr`` shows it:
+    line breaks, control characters, those that turn the direction of writing, halves of surrogate pairs (of which
+    Python makes file names that are not UTF-8). For texts that come from files, names of files among them.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def first_line(error: BaseException) -> str:

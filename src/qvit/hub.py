@@ -15,7 +15,7 @@ import yaml
 from huggingface_hub.errors import HFValidationError
 
 from qvit.errors import CheckpointError, HubError
-from qvit.files import first_line, write_text
+from qvit.files import first_line, printable, write_text
 from qvit.format.packed import PackedModel, read_packed, write_packed
 from qvit.models.fetch import CHECKPOINT, PREFIX, fetch
 from qvit.runtime.engine import Engine, load
@@ -116,7 +116,8 @@ def model_card(content: ModelCard | PackedModel, repository: str, size: int) -> 
             'print(engine.predict("image.jpg"))'
         )
     lines = ["---", "library_name: qvit", "pipeline_tag: image-classification", "tags: [qvit, vision, quantization]"]
-    lines += ["---", "", f"# {repository.rpartition('/')[2]}", "", f"{name} for {len(content.classes)} classes, "]
+    title = f"# {repository.rpartition('/')[2]}"
+    lines += ["---", "", title, "", f"{printable(name)} for {len(content.classes)} classes, "]
     if quantization is None:
         lines[-1] += "in full precision."
     else:
@@ -125,7 +126,7 @@ def model_card(content: ModelCard | PackedModel, repository: str, size: int) -> 
             "linear layer and both attention products quantized by qvit."
         )
     lines += ["", "| | |", "|---|---|"]
-    lines += [f"| {key} | {value} |" for key, value in _facts(content, origin, quantization, size).items()]
+    lines += [f"| {key} | {printable(value)} |" for key, value in _facts(content, origin, quantization, size).items()]
     lines += ["", "```python", use, "```", ""]
     if origin.get("recipe"):
         lines += ["Recipe:", "", "```yaml", yaml.safe_dump(origin["recipe"], sort_keys=False).rstrip(), "```", ""]

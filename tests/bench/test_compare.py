@@ -10,13 +10,12 @@ import timm.layers
 import torch
 from timm.layers import Attention
 from torch import nn
-from typer.testing import CliRunner
 
 import qvit
+from commands import run
 from members import MEMBERS, SIZES
 from qvit.bench.compare import Comparison, Timing, compare, without_bits
 from qvit.bench.peers import PEERS, Case, Peer
-from qvit.cli import app as cli
 from qvit.errors import ConfigError
 from qvit.format.packed import read_packed
 from qvit.models.families import float_model, lower
@@ -130,9 +129,9 @@ def test_ratios_compare_the_same_work() -> None:
 def test_command_prints_and_writes(packed_file: Path, tmp_path: Path) -> None:
     figure, data = tmp_path / "speed.png", tmp_path / "speed.json"
     command = ["bench", packed_file, "--batch", "1", "--threads", "1", "--peers", "none", "--rounds", "2"]
-    result = CliRunner().invoke(cli.app, [*map(str, command), "--figure", str(figure), "--json", str(data)])
-    assert result.exit_code == 0, result.output
-    assert "images/s" in result.output
+    result = run(*command, "--figure", figure, "--json", data)
+    assert result.status == 0, result.err
+    assert "images/s" in result.out
     assert figure.read_bytes().startswith(b"\x89PNG")
     written = json.loads(data.read_text())
     (row,) = written["timings"]

@@ -6,16 +6,14 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from commands import Run, run, sentence
 from qvit._version import __version__
-from qvit.cli import app as cli
 from qvit.models.checkpoint import load_checkpoint, weights_checksum
 
 MODEL = "vit_tiny_patch16_224"
@@ -28,31 +26,9 @@ quantized: {epochs: 1, batch_size: 128, lr: 2e-3, optimizer_args: {eps: 1e-8}, c
 """
 
 
-class Done(NamedTuple):
-    """A finished command: exit status, standard output, standard error."""
-
-    status: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Done]
-
-
 @pytest.fixture
-def qvit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def qvit() -> Run:
     """Return a runner of the command line in this process."""
-
-    def run(*arguments: str | Path) -> Done:
-        monkeypatch.setattr(sys, "argv", ["qvit", *map(str, arguments)])
-        capsys.readouterr()
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            status = int(stop.code or 0)
-        return Done(status, *capsys.readouterr())
-
     return run
 
 
@@ -93,25 +69,6 @@ def images(folder: Path, classes: tuple[str, ...] = ("a", "b"), count: int = 12)
                 pixels = rng.integers(60 * index, 60 * index + 60, (8, 8), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / split / name / f"{n}.png")
     return folder
-
-
-def sentence(done: Done) -> str:
-    """Return the one line that a user's mistake ends in."""
-    assert done.status == 2, done
-    lines = done.err.strip().splitlines()
-    assert len(lines) == 1, done.err
-    assert lines[0].startswith("qvit: ")
-    assert lines[0].endswith((".", "?"))
-    return lines[0]
-
-
-def test_every_command_has_an_example_in_its_help(qvit: Run) -> None:
-    commands = [command.name or command.callback.__name__ for command in cli.app.registered_commands]  # type: ignore[union-attr]
-    assert {"train", "eval", "ablate", "demo"} <= set(commands)
-    for name in commands:
-        done = qvit(name, "--help")
-        assert done.status == 0
-        assert f"qvit {name} " in done.out.partition("Example")[2], f"{name} has no example"
 
 
 def test_float_training_leaves_checkpoints_metrics_and_tensorboard(teacher: Path) -> None:

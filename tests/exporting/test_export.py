@@ -13,9 +13,9 @@ import torch
 from timm.data import ImageNetInfo
 from timm.layers import GatedMlp, SimpleNorm
 from torch import Tensor, nn
-from typer.testing import CliRunner
 
 import qvit
+from commands import run
 from members import (
     CLASSES,
     MEMBERS,
@@ -27,7 +27,6 @@ from members import (
     student_of,
 )
 from qvit import QuantConfig, quantize
-from qvit.cli.app import app
 from qvit.errors import CheckpointError, ConfigError, PackedFileError, UncalibratedError, UnsupportedModelError
 from qvit.exporting.packed import export_checkpoint
 from qvit.format.packed import PackedModel, read_packed
@@ -284,11 +283,10 @@ def test_command_exports_and_informs(make_model, tmp_path: Path, images: Tensor)
     card = describe(VIT, arguments, CLASSES, {})
     student = student_of(make_model(), images, QuantConfig())
     save_checkpoint(tmp_path / "q.pt", dataclasses.replace(card, quant_config=QuantConfig().to_dict()), student)
-    runner = CliRunner()
-    done = runner.invoke(app, ["export", str(tmp_path / "q.pt"), str(tmp_path / "m.safetensors")])
-    assert done.exit_code == 0, done.output
-    assert "MB" in done.output
-    done = runner.invoke(app, ["info", str(tmp_path / "m.safetensors")])
-    assert done.exit_code == 0, done.output
-    assert VIT in done.output
-    assert "class 0; class 1" in done.output
+    done = run("export", tmp_path / "q.pt", tmp_path / "m.safetensors")
+    assert done.status == 0, done.err
+    assert "MB" in done.out
+    done = run("info", tmp_path / "m.safetensors")
+    assert done.status == 0, done.err
+    assert VIT in done.out
+    assert "class 0; class 1" in done.out

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
+from qvit.format.architecture import Architecture, Norm
 
 from packed_models import make_packed
 from qvit.config import Bits
 from qvit.errors import PackedFileError
-from qvit.format.architecture import Architecture, Norm
 from qvit.format.packed import MAX_HEADER, PackedModel, read_packed, write_packed
 from qvit.runtime.engine import Engine, instruction_sets
 from qvit.runtime.reference import ReferenceEngine

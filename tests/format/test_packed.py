@@ -14,11 +14,11 @@ import pytest
 import safetensors
 from hypothesis import given
 from hypothesis import strategies as st
+from qvit.format.architecture import Architecture, Norm
 
 from packed_models import DEIT_SMALL, TINY, make_packed
 from qvit.config import Bits
 from qvit.errors import OutputError, PackedFileError
-from qvit.format.architecture import Architecture, Norm
 from qvit.format.codes import pack_codes, unpack_codes
 from qvit.format.packed import PackedModel, expected_entries, read_packed, write_packed
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from qvit.format.architecture import Norm
 
 from packed_models import make_packed
 from qvit.config import Bits
 from qvit.errors import DataError
-from qvit.format.architecture import Norm
 from qvit.format.codes import pack_codes
 from qvit.format.packed import PackedLayer
 from qvit.nn.quantizer import to_codes

@@ -92,7 +92,7 @@ def test_resumed_run_equals_the_uninterrupted_one(
 
 
 def test_killed_run_resumes_from_its_last_epoch(tmp_path: Path, teacher_file: Path) -> None:
-    command = [sys.executable, "-m", "qvit.cli.app", "train", "vit_tiny_patch16_224", "--bits", "2", "--data", "digits"]
+    command = [sys.executable, "-m", "qvit.cli", "train", "vit_tiny_patch16_224", "--bits", "2", "--data", "digits"]
     command += ["--teacher", str(teacher_file), "--out", str(tmp_path / "run"), "--set", "quantized.epochs=200"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120

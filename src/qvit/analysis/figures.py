@@ -38,6 +38,7 @@ _STYLE: dict[Any, Any] = {
     "xtick.color": _INK,
     "ytick.color": _INK,
     "hatch.linewidth": 0.6,
+    "text.parse_math": False,  # a name may have dollars
     "svg.hashsalt": "qvit",  # the same figure is the same file
 }
 _DPI = 100

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jinja2 import Environment
 
-from qvit.files import write_text
+from qvit.files import printable, write_text
 
 Cell = str | int | float
 _NUMBER = re.compile(r"([–-]?|[+±−-]?\d[\d.,]*[%×]?)(\s|$)")  # nothing or a dash, too
@@ -80,7 +80,12 @@ def _is_number(table: Table, column: int) -> bool:
     return all(_NUMBER.match(cell) for cell in cells) and any(c.isdigit() for cell in cells for c in cell)
 
 
-_environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+_environment = Environment(
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    finalize=lambda value: printable(value) if isinstance(value, str) else value,
+)
 _environment.filters |= {"data_uri": _data_uri, "shown": _shown}
 _environment.tests["number"] = _is_number
 _TEMPLATE = _environment.from_string("""\

@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
+import io
 import sys
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
 from qvit._version import __version__
 from qvit.cli import packed, train
-from qvit.cli.options import console, rank
-from qvit.errors import CorruptImageError, QvitError, TrainingStopped
+from qvit.cli.ending import ends_in_a_sentence
+from qvit.files import printable
 
-TRAINING_PACKAGES = (
-    "torch",
-    "torchvision",
-    "timm",
-    "accelerate",
-    "sklearn",
-    "matplotlib",
-    "tensorboard",
-    "yaml",
-    "jinja2",
-    "huggingface_hub",
-)
-
+# Markup would take "[default: 4]" in a help text for a colour.
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
+_ClickException: Any = typer.BadParameter.__mro__[2]  # click's, or that of the copy of click in a later typer
 
 
 def print_version(wanted: bool) -> None:
@@ -49,6 +42,11 @@ def common(
     """Vision transformers at 4, 3 and 2 bits: train them with Q-ViT, fully quantized, and measure them."""
 
 
+def help_text(command: Callable[..., None]) -> str:
+    """Return a command's docstring, whose examples keep their lines."""
+    return inspect.getdoc(command).replace("\nExample", "\n\b\nExample")  # type: ignore[union-attr]
+
+
 for command in (
     train.train,
     train.eval,
@@ -60,33 +58,19 @@ for command in (
     train.ablate,
     train.demo,
 ):
-    app.command()(command)
+    app.command(help=help_text(command))(ends_in_a_sentence(command))
 
 
 def main() -> None:
-    """Run the command line; a user's mistake ends as one sentence and status 2."""
+    """Run the command line; see :mod:`qvit.cli.ending` for how it ends."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal may lack a character that a file name or a class has
+            stream.reconfigure(errors="backslashreplace")
     try:
-        app()
-    except TrainingStopped as stopped:
-        console().print(str(stopped), highlight=False, soft_wrap=True)
-    except CorruptImageError as error:  # of this process's share: the first one does not know of it
-        sys.stdout.flush()
-        print(f"qvit: {error}", file=sys.stderr)
-        sys.exit(2)
-    except QvitError as error:
-        if rank() > 0:
-            sys.exit(2)
-        sys.stdout.flush()
-        print(f"qvit: {error}", file=sys.stderr)
-        sys.exit(2)
-    except ModuleNotFoundError as missing:
-        if (missing.name or "").partition(".")[0] not in TRAINING_PACKAGES:
-            raise
-        print(f"qvit: This command needs {missing.name}: pip install 'qvit[train]' brings it.", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        print(f"qvit: {error.strerror or error}: {error.filename or 'the output'}.", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("qvit: interrupted.", file=sys.stderr)
-        sys.exit(130)
+        status = app(standalone_mode=False)
+    except _ClickException as error:  # its message repeats what was typed, or what the shell found for a *
+        shown = io.StringIO()
+        error.show(file=shown)
+        print(*map(printable, shown.getvalue().splitlines()), sep="\n", file=sys.stderr)
+        sys.exit(error.exit_code)
+    sys.exit(status)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qvit.cli.ending import rank
 from qvit.errors import ConfigError, QvitError
 
 if TYPE_CHECKING:
@@ -66,10 +66,13 @@ Fsdp = Annotated[bool, typer.Option("--fsdp", help="Under torchrun, shard the tr
 
 @functools.cache
 def console() -> Console:
-    """Return where the commands print; rich is imported here, for ``qvit predict`` is to start quickly."""
+    """Return where the commands print: texts are texts, without markup, emoji or colours of their own.
+
+    rich is imported here, for ``qvit predict`` is to start quickly.
+    """
     from rich.console import Console
 
-    return Console(quiet=rank() > 0)
+    return Console(quiet=rank() > 0, markup=False, emoji=False, highlight=False)
 
 
 def recipe_of(name: str | None, data: str, changes: list[str] | None) -> Recipe:
@@ -116,6 +119,8 @@ def options_of(
     from qvit.train.options import Options
     from qvit.train.run import SaveEvery
 
+    if not data:  # an unset variable of a script; the empty path would be this folder
+        raise ConfigError("--data is empty: give a data set's name or folder.")
     if precision not in ("no", "bf16"):
         raise ConfigError(f"--precision must be no or bf16, not {precision!r}.")
     if workers is None:
@@ -135,7 +140,7 @@ def decoded(sets: ImageSets, card: ModelCard, options: Options) -> ImageSets:
 def say_skipped(accuracy: Accuracy) -> None:
     """Print how many images could not be read, if any."""
     if accuracy.unreadable:
-        console().print(f"Unreadable images skipped: {accuracy.unreadable}.", highlight=False)
+        console().print(f"Unreadable images skipped: {accuracy.unreadable}.")
 
 
 def check_out(options: Options) -> None:
@@ -178,8 +183,3 @@ def parse_numbers(option: str, text: str) -> list[int]:
     if not numbers:
         raise ConfigError(f"{option} takes whole numbers separated by commas, not {text!r}.")
     return numbers
-
-
-def rank() -> int:
-    """Return which process this is under torchrun or accelerate launch; the others stay silent."""
-    return int(os.environ.get("RANK", "0"))

@@ -10,6 +10,7 @@ import typer
 
 from qvit.cli.options import Packed, console, parse_numbers
 from qvit.errors import CorruptImageError
+from qvit.files import printable
 
 
 def predict(
@@ -37,14 +38,14 @@ def predict(
             best = engine.predict(image, top_k)[0]
         except CorruptImageError as error:
             sys.stdout.flush()
-            print(f"qvit: {error}", file=sys.stderr)
+            print(f"qvit: {printable(error)}", file=sys.stderr)
             results.append({"image": str(image), "error": str(error)})
             continue
         results.append({"image": str(image), "classes": [{"name": n, "probability": p} for n, p in best]})
         if not as_json:  # plain text: the import of rich takes as long as the model does
-            print(image, *(f"  {probability:7.2%}  {name}" for name, probability in best), sep="\n")
+            print(printable(image), *(f"  {share:7.2%}  {printable(name)}" for name, share in best), sep="\n")
     if as_json:
-        print(json.dumps(results, indent=2, ensure_ascii=False))
+        print(json.dumps(results, indent=2))
     if any("error" in result for result in results):
         raise typer.Exit(2)
 
@@ -82,16 +83,16 @@ def bench(
         from qvit.analysis.figures import latency_bars, png
     chosen = list(PEERS) if peers is None else [name for name in peers.split(",") if name and name != "none"]
     comparison = compare(
-        {f"qvit, {model.name}": model},
+        {f"qvit, {printable(model.name)}": model},
         parse_numbers("--batch", batch),
         [processors()] if threads is None else parse_numbers("--threads", threads),
         peers=chosen,
         rounds=rounds,
-        report=lambda message: console().print(message, style="dim", highlight=False),
+        report=lambda message: console().print(printable(message), style="dim"),
     )
-    console().print(comparison.table(f"{model}, {comparison.machine['cpu']}"))
+    console().print(comparison.table(printable(f"{model}, {comparison.machine['cpu']}")))
     for line in comparison.notes():
-        console().print(line, highlight=False)
+        console().print(printable(line))
     if figure is not None:
         data = png(latency_bars(comparison.panels(), comparison.packed))
         write_atomically(figure, lambda temporary: temporary.write_bytes(data))
@@ -100,7 +101,10 @@ def bench(
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="What qvit train wrote: best.pt or last.pt of a quantized model.")],
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(metavar="CHECKPOINT", help="What qvit train wrote: best.pt or last.pt of a quantized model."),
+    ],
     out: Annotated[Path, typer.Argument(metavar="MODEL", help="File to write, e.g. model.safetensors.")],
 ) -> None:
     """Write a quantized checkpoint as one small file, which runs without PyTorch.
@@ -112,7 +116,7 @@ def export(
 
     export_checkpoint(checkpoint, out)
     size = out.stat().st_size / 1e6
-    console().print(f"{out}: {size:.2f} MB; qvit info {out} says what is in it.", highlight=False, soft_wrap=True)
+    console().print(printable(f"{out}: {size:.2f} MB; qvit info {out} says what is in it."), soft_wrap=True)
 
 
 def push(
@@ -129,7 +133,7 @@ def push(
     """
     from qvit.hub import push_to_hub
 
-    console().print(push_to_hub(file, repository, private=private), highlight=False, soft_wrap=True)
+    console().print(printable(push_to_hub(file, repository, private=private)), soft_wrap=True)
 
 
 def info(model: Packed) -> None:

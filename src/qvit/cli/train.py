@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qvit.cli.ending import rank
 from qvit.cli.options import (
     Accumulate,
     Changes,
@@ -34,11 +35,11 @@ from qvit.cli.options import (
     options_of,
     parse_numbers,
     parse_overrides,
-    rank,
     recipe_of,
     say_skipped,
 )
 from qvit.errors import ConfigError
+from qvit.files import printable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -142,15 +143,16 @@ def train(
     accuracy = result.accuracy
     console().print(
         f"{title}: top-1 {accuracy.top1:.2f}, top-5 {accuracy.top5:.2f} on {accuracy.images} images; "
-        f"checkpoints in {out}; SHA-256 of the weights {weights_checksum(result.model)[:16]}...",
-        highlight=False,
+        f"checkpoints in {printable(out)}; SHA-256 of the weights {weights_checksum(result.model)[:16]}...",
         soft_wrap=True,
     )
     say_skipped(accuracy)
 
 
 def eval(
-    checkpoint: Annotated[Path, typer.Argument(help="What qvit train or qvit export wrote: .pt or .safetensors.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="What qvit train or qvit export wrote: .pt or .safetensors.")
+    ],
     data: Data,
     data_root: DataRoot = None,
     splits: Splits = "train,validation",
@@ -192,12 +194,12 @@ def eval(
         share=share_of(accelerator),
     )
     accuracy = evaluate(model.to(device), loader, device, skip_corrupt=skip_corrupt)
-    table = Table(title=f"{checkpoint} on {data}")
+    table = Table(title=printable(f"{checkpoint} on {data}"))
     for column in ("model", "bits", "top-1", "top-5", "images", "images/s"):
         table.add_column(column, justify="left" if column == "model" else "right")
     config = card.quant_config
     table.add_row(
-        card.name,
+        printable(card.name),
         "32 (float)" if config is None else f"{config['weight_bits']}/{config['activation_bits']}",
         f"{accuracy.top1:.2f}",
         f"{accuracy.top5:.2f}",
@@ -289,7 +291,7 @@ def ablate(
     report = out / "report.html"
     if rank() == 0 and records:
         write_ablation_report(report, records, top1, teacher_statistics(guide, sets, options))
-    console().print(f"Report in {report}, records in {out}/*-bit/*/seed-*/result.json", highlight=False, soft_wrap=True)
+    console().print(printable(f"Report in {report}, records in {out}/*-bit/*/seed-*/result.json"), soft_wrap=True)
 
 
 def demo(

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
+from rich.text import Text
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -25,6 +26,7 @@ from qvit.data.loader import Batch, make_loader, readable
 from qvit.data.order import EvaluationOrder, Sample, TrainOrder
 from qvit.data.sources import ImageSets
 from qvit.errors import ConfigError, CorruptImageError
+from qvit.files import printable
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 """Area of a crop as a share of the image's, and its width over its height: timm's defaults."""
@@ -212,7 +214,8 @@ def _decode(
     if not done:
         raise CorruptImageError(f"{unreadable[0].message} Nor can any other of the {name}.")
     if unreadable:
-        console.print(f"decoding {name}: {len(unreadable)} unreadable left out, the first: {unreadable[0].message}")
+        said = f"decoding {name}: {len(unreadable)} unreadable left out, the first: {unreadable[0].message}"
+        console.print(Text(printable(said)))
     return ResidentImages(pixels[:done], labels[:done])
 
 

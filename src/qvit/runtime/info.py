@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from qvit.config import Bits
+from qvit.files import printable
 from qvit.format.branches import Attention, Mlp, Residual
 from qvit.format.fields import shown
 from qvit.format.ops import Classify, Embed, Merge, Norm, Operation, Pool, Stream, Tokens
@@ -80,7 +81,7 @@ def _ends(program: Program) -> dict[str, str]:
 
 def _about_program(program: Program) -> Iterator[tuple[str, str]]:
     channels, height, width = program.input
-    yield "model", program.name
+    yield "model", printable(program.name)
     yield "image", f"{height} x {width}, {channels} channels"
     yield "gives", f"{program.output} logits" if program.classifies else f"a vector of {program.output} values"
 
@@ -122,7 +123,7 @@ def _what(operation: Operation, x: Stream) -> str:
         return "2 x 2 neighbours"
     if isinstance(operation, Pool):
         return f"{operation.kind}, {operation.skip} tokens left out" if operation.skip else operation.kind
-    return ", ".join(layer.name for layer in operation.layers())
+    return ", ".join(printable(layer.name) for layer in operation.layers())
 
 
 def _branch(branch: Attention | Mlp, x: Stream) -> str:
@@ -158,11 +159,11 @@ def _gives(x: Stream) -> str:
 
 
 def _about(model: PackedModel) -> Iterator[tuple[str, str]]:
-    names = "; ".join(model.classes[:5]) + ("; ..." if len(model.classes) > 5 else "")
+    names = "; ".join(map(printable, model.classes[:5])) + ("; ..." if len(model.classes) > 5 else "")
     yield "classes", f"{len(model.classes)}: {names}"
     for title, data in (("preprocessing", model.preprocessing), ("origin", model.origin)):
         if data:
-            yield title, "\n".join(f"{name}: {_value(value)}" for name, value in data.items())
+            yield title, "\n".join(printable(f"{name}: {_value(value)}") for name, value in data.items())
 
 
 def _value(value: Any) -> str:
@@ -171,7 +172,7 @@ def _value(value: Any) -> str:
 
 def _bits(program: Program) -> Iterator[tuple[str, str, str, str]]:
     def role(name: str) -> str:
-        return re.sub(r"\.\d+\.", ".*.", name)
+        return printable(re.sub(r"\.\d+\.", ".*.", name))
 
     roles = Counter((role(name), bits) for name, bits in program.bits().items())
     layers = {role(name) for name in program.layers()}
@@ -199,10 +200,10 @@ def _sizes(model: PackedModel, total: int) -> Iterator[tuple[str, str, str]]:
 
 
 def _table(title: str, columns: tuple[str, ...], rows: Any) -> Table:
-    table = Table(title=escape(title), show_header=any(columns), title_justify="left")
+    table = Table(title=Text(printable(title)), show_header=any(columns), title_justify="left")
     for index, column in enumerate(columns):
         numbers = index > 0 and column not in ("", "what", "gives")
         table.add_column(column, justify="right" if numbers else "left")
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*map(Text, row))
     return table

@@ -18,6 +18,7 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 import qvit
 from qvit.analysis.figures import query_histograms, svg, training_curves
@@ -30,6 +31,7 @@ from qvit.bench.peers import PEERS
 from qvit.data.loader import Batch, make_loader, make_transform
 from qvit.data.sources import open_data
 from qvit.exporting.packed import origin_of
+from qvit.files import printable
 from qvit.models.checkpoint import describe
 from qvit.train.methods import METHODS, FloatModel, Result, train_full_precision, train_quantized
 from qvit.train.options import Options
@@ -152,7 +154,7 @@ def run_demo(out: Path, console: Console, seed: int = 0, changes: Sequence[str] 
     write_report(
         report, "qvit demo: handwritten digits at 4 and 2 bits", _sections(rows, cells, recipe, images, seed, minutes)
     )
-    console.print(f"{minutes:.1f} minutes. Report: {report}", highlight=False, soft_wrap=True)
+    console.print(Text(printable(f"{minutes:.1f} minutes. Report: {report}")), soft_wrap=True)
     return report
 
 

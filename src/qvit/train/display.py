@@ -42,7 +42,7 @@ def tensorboard(folder: Path, epochs: int, is_main: bool) -> contextlib.Abstract
 def progress_bar(console: Console) -> Progress:
     """Return the bar of a run, with its remaining time."""
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         TextColumn("{task.percentage:>3.0f}%"),
         TimeRemainingColumn(),

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from qvit.data.order import Share
+from qvit.errors import ConfigError
 from qvit.train.run import TEN_MINUTES, SaveEvery
 
 
@@ -29,6 +30,9 @@ class Options:
         accumulate: parts in which a batch is computed, one after the other, where it would not fit in memory.
         fsdp: shard weights, gradients and optimizer over the processes (FSDP2) instead of copying them (DDP).
         save_every: how often to save inside an epoch; it is saved after each epoch anyway.
+
+    Raises:
+        ConfigError: for a folder that TensorBoard cannot write to.
     """
 
     out: Path
@@ -42,6 +46,14 @@ class Options:
     accumulate: int = 1
     fsdp: bool = False
     save_every: SaveEvery = TEN_MINUTES
+
+    def __post_init__(self) -> None:
+        try:
+            str(self.out).encode()
+        except UnicodeEncodeError:  # of bytes that are not UTF-8 Python makes halves of surrogate pairs
+            raise ConfigError(
+                f"TensorBoard cannot write to {self.out}: that name is not UTF-8, give another."
+            ) from None
 
 
 def make_accelerator(options: Options) -> Accelerator:

@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from rich.console import Console
+from rich.text import Text
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -28,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
 from qvit.data.order import TrainOrder
 from qvit.data.randomness import random_state, set_random_state
 from qvit.errors import CheckpointError, ConfigError, NonFiniteLossError
-from qvit.files import first_line
+from qvit.files import first_line, printable
 from qvit.models.checkpoint import ModelCard, build, read_checkpoint, save_checkpoint
 from qvit.train.distributed import whole_weights
 from qvit.train.oscillation import Oscillation
@@ -223,8 +224,8 @@ def read_last(folder: Path, card: ModelCard, console: Console) -> Saved:
             raise
         its, weights, training = read_checkpoint(path)
         state = "damaged" if (folder / LAST).exists() else "absent"
-        said = f"{folder / LAST} is {state}: falling back to {path.name}, the one before it."
-        console.print(said, highlight=False, soft_wrap=True)
+        said = Text(printable(f"{folder / LAST} is {state}: falling back to {path.name}, the one before it."))
+        console.print(said, soft_wrap=True)
     same = ("name", "quant_config", "model_args", "classes")
     if training is None or any(getattr(its, field) != getattr(card, field) for field in same):
         raise CheckpointError(f"{path} is of another model or another run: give the same arguments, or another --out.")

@@ -1,0 +1,71 @@
+"""How a command ends: in a result and status 0, or in one sentence on standard error and another status."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn, TypeVar
+
+from qvit.errors import CorruptImageError, QvitError, TrainingStopped
+from qvit.files import first_line, printable
+
+REFUSED = 2
+"""A mistake of the user's, or something that the machine does not give."""
+INTERRUPTED, STOPPED = 130, 143
+"""128 and the number of the signal, SIGINT or SIGTERM: what a shell reports of a program that the signal ended.
+
+So a scheduler sees the same status whether SIGTERM came while a run trained, which then saves itself, or before.
+"""
+TRAINING_PACKAGES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "accelerate",
+    "sklearn",
+    "matplotlib",
+    "tensorboard",
+    "yaml",
+    "jinja2",
+    "huggingface_hub",
+)
+_Command = TypeVar("_Command", bound=Callable[..., None])
+
+
+def rank() -> int:
+    """Return which process this is under torchrun or accelerate launch; the others stay silent."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def ends_in_a_sentence(command: _Command) -> _Command:
+    """Return ``command`` such that what is expected to go wrong ends in a sentence and a status, not in a traceback."""
+
+    @functools.wraps(command)
+    def run(*args: object, **kwargs: object) -> None:
+        try:
+            command(*args, **kwargs)
+        except TrainingStopped as stopped:
+            end(str(stopped), STOPPED)
+        except KeyboardInterrupt as interrupt:
+            end(str(interrupt) or "Interrupted.", INTERRUPTED)
+        except CorruptImageError as error:  # of this process's part of the images: the first one does not know of it
+            end(str(error), REFUSED, everywhere=True)
+        except QvitError as error:
+            end(str(error), REFUSED)
+        except ModuleNotFoundError as missing:
+            if (missing.name or "").partition(".")[0] not in TRAINING_PACKAGES:
+                raise
+            end(f"This command needs {missing.name}: pip install 'qvit[train]' brings it.", REFUSED)
+        except OSError as error:
+            end(f"{error.strerror or first_line(error)}: {error.filename or 'the output'}.", REFUSED, everywhere=True)
+
+    return run  # type: ignore[return-value]
+
+
+def end(sentence: str, status: int, *, everywhere: bool = False) -> NoReturn:
+    """Print a sentence, in the first process or ``everywhere``, and end the program."""
+    sys.stdout.flush()
+    if everywhere or rank() == 0:
+        print(f"qvit: {printable(sentence)}", file=sys.stderr)
+    sys.exit(status)
