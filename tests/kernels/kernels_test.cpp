@@ -214,28 +214,32 @@ void check_softmax(const char* isa, const RowOps& ops, size_t width, double spre
     const size_t columns = width - 5;  // the rest is padding
     Buffer<int32_t> sums(rows * width);
     for (size_t i = 0; i < sums.size(); ++i) sums[i] = integer(-1000, 1000);
-    Buffer<float> shift = reals(width, -1, 1);
-    for (size_t c = columns; c < width; ++c) shift[c] = -std::numeric_limits<float>::infinity();
+    Buffer<float> shift = reals(rows * width, -1, 1);
+    for (size_t r = 0; r < rows; ++r)
+        for (size_t c = columns; c < width; ++c) shift[r * width + c] = -std::numeric_limits<float>::infinity();
     const float scale = static_cast<float>(spread / 1000);
     Buffer<uint8_t> codes(rows * width);
     float totals[rows];
-    for (const float top : {3.0f, 15.0f, 255.0f}) {
-        const float inverse = top / 0.9f;
-        ops.softmax_codes(sums.data(), width, rows, width, scale, shift.data(), inverse, top, codes.data(), width,
-                          totals);
-        for (size_t r = 0; r < rows; ++r) {
-            std::vector<double> powers(width);
-            double largest = -1e300, sum = 0.0, total = 0.0;
-            for (size_t c = 0; c < columns; ++c)
-                largest = std::max(largest, powers[c] = static_cast<double>(sums[r * width + c]) * scale + shift[c]);
-            for (size_t c = 0; c < columns; ++c) sum += powers[c] = std::exp2(powers[c] - largest);
-            for (size_t c = 0; c < width; ++c) {
-                check_code(isa, "softmax_codes", codes[r * width + c], powers[c] / sum * inverse, top, 1e-3);
-                total += codes[r * width + c];
+    for (const size_t stride : {size_t{0}, width})  // one row of shifts for all, and one for each
+        for (const float top : {3.0f, 15.0f, 255.0f}) {
+            const float inverse = top / 0.9f;
+            ops.softmax_codes(sums.data(), width, rows, width, scale, shift.data(), stride, inverse, top, codes.data(),
+                              width, totals);
+            for (size_t r = 0; r < rows; ++r) {
+                std::vector<double> powers(width);
+                double largest = -1e300, sum = 0.0, total = 0.0;
+                for (size_t c = 0; c < columns; ++c) {
+                    powers[c] = static_cast<double>(sums[r * width + c]) * scale + shift[r * stride + c];
+                    largest = std::max(largest, powers[c]);
+                }
+                for (size_t c = 0; c < columns; ++c) sum += powers[c] = std::exp2(powers[c] - largest);
+                for (size_t c = 0; c < width; ++c) {
+                    check_code(isa, "softmax_codes", codes[r * width + c], powers[c] / sum * inverse, top, 1e-3);
+                    total += codes[r * width + c];
+                }
+                check_value(isa, "softmax totals", totals[r], total, 0.0);
             }
-            check_value(isa, "softmax totals", totals[r], total, 0.0);
         }
-    }
 }
 
 void check_norms(const char* isa, const RowOps& ops, size_t width, bool rms, bool rectifier) {

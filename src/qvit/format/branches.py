@@ -238,6 +238,8 @@ class Residual(Operation):
         """Return ``x``: its shape stays."""
         for index, branch in enumerate(self.branches):
             branch.after(x, f"{place}.branches[{index}]")
+        windows = {(branch.window, branch.shift) for branch in self.branches if isinstance(branch, Attention)}
+        need(len(windows) <= 1, f"{place}.branches", "attentions side by side must have the same windows")
         return x
 
     def entries(self, x: Stream) -> Iterator[Entry]:

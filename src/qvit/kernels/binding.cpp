@@ -1,4 +1,4 @@
-// The module qvit._kernels: a model built part by part from arrays, and the products for tests and benchmarks.
+// The module qvit._kernels: a model built operation by operation, and the products for tests and benchmarks.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/pair.h>
@@ -10,15 +10,13 @@
 #include <stdexcept>
 
 #include "model.h"
+#include "parts.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
 using namespace qvit;
 
 namespace {
-
-template <class T, int Dimensions>
-using Array = nb::ndarray<const T, nb::ndim<Dimensions>, nb::c_contig, nb::device::cpu>;
 
 const Isa& isa_named(const std::string& name) {
     size_t count;
@@ -28,177 +26,20 @@ const Isa& isa_named(const std::string& name) {
     throw std::invalid_argument("this processor or build has no instruction set called " + name);
 }
 
-void need(bool condition, const char* what) {
-    if (!condition) throw std::invalid_argument(what);
-}
-
-template <class T>
-T get(const nb::dict& part, const char* name) {
-    return nb::cast<T>(part[name]);
-}
-
-const float* floats(const nb::dict& part, const char* name, size_t count) {
-    const auto array = get<nb::ndarray<const float, nb::c_contig, nb::device::cpu>>(part, name);
-    need(array.size() == count, name);
-    return array.data();
-}
-
-bool has(const nb::dict& part, const char* name) { return part.contains(name) && !part[name].is_none(); }
-
-Quantizer quantizer(const nb::dict& part) {
-    return Quantizer(get<double>(part, "input_scale"), get<double>(part, "input_offset"), get<int>(part, "input_bits"));
-}
-
-LinearSpec linear_spec(const nb::dict& part, size_t outputs, size_t inputs) {
-    const auto codes = get<Array<uint8_t, 2>>(part, "codes");
-    const int bits = get<int>(part, "weight_bits");
-    need(bits >= 2 && bits <= 8, "bits");
-    need(codes.shape(0) == outputs && codes.shape(1) == (inputs * static_cast<size_t>(bits) + 7) / 8, "codes");
-    return {codes.data(),   codes.shape(1), bits, floats(part, "scale", outputs), floats(part, "bias", outputs),
-            quantizer(part)};
-}
-
-Linear linear(const Isa& isa, const nb::dict& part, Parts outputs, Parts inputs) {
-    return Linear(isa, linear_spec(part, outputs.count * outputs.size, inputs.count * inputs.size), outputs, inputs);
-}
-
-Norm norm(const nb::dict& part, const char* name, Parts parts) {
-    if (!has(part, name)) return {};
-    const auto given = get<nb::dict>(part, name);
-    const size_t count = parts.count * parts.size;
-    return make_norm(get<bool>(given, "rms"), get<float>(given, "eps"), floats(given, "weight", count),
-                     floats(given, "bias", count), parts);
-}
-
-std::vector<Quantizer> head_quantizers(const nb::dict& part, const char* name, size_t heads, bool is_signed) {
-    const auto given = get<nb::dict>(part, name);
-    const float* scale = floats(given, "scale", heads);
-    const float* offset = is_signed ? floats(given, "offset", heads) : nullptr;
-    const int bits = get<int>(given, "bits");
-    std::vector<Quantizer> quantizers;
-    for (size_t head = 0; head < heads; ++head)
-        quantizers.push_back(is_signed ? Quantizer(scale[head], offset[head], bits)
-                                       : Quantizer::unsigned_codes(scale[head], bits));
-    return quantizers;
-}
-
-Attention attention(const Plan& plan, const nb::dict& part) {
-    const Parts heads = plan.heads_parts();
-    Attention a;
-    a.norm = norm(part, "norm", plan.width_parts());
-    a.qkv = linear(plan.isa, get<nb::dict>(part, "qkv"), {3 * heads.count, heads.size}, plan.width_parts());
-    a.proj = linear(plan.isa, get<nb::dict>(part, "proj"), plan.width_parts(), heads);
-    for (auto [operand, norms] : {std::pair{"query", &a.query}, std::pair{"key", &a.key}}) {
-        const auto given = get<nb::dict>(part, operand);
-        if (has(given, "norm")) norms->push_back(norm(given, "norm", heads));
-        if (has(given, "gamma")) {
-            const size_t count = heads.count * heads.size;
-            norms->push_back(make_rectifier(get<float>(given, "eps"), floats(given, "gamma", count),
-                                            floats(given, "beta", count), heads));
-        }
-    }
-    a.query_quantizer = head_quantizers(part, "query", heads.count, true);
-    a.key_quantizer = head_quantizers(part, "key", heads.count, true);
-    a.value_quantizer = head_quantizers(part, "value", heads.count, true);
-    a.map_quantizer = head_quantizers(part, "attention", heads.count, false);
-    a.inner = norm(part, "inner", {1, heads.count * heads.size});
-    plan.finish(a);
-    return a;
-}
-
-Activation activation(const std::string& name) {
-    const std::pair<const char*, Activation> known[] = {{"gelu", Activation::gelu},
-                                                        {"gelu_tanh", Activation::gelu_tanh},
-                                                        {"quick_gelu", Activation::quick_gelu},
-                                                        {"silu", Activation::silu},
-                                                        {"relu", Activation::relu}};
-    for (const auto& [its_name, value] : known)
-        if (name == its_name) return value;
-    throw std::invalid_argument("activation");
-}
-
-Mlp mlp(const Plan& plan, const nb::dict& part) {
-    Mlp m;
-    const Parts width = plan.width_parts(), hidden{1, get<size_t>(part, "hidden")};
-    const auto kind = get<std::string>(part, "kind");
-    m.kind = kind == "plain"        ? Mlp::Kind::plain
-             : kind == "first_half" ? Mlp::Kind::first_half
-             : kind == "last_half"  ? Mlp::Kind::second_half
-                                    : Mlp::Kind::split;
-    const bool both = m.kind == Mlp::Kind::first_half || m.kind == Mlp::Kind::second_half;
-    m.norm = norm(part, "norm", width);
-    m.up = linear(plan.isa, get<nb::dict>(part, "up"), {both ? size_t{2} : size_t{1}, hidden.size}, width);
-    if (m.kind == Mlp::Kind::split) m.gate = linear(plan.isa, get<nb::dict>(part, "gate"), hidden, width);
-    m.down = linear(plan.isa, get<nb::dict>(part, "down"), width, hidden);
-    m.inner = norm(part, "inner", hidden);
-    m.activation = activation(get<std::string>(part, "activation"));
-    m.inputs = hidden.size;
-    m.hidden = hidden.padded();
-    return m;
-}
-
-void set_embedding(Plan& plan, const nb::dict& part) {
-    const Shape& shape = plan.shape;
-    const size_t inputs = shape.channels * shape.patch_height * shape.patch_width;
-    const size_t patches = (shape.height / shape.patch_height) * (shape.width / shape.patch_width);
-    plan.set_embedding(linear_spec(get<nb::dict>(part, "patch"), shape.embed_dim, inputs),
-                       norm(part, "norm", plan.width_parts()),
-                       shape.prefix == 0 ? nullptr : floats(part, "prefix", shape.prefix * shape.embed_dim),
-                       has(part, "positions") ? floats(part, "positions", patches * shape.embed_dim) : nullptr,
-                       norm(part, "pre_norm", plan.width_parts()));
-}
-
-void add_block(Plan& plan, const nb::dict& part) {
-    Block block;
-    block.post = get<bool>(part, "post");
-    for (nb::handle each : get<nb::list>(part, "attentions"))
-        block.attentions.push_back(attention(plan, nb::cast<nb::dict>(each)));
-    for (nb::handle each : get<nb::list>(part, "mlps")) block.mlps.push_back(mlp(plan, nb::cast<nb::dict>(each)));
-    plan.add_block(std::move(block));
-}
-
-void set_head(Plan& plan, const nb::dict& part) {
-    std::vector<Linear> heads;
-    for (nb::handle each : get<nb::list>(part, "heads"))
-        heads.push_back(linear(plan.isa, nb::cast<nb::dict>(each), {1, plan.shape.classes}, plan.width_parts()));
-    plan.set_head(norm(part, "norm", plan.width_parts()), norm(part, "pool_norm", plan.width_parts()),
-                  std::move(heads));
-}
-
-// {(part, block, branch): codes (images, rows, width)} of at most Model::kImagesAtOnce images.
+// {(operation, branch, part): codes (images, rows, width)} of at most Model::kImagesAtOnce images.
 nb::dict trace(Model& model, Array<float, 4> images) {
     const size_t batch = images.shape(0);
     need(batch > 0 && batch <= Model::kImagesAtOnce, "images");
     Trace trace(batch);
-    std::vector<float> logits(batch * model.plan().shape.classes);
-    model.forward(images.data(), batch, logits.data(), &trace);
+    std::vector<float> outputs(batch * model.plan().outputs());
+    model.forward(images.data(), batch, outputs.data(), &trace);
     nb::dict codes;
     for (const Trace::Codes& each : trace.all()) {
         const nb::bytes values(each.values.data(), each.values.size());
-        codes[nb::make_tuple(each.name.part, each.name.block, each.name.branch)] =
+        codes[nb::make_tuple(each.name.operation, each.name.branch, each.name.part)] =
             nb::make_tuple(values, nb::make_tuple(batch, each.rows, each.width));
     }
     return codes;
-}
-
-Shape shape_of(const nb::dict& part) {
-    const auto pool = get<std::string>(part, "pool");
-    return {get<size_t>(part, "channels"),
-            get<size_t>(part, "height"),
-            get<size_t>(part, "width"),
-            get<size_t>(part, "patch_height"),
-            get<size_t>(part, "patch_width"),
-            get<size_t>(part, "embed_dim"),
-            get<size_t>(part, "heads"),
-            get<size_t>(part, "head_dim"),
-            get<size_t>(part, "prefix"),
-            get<size_t>(part, "skip"),
-            get<size_t>(part, "classes"),
-            get<float>(part, "attention_scale"),
-            pool == "token" ? Shape::Pool::token
-            : pool == "avg" ? Shape::Pool::average
-            : pool == "max" ? Shape::Pool::largest
-                            : Shape::Pool::both};
 }
 
 // Signed codes (N, K) packed for one product of one instruction set: what tests and benchmarks see of a kernel.
@@ -284,29 +125,25 @@ NB_MODULE(_kernels, m) {
     nb::class_<Model>(m, "Model")
         .def(
             "__init__",
-            [](Model* self, const std::string& isa, const nb::dict& shape, size_t threads) {
-                new (self) Model(isa_named(isa), shape_of(shape), threads);
+            [](Model* self, const std::string& isa, size_t channels, size_t height, size_t width, size_t threads) {
+                new (self) Model(Plan(isa_named(isa), channels, height, width), threads);
             },
-            "isa"_a, "shape"_a, "threads"_a)
+            "isa"_a, "channels"_a, "height"_a, "width"_a, "threads"_a)
         .def(
-            "set_embedding", [](Model& model, const nb::dict& part) { set_embedding(model.plan(), part); }, "part"_a)
-        .def(
-            "add_block", [](Model& model, const nb::dict& part) { add_block(model.plan(), part); }, "part"_a)
-        .def(
-            "set_head", [](Model& model, const nb::dict& part) { set_head(model.plan(), part); }, "part"_a)
+            "add", [](Model& model, const nb::dict& part) { add_operation(model.plan(), part); }, "part"_a)
         .def(
             "forward",
             [](Model& model, Array<float, 4> images,
-               nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu> logits) {
-                const Shape& shape = model.plan().shape;
-                need(images.shape(1) == shape.channels && images.shape(2) == shape.height &&
-                         images.shape(3) == shape.width && logits.shape(0) == images.shape(0) &&
-                         logits.shape(1) == shape.classes,
+               nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu> outputs) {
+                const Plan& plan = model.plan();
+                need(images.shape(1) == plan.channels && images.shape(2) == plan.height &&
+                         images.shape(3) == plan.width && outputs.shape(0) == images.shape(0) &&
+                         outputs.shape(1) == plan.outputs(),
                      "shapes do not fit");
                 const nb::gil_scoped_release release;
-                model.forward(images.data(), images.shape(0), logits.data());
+                model.forward(images.data(), images.shape(0), outputs.data());
             },
-            "images"_a, "logits"_a)
+            "images"_a, "outputs"_a)
         .def("trace", trace, "images"_a)
         .def("set_timed", &Model::set_timed, "timed"_a)
         .def("profile", &Model::profile);

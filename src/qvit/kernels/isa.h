@@ -106,9 +106,11 @@ struct RowOps {
     void (*add_sums)(const int32_t* sums, size_t stride, size_t rows, size_t width, const float* scale,
                      const float* shift, float* out, size_t out_stride);
     // Rows of logits (log2 e included) = sums * scale + shift[column]; softmax over them; codes =
-    // min(round(p * inverse), top). totals[row] = sum of the row's codes.
+    // min(round(p * inverse), top). totals[row] = sum of the row's codes. Rows of shifts lie `shift_stride` apart: 0 if
+    // all rows have the same.
     void (*softmax_codes)(const int32_t* sums, size_t stride, size_t rows, size_t width, float scale,
-                          const float* shift, float inverse, float top, uint8_t* out, size_t out_stride, float* totals);
+                          const float* shift, size_t shift_stride, float inverse, float top, uint8_t* out,
+                          size_t out_stride, float* totals);
     // codes = clamp(round(normalized)), with the quantizer already inside weight and bias
     void (*normalize_codes)(const float* x, size_t stride, size_t rows, const Normalize& norm, float top, uint8_t* out,
                             size_t out_stride);

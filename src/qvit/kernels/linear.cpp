@@ -29,6 +29,7 @@ void unpack(const uint8_t* row, int bits, size_t count, int8_t* codes) {
 Linear::Linear(const Isa& isa, const LinearSpec& spec, Parts out, Parts in)
     : product(&choose(isa.products, isa.product_count, spec.input.bits, spec.weight_bits)),
       input(spec.input),
+      channels(out.count * out.size),
       outputs(round_up(out.total(), product->group)),
       inputs(in.total()),
       weights(product->weight_bytes(outputs, inputs)),
@@ -49,27 +50,29 @@ Linear::Linear(const Isa& isa, const LinearSpec& spec, Parts out, Parts in)
     }
 }
 
-Operand operand(const Product& product, const uint8_t* codes, size_t stride, size_t rows, size_t k, uint8_t* packed) {
-    if (product.pack_rows == nullptr) return {codes, stride};
+Span<uint8_t> operand(const Product& product, Span<uint8_t> codes, size_t rows, size_t k, Buffer<uint8_t>& packed) {
+    if (kChecked)
+        for (size_t r = 0; r < rows; ++r)
+            for (size_t i = 0; i < k; ++i) check(codes.row(r, k)[i] >> product.left_bits == 0);
+    if (product.pack_rows == nullptr) return codes.part(0, rows, 0, k);
     const size_t bytes = product.row_bytes(k);
-    product.pack_rows(codes, stride, rows, k, packed, bytes);
-    return {packed, bytes};
+    const Span<uint8_t> to = packed.rows(rows, bytes);
+    product.pack_rows(codes.get(rows, k), codes.stride(), rows, k, to.get(rows, bytes), bytes);
+    return to;
 }
 
-Operand operand(const Linear& layer, const uint8_t* codes, size_t stride, size_t rows, uint8_t* packed) {
-    return operand(*layer.product, codes, stride, rows, layer.inputs, packed);
-}
-
-void pack_columns(const Product& product, const uint8_t* codes, size_t stride, size_t k, size_t width, int low,
-                  uint8_t* packed) {
-    if (product.pack_columns != nullptr) return product.pack_columns(codes, stride, k, width, low, packed);
+void pack_columns(const Product& product, Span<uint8_t> codes, size_t k, size_t width, int low,
+                  Buffer<uint8_t>& packed) {
+    const uint8_t* columns = codes.get(k, width);
+    uint8_t* panels = packed.rows(1, kChecked ? product.weight_bytes(round_up(width, product.group), k) : 0).get(1, 0);
+    if (product.pack_columns != nullptr) return product.pack_columns(columns, codes.stride(), k, width, low, panels);
     for (size_t channel = 0; channel < width; channel += kChannels)
         for (size_t at = 0; at < k; at += kDepth) {
-            const uint8_t* from = codes + at * stride + channel;
-            uint8_t* to = packed + dense_index(channel, at, k);
+            const uint8_t* from = columns + at * codes.stride() + channel;
+            uint8_t* to = panels + dense_index(channel, at, k);
             for (size_t c = 0; c < kChannels; ++c)
                 for (size_t i = 0; i < kDepth; ++i)
-                    to[c * kDepth + i] = static_cast<uint8_t>(from[i * stride + c] - low);
+                    to[c * kDepth + i] = static_cast<uint8_t>(from[i * codes.stride() + c] - low);
         }
 }
 

@@ -11,6 +11,7 @@
 #include "isa.h"
 #include "memory.h"
 #include "quantizer.h"
+#include "row_spans.h"
 
 namespace qvit {
 
@@ -22,8 +23,9 @@ struct Parts {
     size_t at(size_t channel) const { return channel / size * padded() + channel % size; }
 };
 
-// Linear layer: float32 scale and bias a channel, codes as the packed file holds them (one row of bits a channel).
+// Linear layer: float32 scale and bias per channel, codes as the packed file holds them (a row of bits per channel).
 struct LinearSpec {
+    size_t outputs, inputs;
     const uint8_t* codes;
     size_t row_bytes;
     int weight_bits;
@@ -39,33 +41,33 @@ class Linear {
 
     const Product* product = nullptr;
     Quantizer input;
+    size_t channels = 0;             // its outputs
     size_t outputs = 0, inputs = 0;  // padded
     Buffer<uint8_t> weights;
     Buffer<float> scale, shift;  // value = sum * scale + shift
 };
 
-// Rows of codes in the form that a product reads.
-struct Operand {
-    const uint8_t* rows;
-    size_t stride;
-};
-
-Operand operand(const Product& product, const uint8_t* codes, size_t stride, size_t rows, size_t k, uint8_t* packed);
-Operand operand(const Linear& layer, const uint8_t* codes, size_t stride, size_t rows, uint8_t* packed);
+// Rows of k codes in the form that a product reads: themselves, or packed into `packed`.
+Span<uint8_t> operand(const Product& product, Span<uint8_t> codes, size_t rows, size_t k, Buffer<uint8_t>& packed);
 
 // Values are a right-hand side whose channels are the head's and whose sum runs over tokens.
-void pack_columns(const Product& product, const uint8_t* codes, size_t stride, size_t k, size_t width, int low,
-                  uint8_t* packed);
+void pack_columns(const Product& product, Span<uint8_t> codes, size_t k, size_t width, int low,
+                  Buffer<uint8_t>& packed);
 
+// Call use(tile) for every tile of a layer's first `channels` channels.
 template <class Use>
-void each_tile(const Linear& layer, const Operand& left, size_t rows, int32_t* sums, Clock& clock, Work work, Use use) {
-    const size_t tile = layer.product->tile;
-    for (size_t first = 0; first < layer.outputs; first += tile) {
-        const size_t last = std::min(first + tile, layer.outputs);
-        layer.product->run(left.rows, left.stride, rows, layer.weights.data(), layer.outputs, layer.inputs, first, last,
-                           sums, tile);
+void each_tile(const Linear& layer, Span<uint8_t> left, size_t rows, size_t channels, Buffer<int32_t>& sums,
+               Clock& clock, Work work, Use use) {
+    const size_t step = layer.product->tile;
+    const Span<int32_t> out = sums.rows(rows, step);
+    for (size_t first = 0; first < layer.outputs; first += step) {
+        const size_t last = std::min(first + step, layer.outputs);
+        layer.product->run(left.get(rows, 0), left.stride(), rows, layer.weights.data(), layer.outputs, layer.inputs,
+                           first, last, out.get(rows, last - first), step);
         clock.lap(kProducts);
-        use(first, last, tile);
+        // Outputs are padded to the product's group: what is beyond the channels is nobody's.
+        const size_t width = std::min(last, channels) - first;
+        use(Tile{out, rows, first, width, layer.scale.from(first, width), layer.shift.from(first, width)});
         clock.lap(work);
     }
 }

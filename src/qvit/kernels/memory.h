@@ -1,4 +1,4 @@
-// Memory aligned to a cache line and filled with zeros.
+// Memory aligned to a cache line and filled with zeros, and the parts of it that steps and kernels work on.
 #pragma once
 
 #include <cstddef>
@@ -6,8 +6,64 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <stdexcept>
 
 namespace qvit {
+
+// The sanitizer build checks what kernels are given: their parts of buffers, and codes. AddressSanitizer sees only the
+// end of a buffer: what is written beyond a part of it, into a neighbour's, goes unseen.
+#if defined(QVIT_CHECKED)
+constexpr bool kChecked = true;
+#else
+constexpr bool kChecked = false;
+#endif
+
+inline void check(bool inside) {
+    if (kChecked && !inside)
+        throw std::logic_error("a kernel was given more than its part of a buffer, or codes that are too wide");
+}
+
+// Rows of values in a buffer, `stride` apart. Kernels take raw pointers and extents: a span gives the pointer for an
+// extent, which must lie within it. Without checks a span is no more than a pointer and a stride.
+template <class T>
+class Span {
+  public:
+    Span(T* data, size_t rows, size_t width, size_t stride) : data_(data), stride_(stride) { keep(rows, width); }
+
+    size_t stride() const { return stride_; }
+    // The first `rows` rows of `width` values.
+    T* get(size_t rows, size_t width) const {
+        check(holds(0, rows, 0, width));
+        return data_;
+    }
+    // The first `width` values of one row.
+    T* row(size_t index, size_t width) const {
+        check(holds(index, 1, 0, width));
+        return data_ + index * stride_;
+    }
+    // Rows [row, row + rows) and columns [column, column + width) of it.
+    Span part(size_t row, size_t rows, size_t column, size_t width) const {
+        check(holds(row, rows, column, width));
+        return {data_ + row * stride_ + column, rows, width, stride_};
+    }
+
+  private:
+#if defined(QVIT_CHECKED)
+    void keep(size_t rows, size_t width) {
+        rows_ = rows;
+        width_ = width;
+    }
+    bool holds(size_t row, size_t rows, size_t column, size_t width) const {
+        return row + rows <= rows_ && column + width <= width_;
+    }
+    size_t rows_, width_;
+#else
+    void keep(size_t, size_t) {}
+    static bool holds(size_t, size_t, size_t, size_t) { return true; }
+#endif
+    T* data_;
+    size_t stride_;
+};
 
 template <class T>
 class Buffer {
@@ -21,10 +77,27 @@ class Buffer {
     }
     T* data() { return data_.get(); }
     const T* data() const { return data_.get(); }
-    T& operator[](size_t i) { return data_.get()[i]; }
-    const T& operator[](size_t i) const { return data_.get()[i]; }
+    T& operator[](size_t i) {
+        check(i < size_);
+        return data_.get()[i];
+    }
+    const T& operator[](size_t i) const {
+        check(i < size_);
+        return data_.get()[i];
+    }
     size_t size() const { return size_; }
     bool empty() const { return size_ == 0; }
+
+    // The `count` values from `first` on.
+    const T* from(size_t first, size_t count) const {
+        check(first + count <= size_);
+        return data_.get() + first;
+    }
+    // Some rows of `width` values, one after the other from `first` on.
+    Span<T> rows(size_t count, size_t width, size_t first = 0) {
+        check(first + count * width <= size_);
+        return {data_.get() + first, count, width, width};
+    }
 
   private:
     struct Free {

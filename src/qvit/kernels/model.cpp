@@ -7,67 +7,116 @@
 
 namespace qvit {
 
+namespace {
+
+// The tasks of a phase: ranges of an image's rows, or whole windows of it.
+struct Tasks {
+    Tasks(const Plan& plan, const Phase& phase, size_t batch, size_t threads)
+        : tokens(plan.stages[phase.stage].tokens),
+          windows(phase.windows == 0 ? nullptr : &plan.windows[phase.windows - 1]) {
+        if (windows != nullptr) {
+            parts = (windows->count + windows->at_once - 1) / windows->at_once;
+            return;
+        }
+        units = (tokens + kRowUnit - 1) / kRowUnit;
+        // As few tasks per image as fit the scratch memory and divide evenly among the threads.
+        parts = (units * kRowUnit + kBlockRows - 1) / kBlockRows;
+        while (batch * parts % threads != 0 && parts < units) ++parts;
+    }
+
+    // First row and number of rows of a part, in the phase's order of them.
+    std::pair<size_t, size_t> rows(size_t part) const {
+        if (windows != nullptr) {
+            const size_t first = part * windows->at_once, last = std::min(first + windows->at_once, windows->count);
+            return {first * windows->tokens, (last - first) * windows->tokens};
+        }
+        const size_t begin = units * part / parts * kRowUnit;
+        return {begin, std::min(tokens, units * (part + 1) / parts * kRowUnit) - begin};
+    }
+
+    size_t tokens, units = 0, parts = 0;
+    const Windows* windows;
+};
+
+void run_steps(const Plan& plan, Pass& pass, Scratch& scratch, const Task& task, const std::vector<Step>& steps) {
+    for (const Step& step : steps) {
+        switch (step.kind) {
+            case Step::Kind::embed: embed(plan, pass, scratch, task); break;
+            case Step::Kind::project: project(plan, pass, scratch, task, plan.attentions[step.index]); break;
+            case Step::Kind::attend: attend(plan, pass, scratch, task, plan.attentions[step.index]); break;
+            case Step::Kind::feed_forward: feed_forward(plan, pass, scratch, task, plan.mlps[step.index]); break;
+            case Step::Kind::norm: normalize(plan, pass, scratch, task, plan.norms[step.index]); break;
+            case Step::Kind::merge: merge(plan, pass, scratch, task, plan.merges[step.index]); break;
+        }
+    }
+}
+
+}  // namespace
+
 void Model::prepare(size_t batch) {
     if (scratch_.empty())
         for (size_t thread = 0; thread < pool_.threads(); ++thread)
-            scratch_.push_back(std::make_unique<Scratch>(plan_.largest_row, plan_.head_width / plan_.shape.heads,
-                                                         round_up(plan_.tokens, kChannels)));
+            scratch_.push_back(std::make_unique<Scratch>(plan_));
     if (pass_ == nullptr || pass_->batch < batch) {
         pass_.reset();  // first the old memory, then the new
         pass_ = std::make_unique<Pass>(batch, plan_);
     }
 }
 
-void Model::forward(const float* images, size_t batch, float* logits, Trace* trace) {
+void Model::forward(const float* images, size_t batch, float* outputs, Trace* trace) {
     const std::lock_guard<std::mutex> turn(mutex_);
     if (batch == 0) return;
     const size_t at_once = std::max(kImagesAtOnce, pool_.threads());
     prepare(std::min(batch, at_once));
     pass_->trace = trace;
     pass_->timed = timed_;
-    const size_t pixels = plan_.shape.channels * plan_.shape.height * plan_.shape.width;
+    const size_t pixels = plan_.channels * plan_.height * plan_.width;
     for (size_t done = 0; done < batch; done += at_once) {
         pass_->images = images + done * pixels;
-        pass_->logits = logits + done * plan_.shape.classes;
+        pass_->outputs = outputs + done * plan_.outputs();
         run(std::min(at_once, batch - done));
     }
 }
 
-// Rows go through a whole block at a time: the attention needs all keys and values of an image, everything else is a
-// row's own. So there is one barrier a block, before its attention.
 void Model::run(size_t batch) {
     Pass& pass = *pass_;
-    const size_t threads = pool_.threads(), units = (plan_.tokens + kRowUnit - 1) / kRowUnit;
-    // As few tasks an image as fit the scratch memory and share out evenly among the threads.
-    size_t parts = (units * kRowUnit + kBlockRows - 1) / kBlockRows;
-    while (batch * parts % threads != 0 && parts < units) ++parts;
-    const auto rows_of = [&](size_t task) {
-        const size_t part = task % parts;
-        return Rows{task / parts, units * part / parts * kRowUnit,
-                    std::min(plan_.tokens, units * (part + 1) / parts * kRowUnit)};
-    };
-    // With a token for the classifier, nothing of the other rows is needed after the last attention.
-    const bool few = plan_.shape.pool == Shape::Pool::token && pass.trace == nullptr;
-    const size_t depth = plan_.blocks.size();
-    std::vector<std::atomic<size_t>> next(depth + 2);
+    // With the first tokens for the classifiers, nothing of the other rows is needed after the last attention.
+    const size_t last = plan_.phases.size() - 1;
+    const bool few =
+        plan_.pooling.kind == Pool::Kind::token && pass.trace == nullptr && plan_.phases[last].windows == 0;
+    std::vector<std::atomic<size_t>> next(plan_.phases.size() + 1);
     for (auto& counter : next) counter.store(0, std::memory_order_relaxed);
 
     pool_.run([&](size_t thread) {
         Scratch& scratch = *scratch_[thread];
-        for (size_t phase = 0; phase <= depth; ++phase) {
-            for (size_t task; (task = next[phase].fetch_add(1)) < batch * parts;) {
-                Rows rows = rows_of(task);
-                if (phase == depth && few) rows.end = std::min(rows.end, plan_.classifiers.size());
-                if (rows.begin >= rows.end) continue;
-                if (phase == 0) embed(plan_, pass, scratch, rows);
-                if (phase > 0) attend(plan_, pass, scratch, rows, phase - 1);
-                if (phase > 0) feed_forward(plan_, pass, scratch, rows, phase - 1);
-                if (phase < depth) project(plan_, pass, scratch, rows, phase);
+        for (size_t phase = 0; phase <= last; ++phase) {
+            const Tasks tasks(plan_, plan_.phases[phase], batch, pool_.threads());
+            for (size_t index; (index = next[phase].fetch_add(1)) < batch * tasks.parts;) {
+                auto [row, count] = tasks.rows(index % tasks.parts);
+                if (phase == last && few) count = std::min(row + count, std::max(plan_.pooling.tokens, row)) - row;
+                if (count > 0) run_task(pass, scratch, plan_.phases[phase], index / tasks.parts, row, count);
             }
             pool_.barrier();
         }
-        for (size_t image; (image = next.back().fetch_add(1)) < batch;) classify(plan_, pass, scratch, image);
+        for (size_t image; (image = next.back().fetch_add(1)) < batch;) finish(plan_, pass, scratch, image);
     });
+}
+
+// Rows of windows lie apart in the stream: they are gathered for all of a phase's steps, and put back.
+void Model::run_task(Pass& pass, Scratch& scratch, const Phase& phase, size_t image, size_t row, size_t count) {
+    if (phase.windows == 0) {
+        const Task task{image, row, count, phase.stage, pass.stream(phase.stage, image, row, count)};
+        return run_steps(plan_, pass, scratch, task, phase.steps);
+    }
+    const Stage& stage = plan_.stages[phase.stage];
+    const Span<float> all = pass.stream(phase.stage, image, 0, stage.tokens);
+    const uint32_t* order = plan_.windows[phase.windows - 1].order.data() + row;
+    const Task task{image, row, count, phase.stage, scratch.stream.rows(count, stage.width), order};
+    for (size_t r = 0; r < count; ++r)
+        std::copy_n(all.row(order[r], stage.width), stage.width, task.x.row(r, stage.width));
+    run_steps(plan_, pass, scratch, task, phase.steps);
+    for (size_t r = 0; r < count; ++r)
+        std::copy_n(task.x.row(r, stage.width), stage.width, all.row(order[r], stage.width));
 }
 
 std::vector<std::pair<std::string, double>> Model::profile() {

@@ -17,14 +17,14 @@ class Model {
   public:
     static constexpr size_t kImagesAtOnce = 8;
 
-    Model(const Isa& isa, const Shape& shape, size_t threads) : plan_(isa, shape), pool_(threads) {}
+    Model(Plan plan, size_t threads) : plan_(std::move(plan)), pool_(threads) {}
 
     Plan& plan() { return plan_; }
     const Plan& plan() const { return plan_; }
 
-    // logits (batch, classes) of images (batch, channels, height, width). Calls from several threads take turns.
-    // A trace takes at most kImagesAtOnce images.
-    void forward(const float* images, size_t batch, float* logits, Trace* trace = nullptr);
+    // outputs (batch, plan().outputs()) of images (batch, channels, height, width). Calls from several threads take
+    // turns. A trace takes at most kImagesAtOnce images.
+    void forward(const float* images, size_t batch, float* outputs, Trace* trace = nullptr);
 
     // Seconds of every kind of work since the last call, summed over threads; zeros unless timed.
     std::vector<std::pair<std::string, double>> profile();
@@ -33,6 +33,7 @@ class Model {
   private:
     void prepare(size_t batch);
     void run(size_t batch);
+    void run_task(Pass& pass, Scratch& scratch, const Phase& phase, size_t image, size_t row, size_t count);
 
     Plan plan_;
     bool timed_ = false;

@@ -3,83 +3,101 @@
 
 #include <algorithm>
 #include <array>
-#include <limits>
 
 #include "clock.h"
 #include "memory.h"
 #include "plan.h"
+#include "sizes.h"
 #include "trace.h"
 
 namespace qvit {
 
-constexpr size_t kBlockRows = 60;      // rows that one task takes through a block: their codes stay in the second cache
-constexpr size_t kRowUnit = 6;         // tasks begin at multiples of it, for whole tiles; kBlockRows is one
-constexpr size_t kAttentionRows = 12;  // query rows whose logits are in the first cache together
-constexpr size_t kLargestTile = 192, kLargestGroup = 64;  // of any product
+// Codes of queries, keys and values, of an attention's branches and heads one after the other, for some groups of
+// tokens that attend to one another.
+struct KeyValues {
+    KeyValues() = default;
+    KeyValues(size_t codes, size_t keys, size_t biases) : query(codes), value(codes), key(keys), bias(biases) {}
 
-// Rows [begin, end) of one image of the pass.
-struct Rows {
-    size_t image, begin, end;
-    size_t count() const { return end - begin; }
+    // What one head of one group needs of its tokens.
+    struct Head {
+        Span<uint8_t> query, value;  // a row of codes per token
+        Span<uint8_t> key;           // packed for their product
+        Span<float> bias;            // of the logits, one per key; -infinity for padding
+    };
+    Head head(const Attention& a, size_t group, size_t branches, size_t branch, size_t index) {
+        const size_t at = (group * branches + branch) * a.heads.count + index, size = a.heads.padded();
+        return {query.rows(a.padded_group, size, at * a.head_codes()),
+                value.rows(a.padded_group, size, at * a.head_codes()), key.rows(1, a.key_bytes(), at * a.key_bytes()),
+                bias.rows(1, a.padded_group, at * a.padded_group)};
+    }
+
+    Buffer<uint8_t> query, value, key;
+    Buffer<float> bias;
 };
 
-// What one thread works in. Codes have one byte a value; `packed` holds them as a product reads them.
+// What one thread works in. Codes have one byte per value; `packed` holds them as a product reads them.
 struct Scratch {
-    // row: the widest row of any layer; head: the padded head dimension; tokens: padded.
-    Scratch(size_t row, size_t head, size_t tokens)
-        : codes(kBlockRows * row),
-          packed(kBlockRows * round_up(std::max(row, tokens), 64)),
-          hidden(kBlockRows * row),
-          map(kAttentionRows * tokens),
-          values(round_up(head, kLargestGroup) * tokens),
-          key(head),
-          sums(std::max(kBlockRows * kLargestTile, kAttentionRows * round_up(head, kLargestGroup))),
-          scores(kAttentionRows * round_up(tokens, kLargestGroup)),
-          first(kBlockRows * row),
-          second(kBlockRows * row),
-          normed(kBlockRows * row),
-          totals(kBlockRows) {}
+    explicit Scratch(const Plan& plan)
+        : codes(plan.largest_task * plan.largest_row),
+          packed(plan.largest_task * round_up(std::max(plan.largest_row, plan.largest_group), 64)),
+          hidden(plan.largest_task * plan.largest_row),
+          map(kAttentionRows * plan.largest_group),
+          values(round_up(plan.largest_head, kLargestGroup) * plan.largest_group),
+          key(plan.largest_head),
+          sums(std::max(plan.largest_task * kLargestTile, kAttentionRows * round_up(plan.largest_head, kLargestGroup))),
+          scores(kAttentionRows * round_up(plan.largest_group, kLargestGroup)),
+          first(plan.largest_task * plan.largest_row),
+          second(plan.largest_task * plan.largest_row),
+          normed(plan.largest_task * plan.largest_row),
+          totals(std::max(plan.largest_task, kAttentionRows)),
+          shifts(kAttentionRows * plan.largest_group),
+          stream(plan.windows.empty() ? 0 : plan.largest_task * plan.largest_row),
+          windows(plan.largest_window_codes, plan.largest_window_keys, plan.largest_window_bias) {}
 
     Buffer<uint8_t> codes, packed, hidden, map, values;
     Buffer<int8_t> key;
     Buffer<int32_t> sums, scores;
-    Buffer<float> first, second, normed, totals;
+    Buffer<float> first, second, normed, totals, shifts;
+    Buffer<float> stream;  // rows of whole windows, side by side
+    KeyValues windows;
     Seconds seconds{};
 };
 
-// The state of one call: the residual stream, and the codes of queries, keys and values of two blocks (while some rows
-// read a block's keys and values, others that are done with it write the next one's).
+// The state of one call: the residual streams of every stage, and the codes of queries, keys and values of two
+// attentions over whole images (while some rows read one's keys and values, others that are done with it write the next
+// one's).
 struct Pass {
-    Pass(size_t batch_, const Plan& plan)
-        : batch(batch_),
-          padded_tokens(round_up(plan.tokens, kChannels)),
-          branch_bytes(padded_tokens * plan.head_width),
-          key_bytes(round_up(plan.tokens, kLargestGroup) * plan.head_width / plan.shape.heads),
-          residual(batch * plan.tokens * plan.width) {
-        const size_t side = batch * plan.branches;
-        const float nothing = -std::numeric_limits<float>::infinity();
-        for (auto& half : halves) {
-            half.query = Buffer<uint8_t>(side * branch_bytes);
-            half.key = Buffer<uint8_t>(side * plan.shape.heads * key_bytes);
-            half.value = Buffer<uint8_t>(side * branch_bytes);
-            half.bias = Buffer<float>(side * plan.shape.heads * padded_tokens);
-            for (size_t i = 0; i < half.bias.size(); ++i)
-                if (i % padded_tokens >= plan.tokens) half.bias[i] = nothing;
-        }
+    Pass(size_t batch_, const Plan& plan_) : batch(batch_), plan(plan_) {
+        for (const Stage& stage : plan.stages) streams.emplace_back(batch * stage.tokens * stage.width);
+        for (KeyValues& half : halves)
+            half = KeyValues(batch * plan.largest_codes, batch * plan.largest_keys, batch * plan.largest_bias);
     }
 
-    struct Half {
-        Buffer<uint8_t> query, key, value;  // keys packed for their product, the others one byte a code
-        Buffer<float> bias;                 // of the logits, a key each; -infinity for padding
-    };
+    // The residual stream of some rows of an image.
+    Span<float> stream(size_t stage, size_t image, size_t row, size_t count) {
+        const Stage& at = plan.stages[stage];
+        return streams[stage].rows(count, at.width, (image * at.tokens + row) * at.width);
+    }
 
-    size_t batch, padded_tokens, branch_bytes, key_bytes;
-    Buffer<float> residual;
-    std::array<Half, 2> halves;
+    size_t batch;
+    const Plan& plan;
+    std::vector<Buffer<float>> streams;
+    std::array<KeyValues, 2> halves;
     const float* images = nullptr;
-    float* logits = nullptr;
+    float* outputs = nullptr;
     Trace* trace = nullptr;
     bool timed = false;
+};
+
+// What a step works on: rows of one image, those of whole windows in the windows' order.
+struct Task {
+    size_t image, row, count;
+    size_t stage;
+    Span<float> x;                    // the residual stream of these rows
+    const uint32_t* order = nullptr;  // of the windows' tokens, from the first row on
+
+    // The token of a row.
+    size_t token(size_t index) const { return order == nullptr ? row + index : order[index]; }
 };
 
 }  // namespace qvit

@@ -1,105 +1,178 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <stdexcept>
 #include <utility>
+
+#include "sizes.h"
 
 namespace qvit {
 
 namespace {
 
-constexpr double kLog2E = 1.4426950408889634;
+void widen(size_t& largest, size_t value) { largest = std::max(largest, value); }
+
+void fold(Mlp& mlp, bool post) {
+    if (!post && mlp.norm.present && mlp.kind != Mlp::Kind::swiglu) mlp.norm.fold({mlp.fc1.input});
+    if (mlp.inner.present) mlp.inner.fold({mlp.fc2.input});
+    mlp.steps = steps_of(mlp.activation, mlp.fc2.input);
+}
 
 }  // namespace
 
-Plan::Plan(const Isa& isa_, const Shape& shape_)
-    : isa(isa_),
-      shape(shape_),
-      patches((shape.height / shape.patch_height) * (shape.width / shape.patch_width)),
-      tokens(patches + shape.prefix),
-      width(round_up(shape.embed_dim, kChannels)),
-      head_width(shape.heads * round_up(shape.head_dim, kChannels)) {}
+Plan::Plan(const Isa& isa_, size_t channels_, size_t height_, size_t width_)
+    : isa(isa_), channels(channels_), height(height_), width(width_), largest_task(kBlockRows) {}
 
-void Plan::set_embedding(const LinearSpec& patch_, Norm norm, const float* prefix_, const float* positions_, Norm pre) {
-    const size_t inputs = shape.channels * shape.patch_height * shape.patch_width;
-    patch = Linear(isa, patch_, width_parts(), {1, inputs});
-    patch_norm = std::move(norm);
-    pre_norm = std::move(pre);
-    prefix = Buffer<float>(shape.prefix * width);
-    positions = Buffer<float>(patches * width);
-    for (size_t i = 0; i < shape.prefix; ++i)
-        std::copy_n(prefix_ + i * shape.embed_dim, shape.embed_dim, prefix.data() + i * width);
-    for (size_t i = 0; positions_ != nullptr && i < patches; ++i)
-        std::copy_n(positions_ + i * shape.embed_dim, shape.embed_dim, positions.data() + i * width);
-    largest_row = std::max({largest_row, patch.inputs, patch.outputs});
+void Plan::embed(size_t patch_height, size_t patch_width, const LinearSpec& layer) {
+    const size_t rows = height / patch_height, columns = width / patch_width;
+    const size_t inputs = channels * patch_height * patch_width;
+    stages.push_back({rows * columns, layer.outputs, round_up(layer.outputs, kChannels), rows, columns, 0});
+    embedding.patch_height = patch_height;
+    embedding.patch_width = patch_width;
+    embedding.layer = Linear(isa, layer, stage().parts(), {1, inputs});
+    embedding.place = place();
+    consider(embedding.layer);
+    add(Step::Kind::embed, 0);
+    ++operations;
 }
 
-void Plan::finish(Attention& a) const {
-    const Parts heads = heads_parts();
-    const size_t side = heads.total(), padded = heads.padded();
-    a.code_scale = Buffer<float>(a.qkv.outputs);
-    a.code_shift = Buffer<float>(a.qkv.outputs);
-    const std::vector<Quantizer>* sections[] = {&a.query_quantizer, &a.key_quantizer, &a.value_quantizer};
-    for (size_t section = 0; section < 3; ++section)
-        for (size_t head = 0; head < heads.count; ++head) {
-            const Quantizer& quantizer = (*sections[section])[head];
-            const size_t at = section * side + head * padded;
-            for (size_t i = at; i < at + heads.size; ++i) {
-                a.code_scale[i] = static_cast<float>(a.qkv.scale[i] / quantizer.scale);
-                a.code_shift[i] = static_cast<float>((a.qkv.shift[i] - quantizer.start) / quantizer.scale);
-            }
+void Plan::tokens(const float* prefix, size_t count, const float* positions) {
+    Stage& stage = stages.back();
+    const size_t patches = stage.tokens;
+    stage.prefix = count;
+    stage.tokens += count;
+    embedding.prefix = Buffer<float>(count * stage.width);
+    for (size_t i = 0; i < count; ++i)
+        std::copy_n(prefix + i * stage.channels, stage.channels, embedding.prefix.data() + i * stage.width);
+    if (positions != nullptr) {
+        embedding.positions = Buffer<float>(patches * stage.width);
+        for (size_t i = 0; i < patches; ++i)
+            std::copy_n(positions + i * stage.channels, stage.channels, embedding.positions.data() + i * stage.width);
+    }
+    ++operations;
+}
+
+void Plan::norm(Norm norm) {
+    ++operations;
+    if (pooled) {
+        pooling.after = std::move(norm);
+    } else if (phases.back().steps.back().kind == Step::Kind::embed && !embedding.norm.present && stage().prefix == 0 &&
+               embedding.positions.empty()) {
+        embedding.norm = std::move(norm);  // of the patches, before their positions
+    } else {
+        norms.push_back(std::move(norm));
+        add(Step::Kind::norm, norms.size() - 1);
+    }
+}
+
+void Plan::residual(std::vector<Attention> attending, std::vector<Mlp> feeding, bool post,
+                    const std::array<size_t, 4>& window) {
+    // All branches start from the stream as it is now. Queries, keys and values are codes of their own from then on, so
+    // the MLPs may add to the stream before the attentions do.
+    ++operations;
+    const bool attends = !attending.empty();
+    if (attends) {
+        Attentions group{post, std::move(attending), 0, 0};
+        if (window[0] != 0) group.windows = windows_of(window[0], window[1], window[2], window[3]);
+        const size_t tokens = group.windows == 0 ? stage().tokens : windows[group.windows - 1].tokens;
+        for (Attention& attention : group.branches) {
+            attention.group = tokens;
+            attention.padded_group = round_up(tokens, kChannels);
+            if (!post && attention.norm.present) attention.norm.fold({attention.qkv.input});
+            attention.finish(isa);
         }
-    if (!a.query.empty()) {
-        a.query.back().fold(a.query_quantizer);
-        a.key.back().fold(a.key_quantizer);
+        consider(group);
+        attentions.push_back(std::move(group));
+        add(Step::Kind::project, attentions.size() - 1);
     }
-    a.scores = &choose(isa.moving, isa.moving_count, a.query_quantizer[0].bits, a.key_quantizer[0].bits);
-    a.mix = &choose(isa.moving, isa.moving_count, a.map_quantizer[0].bits, a.value_quantizer[0].bits);
-    const double factor = shape.attention_scale * kLog2E;
-    // Codes at once, unless a norm comes first.
-    const Quantizer& next = a.proj.input;
-    const double per_step = a.inner.present ? 1.0 : 1.0 / next.scale;
-    a.out_shift = -next.start * per_step;
-    for (size_t head = 0; head < heads.count; ++head) {
-        const Quantizer &q = a.query_quantizer[head], &k = a.key_quantizer[head], &v = a.value_quantizer[head];
-        const double low = 1 << (v.bits - 1), map = a.map_quantizer[head].scale;
-        // Of the four terms of (a u + s)(b c + z) summed over channels, u unsigned and c signed codes, those without c
-        // are the same for all keys: softmax does not see them.
-        a.logit_scale.push_back(static_cast<float>(factor * q.scale * k.scale));
-        a.key_bias.push_back(static_cast<float>(factor * q.start * k.scale));
-        a.map_inverse.push_back(static_cast<float>(1.0 / map));
-        const double offset = v.start + v.scale * low;  // of signed codes
-        a.out_scale.push_back(map * v.scale * per_step);
-        a.out_total.push_back(map * offset * per_step);
+    if (!feeding.empty()) {
+        for (Mlp& mlp : feeding) {
+            consider(mlp.fc1);
+            consider(mlp.fc2);
+            widen(largest_row, 2 * mlp.hidden);
+            fold(mlp, post);
+        }
+        mlps.push_back({post, std::move(feeding)});
+        add(Step::Kind::feed_forward, mlps.size() - 1);
     }
-    if (a.inner.present) a.inner.fold({a.proj.input});
+    if (attends) add(Step::Kind::attend, attentions.size() - 1);
 }
 
-void Plan::add_block(Block block) {
-    const auto consider = [this](const Linear& layer) {
-        largest_row = std::max({largest_row, layer.inputs, layer.outputs});
-    };
-    branches = std::max(branches, block.attentions.size());
-    for (Attention& attention : block.attentions) {
+void Plan::merge(Norm norm, const LinearSpec& layer) {
+    const Stage from = stage();
+    merges.push_back({place(), std::move(norm), {}, stages.size() - 1});
+    stages.push_back(
+        {from.tokens / 4, layer.outputs, round_up(layer.outputs, kChannels), from.rows / 2, from.columns / 2, 0});
+    Merge& merge = merges.back();
+    merge.layer = Linear(isa, layer, stage().parts(), {1, 4 * from.channels});
+    if (merge.norm.present) merge.norm.fold({merge.layer.input});
+    consider(merge.layer);
+    add(Step::Kind::merge, merges.size() - 1);
+    ++operations;
+}
+
+void Plan::attention_pool(Attention attention) {
+    ++operations;
+    Attentions group;
+    attention.group = stage().tokens;
+    attention.padded_group = round_up(attention.group, kChannels);
+    attention.finish(isa);
+    const size_t outputs = attention.proj.channels;
+    group.branches.push_back(std::move(attention));
+    consider(group);
+    attentions.push_back(std::move(group));
+    add(Step::Kind::project, attentions.size() - 1);
+    stages.push_back({1, outputs, round_up(outputs, kChannels), 0, 0, 0});
+    add(Step::Kind::attend, attentions.size() - 1);
+}
+
+void Plan::pool(Pool pool) {
+    pooled = true;
+    ++operations;
+    pooling = std::move(pool);
+    widen(largest_row, stage().width);
+    // A norm just before the pooling is applied to the rows that are looked at alone.
+    if (std::vector<Step>& steps = phases.back().steps; steps.back().kind == Step::Kind::norm) {
+        pooling.before = std::move(norms.back());
+        norms.pop_back();
+        steps.pop_back();
+    }
+}
+
+void Plan::classify(std::vector<Linear> layers) {
+    classifier_place = place();
+    classifiers = std::move(layers);
+    for (const Linear& layer : classifiers) consider(layer);
+    ++operations;
+}
+
+size_t Plan::outputs() const {
+    return classifiers.empty() ? pooling.tokens * stage().channels : classifiers[0].channels;
+}
+
+void Plan::consider(const Linear& layer) { widen(largest_row, std::max(layer.inputs, layer.outputs)); }
+
+void Plan::consider(const Attentions& group) {
+    size_t codes = 0, keys = 0, bias = 0;
+    for (const Attention& attention : group.branches) {
         consider(attention.qkv);
         consider(attention.proj);
-        if (!block.post) attention.norm.fold({attention.qkv.input});
+        widen(largest_group, attention.padded_group);
+        widen(largest_head, attention.heads.padded());
+        codes += attention.heads.count * attention.head_codes();
+        keys += attention.heads.count * attention.key_bytes();
+        bias += attention.heads.count * attention.padded_group;
     }
-    for (Mlp& mlp : block.mlps) {
-        consider(mlp.up);
-        consider(mlp.down);
-        largest_row = std::max(largest_row, 2 * mlp.hidden);
-        if (!block.post && mlp.kind != Mlp::Kind::split) mlp.norm.fold({mlp.up.input});
-        if (mlp.inner.present) mlp.inner.fold({mlp.down.input});
-        mlp.steps = steps_of(mlp.activation, mlp.down.input);
+    if (group.windows == 0) {
+        widen(largest_codes, codes);
+        widen(largest_keys, keys);
+        widen(largest_bias, bias);
+    } else {
+        const size_t at_once = windows[group.windows - 1].at_once;
+        widen(largest_window_codes, at_once * codes);
+        widen(largest_window_keys, at_once * keys);
+        widen(largest_window_bias, at_once * bias);
     }
-    blocks.push_back(std::move(block));
-}
-
-void Plan::set_head(Norm final, Norm pool, std::vector<Linear> layers) {
-    final_norm = std::move(final);
-    pool_norm = std::move(pool);
-    classifiers = std::move(layers);
-    for (const Linear& layer : classifiers) largest_row = std::max({largest_row, layer.inputs, layer.outputs});
 }
 
 }  // namespace qvit

@@ -169,13 +169,14 @@ void add_sums(const int32_t* sums, size_t stride, size_t rows, size_t width, con
         }
 }
 
-void softmax_codes(const int32_t* sums, size_t stride, size_t rows, size_t width, float scale, const float* shift,
-                   float inverse, float top, uint8_t* out, size_t out_stride, float* totals) {
+void softmax_codes(const int32_t* sums, size_t stride, size_t rows, size_t width, float scale, const float* shifts,
+                   size_t shift_stride, float inverse, float top, uint8_t* out, size_t out_stride, float* totals) {
     constexpr size_t kRow = 4096;  // columns whose exponentials are kept; beyond that they are computed again
     alignas(64) float kept[kRow];
     const Float s = simd::set(scale), t = simd::set(top);
     for (size_t r = 0; r < rows; ++r) {
         const int32_t* row = sums + r * stride;
+        const float* shift = shifts + r * shift_stride;
         const auto logit = [&](size_t c) { return simd::fma(simd::load_sums(row + c), s, simd::load(shift + c)); };
         Float largest = logit(0);
         for (size_t c = kWidth; c < width; c += kWidth) largest = simd::max(largest, logit(c));

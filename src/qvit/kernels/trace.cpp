@@ -6,10 +6,10 @@
 namespace qvit {
 
 void Trace::see(const Name& name, size_t image, size_t rows, size_t row, size_t count, size_t width,
-                const uint8_t* codes, size_t stride) {
+                Span<uint8_t> codes) {
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto same = [&](const Codes& other) {
-        return std::strcmp(other.name.part, name.part) == 0 && other.name.block == name.block &&
+        return std::strcmp(other.name.part, name.part) == 0 && other.name.operation == name.operation &&
                other.name.branch == name.branch;
     };
     auto found = std::find_if(all_.begin(), all_.end(), same);
@@ -18,7 +18,7 @@ void Trace::see(const Name& name, size_t image, size_t rows, size_t row, size_t 
         found = all_.end() - 1;
     }
     for (size_t r = 0; r < count; ++r)
-        std::copy_n(codes + r * stride, width, found->values.data() + ((image * rows + row + r) * width));
+        std::copy_n(codes.row(r, width), width, found->values.data() + ((image * rows + row + r) * width));
 }
 
 }  // namespace qvit

@@ -6,14 +6,16 @@
 #include <mutex>
 #include <vector>
 
+#include "memory.h"
+
 namespace qvit {
 
-// The codes of every quantizer in one call, one byte each and unsigned: to compare with the reference.
+// The codes of every quantizer in one call, one byte each and unsigned.
 class Trace {
   public:
     struct Name {
-        const char* part;  // "patch", "qkv", "query", "key", "value", "attention", "proj", "up", "gate", "down", "head"
-        size_t block, branch;
+        size_t operation, branch;  // of the program
+        const char* part;  // "layer", "qkv", "query", "key", "value", "map", "proj", "fc1", "gate", "fc2", "head"
     };
     struct Codes {
         Name name;
@@ -23,8 +25,7 @@ class Trace {
 
     explicit Trace(size_t images) : images_(images) {}
     // Take `count` rows of `width` codes as rows [row, row + count) of the `rows` that an image has.
-    void see(const Name& name, size_t image, size_t rows, size_t row, size_t count, size_t width, const uint8_t* codes,
-             size_t stride);
+    void see(const Name& name, size_t image, size_t rows, size_t row, size_t count, size_t width, Span<uint8_t> codes);
     const std::vector<Codes>& all() const { return all_; }
 
   private:

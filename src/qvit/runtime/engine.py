@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,12 +12,11 @@ from PIL import Image
 
 from qvit import _kernels
 from qvit.errors import ConfigError, DataError
-from qvit.format.branches import Attention, Mlp, Residual
-from qvit.format.ops import OPERANDS, Classify, Embed, Norm, Pool, Tokens
 from qvit.format.packed import PackedModel, Source, read_packed
 from qvit.images import mode_of, open_image
-from qvit.runtime.parts import Part, program_parts
+from qvit.runtime.parts import program_parts
 from qvit.runtime.preprocess import preprocess_batch
+from qvit.runtime.trace import traced
 
 _TRACED = 8
 """Images whose codes the kernels keep at once."""
@@ -70,7 +68,9 @@ class Engine:
         self.instruction_set = known[0] if instruction_set is None else instruction_set
         if self.instruction_set not in known:
             raise ConfigError(f"This machine has no instruction set {instruction_set!r}, it has {', '.join(known)}.")
-        self._model = _build(packed, self.instruction_set, self.threads)
+        self._model = _kernels.Model(self.instruction_set, *self.program.input, self.threads)
+        for part in program_parts(self.program, packed.tensors):
+            self._model.add(part)
 
     def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return logits ``(B, classes)`` of preprocessed images ``(B, C, H, W)``, both float32.
@@ -93,18 +93,38 @@ class Engine:
             top_k: at most this many classes an image.
 
         Raises:
+            ConfigError: for a feature extractor, which has no classes.
             CorruptImageError: naming the first image that cannot be read.
         """
-        pictures = [images] if isinstance(images, (str, Path, Image.Image)) else list(images)
-        if not pictures:
-            return []
-        mode = mode_of(self.program.input[0])
-        opened = [image if isinstance(image, Image.Image) else open_image(image, mode) for image in pictures]
-        logits = self(preprocess_batch(opened, self.preprocessing)).astype(np.float64)
+        if not self.program.classifies:
+            raise ConfigError(
+                f"{self.program.name} is a feature extractor and has no classes: embed gives its vectors."
+            )
+        logits = self._of_pictures(images).astype(np.float64)
         powers = np.exp(logits - logits.max(axis=1, keepdims=True))
         shares = powers / powers.sum(axis=1, keepdims=True)
         ranked = np.argsort(-shares, axis=1, kind="stable")[:, :top_k]
         return [[(self.classes[c], float(row[c])) for c in best] for best, row in zip(ranked, shares, strict=True)]
+
+    def embed(self, images: Picture | Sequence[Picture]) -> NDArray[np.float32]:
+        """Return the pooled vector of each image, ``(B, width)``, float32, of a feature extractor.
+
+        Args:
+            images: as in :meth:`predict`.
+
+        Raises:
+            ConfigError: for a classifier, whose vectors are not what comes out.
+            CorruptImageError: naming the first image that cannot be read.
+        """
+        if self.program.classifies:
+            raise ConfigError(f"{self.program.name} is a classifier: export a model without its head to embed images.")
+        return self._of_pictures(images)
+
+    def _of_pictures(self, images: Picture | Sequence[Picture]) -> NDArray[np.float32]:
+        pictures = [images] if isinstance(images, (str, Path, Image.Image)) else list(images)
+        mode = mode_of(self.program.input[0])
+        opened = [image if isinstance(image, Image.Image) else open_image(image, mode) for image in pictures]
+        return self(preprocess_batch(opened, self.preprocessing))
 
     def codes(self, images: NDArray[np.float32]) -> dict[str, NDArray[np.uint8]]:
         """Return the codes of every activation quantizer, unsigned (signed ones plus ``2^(b-1)``), by name.
@@ -120,21 +140,13 @@ class Engine:
             DataError: as in a call.
         """
         images = self._checked(images)
-        attentions = self.program.attentions()
         found: dict[str, NDArray[np.uint8]] = {}
         chunks = [self._model.trace(images[at : at + _TRACED]) for at in range(0, len(images), _TRACED)]
         for key, (_, (_, rows, width)) in chunks[0].items():
             values = b"".join(chunk[key][0] for chunk in chunks)
             codes: NDArray[np.uint8] = np.frombuffer(values, np.uint8).reshape(len(images), rows, width)
-            name, (owner, _, part) = self._names[key], self._names[key].rpartition(".")
-            if owner in attentions and part != "qkv":
-                attention, x = attentions[owner]
-                codes = codes.reshape(len(images), attention.heads, x.tokens, width)
-                if part == "proj":
-                    codes = codes.transpose(0, 2, 1, 3).reshape(len(images), x.tokens, attention.width)
-            elif key[0] == "head":
-                codes = codes[:, 0]
-            found[name] = codes
+            name, shaped = traced(self.program, key, codes)
+            found[name] = shaped
         return found
 
     def profile(self, images: NDArray[np.float32], repeats: int = 10) -> dict[str, float]:
@@ -164,109 +176,7 @@ class Engine:
             raise DataError("The images hold a NaN or an infinity.")
         return images
 
-    @functools.cached_property
-    def _names(self) -> dict[tuple[str, int, int], str]:
-        """The file's name of each quantizer by the kernels' own: part, block and branch."""
-        names = {}
-        block = -1
-        for operation in self.program.operations:
-            if isinstance(operation, Embed):
-                names["patch", 0, 0] = operation.layer.name
-            elif isinstance(operation, Classify):
-                names |= {("head", 0, index): layer.name for index, layer in enumerate(operation.heads)}
-            elif isinstance(operation, Residual):
-                block += isinstance(operation.branches[0], Attention)
-                for index, branch in enumerate(operation.branches):
-                    if isinstance(branch, Attention):
-                        names |= {("qkv", block, index): branch.qkv.name, ("proj", block, index): branch.proj.name}
-                        for operand, part in zip(OPERANDS, ("query", "key", "value", "attention"), strict=True):
-                            names[part, block, index] = f"{branch.name}.{operand}"
-                    else:
-                        layers = (("up", branch.fc1), ("gate", branch.gate), ("down", branch.fc2))
-                        names |= {(part, block, index): layer.name for part, layer in layers if layer is not None}
-        return names
-
 
 def processors() -> int:
     """Return how many processors this process may use: a container or taskset may allow fewer than there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _build(packed: PackedModel, instruction_set: str, threads: int) -> _kernels.Model:
-    program, shapes = packed.program, packed.program.streams
-    kinds = [type(operation) for operation in program.operations]
-    attentions = [branch for op in program.operations if isinstance(op, Residual) for branch in op.branches]
-    plain = all(
-        isinstance(b, Mlp) or (b.window, b.bias, b.rotary, b.scale is None) == (None,) * 3 + (False,)
-        for b in attentions
-    )
-    known = {Embed, Tokens, Norm, Residual, Pool, Classify}
-    if not plain or not set(kinds) <= known or kinds[-1] is not Classify or Tokens not in kinds:
-        raise ConfigError(f"The engine cannot run {program.name} yet.")
-    parts = program_parts(program, packed.tensors)
-    by_kind = {kind: index for index, kind in enumerate(kinds)}
-    first, last = kinds.index(Residual), len(kinds) - 1 - kinds[::-1].index(Residual)
-    tokens, pool = kinds.index(Tokens), kinds.index(Pool)
-
-    def norm_in(low: int, high: int) -> Part | None:
-        return next((parts[i]["norm"] for i in range(low, high) if kinds[i] is Norm), None)
-
-    attention = next(b for b in attentions if isinstance(b, Attention))
-    patch = program.operations[0].patch  # type: ignore[attr-defined]
-    shape = {
-        "channels": program.input[0],
-        "height": program.input[1],
-        "width": program.input[2],
-        "patch_height": patch[0],
-        "patch_width": patch[1],
-        "embed_dim": shapes[1].width,
-        "heads": attention.heads,
-        "head_dim": attention.head_dim,
-        "prefix": shapes[first].prefix,
-        "skip": parts[pool]["skip"],
-        "classes": program.output,
-        "attention_scale": attention.scale,
-        "pool": parts[pool]["kind"],
-    }
-    model = _kernels.Model(instruction_set, shape, threads)
-    model.set_embedding(
-        {
-            "patch": parts[0]["layer"],
-            "norm": norm_in(1, tokens),
-            "prefix": parts[tokens]["prefix"],
-            "positions": parts[tokens]["position"],
-            "pre_norm": norm_in(tokens, first),
-        }
-    )
-    for index in range(first, last + 1, 2):
-        model.add_block(
-            {
-                "post": parts[index]["post"],
-                "attentions": [
-                    {**b, "attention": b["map"], "inner": b["inner_norm"]} for b in parts[index]["branches"]
-                ],
-                "mlps": [_mlp_part(b) for b in parts[index + 1]["branches"]],
-            }
-        )
-    model.set_head(
-        {
-            "norm": norm_in(last, pool),
-            "pool_norm": norm_in(pool, len(kinds)),
-            "heads": parts[by_kind[Classify]]["heads"],
-        }
-    )
-    return model
-
-
-def _mlp_part(part: Part) -> Part:
-    kinds = {"plain": "plain", "swiglu": "split", "glu": "first_half", "glu_gate_last": "last_half"}
-    return {
-        "norm": part["norm"],
-        "hidden": part["fc2"]["inputs"],
-        "kind": kinds[part["kind"]],
-        "activation": part["activation"],
-        "inner": part["inner_norm"],
-        "down": part["fc2"],
-        "gate": part["gate"],
-        "up": part["fc1"],
-    }

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qvit.errors import ConfigError
 from qvit.format.branches import Attention, AttentionPool, Mlp, Residual
 from qvit.format.ops import Classify, Embed, Layer, Merge, Norm, Pool, Stream, Tokens
 from qvit.format.program import Program
@@ -19,15 +20,22 @@ Part = dict[str, Any]
 Tensors = dict[str, NDArray[Any]]
 
 
-def program_parts(program: Program, tensors: Tensors) -> list[Part]:
-    """Return every operation with its arrays, in the order they run.
+def program_parts(program: Program, tensors: Tensors) -> Iterator[Part]:
+    """Yield every operation with its arrays, in the order they run.
 
     Args:
         program: of a packed file.
         tensors: of the same file; arrays are taken out as they are used, so that their memory can be freed early.
+
+    Raises:
+        ConfigError: naming an operation that the kernels do not have.
     """
     take = _Taker(tensors)
-    return [{"op": operation.op, **PARTS[type(operation)](take, operation, x)} for operation, x in program.steps]
+    for operation in program.operations:
+        if type(operation) not in PARTS:
+            raise ConfigError(f"The engine has no operation {operation.op!r}: it runs in the reference alone.")
+    for operation, x in program.steps:
+        yield {"op": operation.op, **PARTS[type(operation)](take, operation, x)}
 
 
 class _Taker:

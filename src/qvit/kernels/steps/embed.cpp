@@ -4,44 +4,51 @@
 
 namespace qvit {
 
-void embed(const Plan& plan, Pass& pass, Scratch& s, const Rows& rows) {
-    const RowOps& ops = plan.isa.ops;
+void embed(const Plan& plan, Pass& pass, Scratch& s, const Task& task) {
+    const RowSpans ops(plan.isa.ops);
     Clock clock(pass.timed, s.seconds);
-    float* x = pass.residual.data() + (rows.image * plan.tokens + rows.begin) * plan.width;
-    const size_t prefix = std::min(rows.end, std::max(rows.begin, plan.shape.prefix)) - rows.begin;
+    const Embedding& embedding = plan.embedding;
+    const Stage& stage = plan.stages[task.stage];
+    const Span<float> x = task.x;
+    const size_t end = task.row + task.count;
+    const size_t prefix = std::min(end, std::max(task.row, stage.prefix)) - task.row;
     for (size_t r = 0; r < prefix; ++r)
-        std::copy_n(plan.prefix.data() + (rows.begin + r) * plan.width, plan.width, x + r * plan.width);
+        std::copy_n(embedding.prefix.from((task.row + r) * stage.width, stage.width), stage.width,
+                    x.row(r, stage.width));
 
-    const size_t ph = plan.shape.patch_height, pw = plan.shape.patch_width, columns = plan.shape.width / pw;
-    const float* image = pass.images + rows.image * plan.shape.channels * plan.shape.height * plan.shape.width;
-    const size_t count = rows.count() - prefix, inputs = plan.patch.inputs;
-    for (size_t r = 0; r < count; ++r) {
-        const size_t patch = rows.begin + prefix + r - plan.shape.prefix;
-        float* to = s.first.data() + r * inputs;
-        for (size_t c = 0; c < plan.shape.channels; ++c)
-            for (size_t i = 0; i < ph; ++i) {
-                const size_t line = (c * plan.shape.height + patch / columns * ph + i) * plan.shape.width;
-                to = std::copy_n(image + line + patch % columns * pw, pw, to);
-            }
+    if (const size_t count = task.count - prefix; count > 0) {
+        const size_t first = task.row + prefix - stage.prefix;  // patch
+        const size_t ph = embedding.patch_height, pw = embedding.patch_width;
+        const float* image = pass.images + task.image * plan.channels * plan.height * plan.width;
+        const size_t inputs = embedding.layer.inputs, pixels = plan.channels * ph * pw;
+        const Span<float> values = s.first.rows(count, inputs);
+        const Span<uint8_t> codes = s.codes.rows(count, inputs);
+        for (size_t r = 0; r < count; ++r) {
+            const size_t patch = first + r;
+            float* to = values.row(r, pixels);
+            for (size_t c = 0; c < plan.channels; ++c)
+                for (size_t i = 0; i < ph; ++i) {
+                    const size_t line = (c * plan.height + patch / stage.columns * ph + i) * plan.width;
+                    to = std::copy_n(image + line + patch % stage.columns * pw, pw, to);
+                }
+        }
+        clock.lap(kRest);
+        ops.quantize(values, count, inputs, embedding.layer.input.rounding(), codes);
+        clock.lap(kEpilogues);
+        if (pass.trace != nullptr)
+            pass.trace->see({embedding.place.operation, 0, "layer"}, task.image, stage.tokens - stage.prefix, first,
+                            count, pixels, codes);
+        const Span<float> patches = x.part(prefix, count, 0, stage.width);
+        each_tile(embedding.layer, operand(*embedding.layer.product, codes, count, inputs, s.packed), count,
+                  stage.width, s.sums, clock, kEpilogues,
+                  [&](const Tile& tile) { ops.store_sums(tile, patches.part(0, count, tile.first, tile.width)); });
+        if (embedding.norm.present) ops.normalize(patches, count, embedding.norm.part(), patches);
+        if (!embedding.positions.empty()) {
+            const float* positions = embedding.positions.from(first * stage.width, count * stage.width);
+            float* values_of = patches.get(count, stage.width);
+            for (size_t i = 0; i < count * stage.width; ++i) values_of[i] += positions[i];
+        }
     }
-    clock.lap(kRest);
-    ops.quantize(s.first.data(), inputs, count, inputs, plan.patch.input.rounding(), s.codes.data(), inputs);
-    clock.lap(kEpilogues);
-    if (pass.trace != nullptr && count > 0)
-        pass.trace->see({"patch", 0, 0}, rows.image, plan.patches, rows.begin + prefix - plan.shape.prefix, count,
-                        plan.shape.channels * ph * pw, s.codes.data(), inputs);
-    float* patches = x + prefix * plan.width;
-    const float* positions = plan.positions.data() + (rows.begin + prefix - plan.shape.prefix) * plan.width;
-    each_tile(plan.patch, operand(plan.patch, s.codes.data(), inputs, count, s.packed.data()), count, s.sums.data(),
-              clock, kEpilogues, [&](size_t first, size_t last, size_t tile) {
-                  const size_t end = std::min(last, plan.width);
-                  if (first < end)
-                      ops.store_sums(s.sums.data(), tile, count, end - first, plan.patch.scale.data() + first,
-                                     plan.patch.shift.data() + first, patches + first, plan.width);
-              });
-    if (plan.patch_norm.present) ops.normalize(patches, plan.width, count, plan.patch_norm.part(), patches, plan.width);
-    for (size_t i = 0; i < count * plan.width; ++i) patches[i] += positions[i];
-    if (plan.pre_norm.present) ops.normalize(x, plan.width, rows.count(), plan.pre_norm.part(), x, plan.width);
     clock.lap(kRest);
 }
 

@@ -6,53 +6,75 @@
 
 namespace qvit {
 
-void classify(const Plan& plan, Pass& pass, Scratch& s, size_t image) {
-    const RowOps& ops = plan.isa.ops;
-    Clock clock(pass.timed, s.seconds);
-    const float* x = pass.residual.data() + image * plan.tokens * plan.width;
-    float* pooled = s.first.data();
-    if (plan.shape.pool == Shape::Pool::token) {
-        // One row a head: class token, distillation token.
-        std::copy_n(x, plan.classifiers.size() * plan.width, pooled);
-        if (plan.final_norm.present)
-            ops.normalize(pooled, plan.width, plan.classifiers.size(), plan.final_norm.part(), pooled, plan.width);
-    } else {
-        float* row = s.second.data();
-        float* largest = s.normed.data();
-        std::vector<double> total(plan.width, 0.0);
-        std::fill_n(largest, plan.width, -std::numeric_limits<float>::infinity());
-        for (size_t token = plan.shape.skip; token < plan.tokens; ++token) {
-            std::copy_n(x + token * plan.width, plan.width, row);
-            if (plan.final_norm.present) ops.normalize(row, plan.width, 1, plan.final_norm.part(), row, plan.width);
-            for (size_t i = 0; i < plan.width; ++i) {
-                total[i] += row[i];
-                largest[i] = std::max(largest[i], row[i]);
-            }
-        }
-        const double count = static_cast<double>(plan.tokens - plan.shape.skip);
-        for (size_t i = 0; i < plan.width; ++i) {
-            const float average = static_cast<float>(total[i] / count);
-            pooled[i] = plan.shape.pool == Shape::Pool::average   ? average
-                        : plan.shape.pool == Shape::Pool::largest ? largest[i]
-                                                                  : 0.5f * (average + largest[i]);
+namespace {
+
+// One vector of an image's tokens: their average, their maximum, or half the sum of both.
+void pool_tokens(const Plan& plan, const Pool& pool, const Stage& stage, Span<float> x, Scratch& s,
+                 Span<float> pooled) {
+    const RowSpans ops(plan.isa.ops);
+    const size_t width = stage.width;
+    const Span<float> row = s.second.rows(1, width);
+    const float* values = row.get(1, width);
+    float* largest = s.normed.rows(1, width).get(1, width);
+    std::vector<double> total(width, 0.0);
+    std::fill_n(largest, width, -std::numeric_limits<float>::infinity());
+    for (size_t token = pool.skip; token < stage.tokens; ++token) {
+        std::copy_n(x.row(token, width), width, row.get(1, width));
+        if (pool.before.present) ops.normalize(row, 1, pool.before.part(), row);
+        for (size_t i = 0; i < width; ++i) {
+            total[i] += values[i];
+            largest[i] = std::max(largest[i], values[i]);
         }
     }
-    if (plan.pool_norm.present)
-        ops.normalize(pooled, plan.width, plan.classifiers.size(), plan.pool_norm.part(), pooled, plan.width);
-    float* logits = pass.logits + image * plan.shape.classes;
-    std::fill_n(logits, plan.shape.classes, 0.0f);
-    const float share = 1.0f / static_cast<float>(plan.classifiers.size());
+    const double count = static_cast<double>(stage.tokens - pool.skip);
+    float* vector = pooled.get(1, width);
+    for (size_t i = 0; i < width; ++i) {
+        const float average = static_cast<float>(total[i] / count);
+        vector[i] = pool.kind == Pool::Kind::average   ? average
+                    : pool.kind == Pool::Kind::largest ? largest[i]
+                                                       : 0.5f * (average + largest[i]);
+    }
+}
+
+}  // namespace
+
+void finish(const Plan& plan, Pass& pass, Scratch& s, size_t image) {
+    const RowSpans ops(plan.isa.ops);
+    Clock clock(pass.timed, s.seconds);
+    const Pool& pool = plan.pooling;
+    const Stage& stage = plan.stage();
+    const size_t width = stage.width, vectors = pool.tokens;
+    const Span<float> x = pass.stream(plan.stages.size() - 1, image, 0, stage.tokens);
+    const Span<float> pooled = s.first.rows(vectors, width);
+    if (pool.kind == Pool::Kind::token) {
+        std::copy_n(x.get(vectors, width), vectors * width, pooled.get(vectors, width));
+        if (pool.before.present) ops.normalize(pooled, vectors, pool.before.part(), pooled);
+    } else {
+        pool_tokens(plan, pool, stage, x, s, pooled);
+    }
+    if (pool.after.present) ops.normalize(pooled, vectors, pool.after.part(), pooled);
+    float* outputs = pass.outputs + image * plan.outputs();
+    if (plan.classifiers.empty()) {
+        for (size_t i = 0; i < vectors; ++i)
+            outputs = std::copy_n(pooled.row(i, stage.channels), stage.channels, outputs);
+        clock.lap(kRest);
+        return;
+    }
+    // The mean of the classifiers, each with a vector of its own.
+    std::fill_n(outputs, plan.outputs(), 0.0f);
+    const float weight = 1.0f / static_cast<float>(plan.classifiers.size());
     for (size_t head = 0; head < plan.classifiers.size(); ++head) {
         const Linear& layer = plan.classifiers[head];
-        ops.quantize(pooled + head * plan.width, plan.width, 1, plan.width, layer.input.rounding(), s.codes.data(),
-                     plan.width);
+        const Span<uint8_t> codes = s.codes.rows(1, width);
+        ops.quantize(pooled.part(head, 1, 0, width), 1, width, layer.input.rounding(), codes);
         if (pass.trace != nullptr)
-            pass.trace->see({"head", 0, head}, image, 1, 0, 1, plan.shape.embed_dim, s.codes.data(), plan.width);
-        each_tile(layer, operand(layer, s.codes.data(), plan.width, 1, s.packed.data()), 1, s.sums.data(), clock, kRest,
-                  [&](size_t first, size_t last, size_t) {
-                      for (size_t c = first; c < std::min(last, plan.shape.classes); ++c)
-                          logits[c] +=
-                              share * (static_cast<float>(s.sums[c - first]) * layer.scale[c] + layer.shift[c]);
+            pass.trace->see({plan.classifier_place.operation, head, "head"}, image, 1, 0, 1, stage.channels, codes);
+        each_tile(layer, operand(*layer.product, codes, 1, width, s.packed), 1, layer.channels, s.sums, clock, kRest,
+                  [&](const Tile& tile) {
+                      const int32_t* sums = tile.get();
+                      for (size_t c = 0; c < tile.width; ++c)
+                          outputs[tile.first + c] +=
+                              weight * (static_cast<float>(sums[c]) * tile.scale[c] + tile.shift[c]);
                   });
     }
 }
