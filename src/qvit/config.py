@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple
 
@@ -64,6 +64,11 @@ class QuantConfig:
             if fnmatchcase(name, pattern):
                 chosen = _pair(bits)
         return chosen
+
+    def unmatched(self, names: Iterable[str]) -> list[str]:
+        """Return the patterns of the overrides that match none of ``names``, the modules that have bits."""
+        names = list(names)
+        return [pattern for pattern in self.overrides if not any(fnmatchcase(name, pattern) for name in names)]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as JSON-ready data; :meth:`from_dict` reads it back."""

@@ -20,6 +20,10 @@ class UncalibratedError(QvitError, RuntimeError):
     """A quantized model was run before its scales were set."""
 
 
+class ModeError(QvitError, RuntimeError):
+    """A model is in evaluation mode where it has to be in training mode, or the other way round."""
+
+
 class TeacherMismatchError(QvitError, ValueError):
     """A teacher whose layers, heads or classes do not fit the student or the data."""
 

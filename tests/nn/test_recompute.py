@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from timm.layers import Attention
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from qvit import QuantConfig, calibrate, quantize
+from qvit import DistillationLoss, QuantConfig, calibrate, quantize
 from qvit.config import Bits
 from qvit.nn.attention import QuantAttention
 from qvit.nn.linear import QuantConv2d, QuantLinear
@@ -169,3 +172,26 @@ def test_nothing_is_kept_where_no_gradient_is_asked_for(vit: nn.Module, images: 
     with torch.no_grad():
         expected = student(images)
     torch.testing.assert_close(student(images).detach(), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("way", ["timm", "reentrant", "compiled"])
+def test_gradient_checkpointing_counts_nothing_twice(vit: nn.Module, images: Tensor, labels: Tensor, way: str) -> None:
+    plain = quantize(vit)
+    calibrate(plain, [images])
+    saving = copy.deepcopy(plain)
+    if way == "reentrant":
+        for block in saving.blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=True)
+    else:
+        saving.set_grad_checkpointing()
+    if way == "compiled":
+        torch.compiler.reset()
+        saving.compile(backend="aot_eager")
+    loss_fn = DistillationLoss(vit, guided=way != "reentrant")  # which keeps no gradient of what is inside
+    for model in (plain, saving):
+        for step in range(2):
+            loss_fn(model, images + step, labels).backward()
+    for (name, value), other in zip(saving.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(value, other, msg=name)
+    for (name, value), other in zip(saving.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(value.grad, other.grad, rtol=1e-3, atol=1e-5, msg=name)

@@ -51,7 +51,7 @@ def member(request: pytest.FixtureRequest, make_model) -> tuple[nn.Module, Tenso
 def student_of(teacher: nn.Module, images: Tensor, *args: Any, **kwargs: Any) -> nn.Module:
     student = quantize(teacher, QuantConfig(*args, **kwargs))
     calibrate(student, [images])
-    return student
+    return student.eval()
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:

@@ -179,7 +179,7 @@ def test_memory_for_the_backward_pass_grows_linearly_with_tokens() -> None:
 
 @pytest.mark.parametrize("rectify", [None, "head", "token"])
 def test_distillation_part_is_hard_label_cross_entropy(vit: nn.Module, images, labels, rectify) -> None:
-    student = calibrated(vit, images, QuantConfig(rectify=rectify)).eval()
+    student = calibrated(vit, images, QuantConfig(rectify=rectify)).train()
     loss_fn = DistillationLoss(vit, guided=False)
     loss = loss_fn(student, images, labels)
     logits = student(images)
@@ -208,7 +208,7 @@ def test_distillation_token_learns_from_the_teacher_and_class_token_from_the_lab
 
 @pytest.mark.parametrize("rectify", [None, "head", "token"])
 def test_guided_part_is_the_papers_sum_over_lambda_mapping(vit: nn.Module, images, labels, rectify) -> None:
-    student = calibrated(vit, images, QuantConfig(3, 3, rectify=rectify)).eval()
+    student = calibrated(vit, images, QuantConfig(3, 3, rectify=rectify)).train()
     weight, layers, heads = 0.7, 2, 2
     loss_fn = DistillationLoss(vit, guided_weight=weight)
     loss = loss_fn(student, images, labels)
@@ -229,7 +229,7 @@ def test_guided_part_is_the_papers_sum_over_lambda_mapping(vit: nn.Module, image
 
 def test_token_reading_is_recognised_inside_a_wrapper(vit: nn.Module, images, labels) -> None:
     """DistributedDataParallel and the like hide the student's attributes."""
-    student = calibrated(vit, images, QuantConfig(rectify="token")).eval()
+    student = calibrated(vit, images, QuantConfig(rectify="token")).train()
     loss_fn = DistillationLoss(vit)
     plain = loss_fn(student, images, labels)
     torch.testing.assert_close(loss_fn(nn.Sequential(student), images, labels), plain, rtol=0, atol=0)
@@ -237,7 +237,7 @@ def test_token_reading_is_recognised_inside_a_wrapper(vit: nn.Module, images, la
 
 def test_a_student_with_the_teachers_queries_has_no_guided_part(vit: nn.Module, images, labels) -> None:
     loss_fn = DistillationLoss(vit)
-    loss_fn(copy.deepcopy(vit), images, labels)
+    loss_fn(copy.deepcopy(vit).train(), images, labels)
     assert loss_fn.last_parts["guided"].item() == 0
 
 

@@ -74,7 +74,7 @@ def model_size(model: nn.Module) -> ModelSize:
     for module in model.modules():
         numel = sum(t.numel() for t in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
         if isinstance(module, Quantizer):
-            scales += 4 * numel
+            scales += 4 * sum(parameter.numel() for parameter in module.parameters())  # not the record of its bits
         elif isinstance(module, Rectifier):
             rectifiers += 4 * numel
         elif isinstance(module, (QuantLinear, QuantConv2d)):

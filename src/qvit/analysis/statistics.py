@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from qvit.errors import DataError, TeacherMismatchError, UnsupportedModelError
 from qvit.nn.attention import QuantAttention, attention_layers, run_with_queries
+from qvit.nn.modes import evaluating
 from qvit.nn.quantizer import Quantizer
 
 BINS = 100
@@ -98,7 +98,7 @@ def query_key_statistics(model: nn.Module, batches: Iterable[Any]) -> list[Query
     """
     layers = _layers(model)
     running = [_RunningStatistics(index, layer) for index, layer in enumerate(layers)]
-    with _evaluating(model):
+    with evaluating(model), torch.no_grad():
         for images in _images(batches):
             _, queries, keys = run_with_queries(model, images.to(_device(model)))
             for statistics, q, k in zip(running, queries, keys, strict=True):
@@ -135,7 +135,7 @@ def attention_distance(teacher: nn.Module, student: nn.Module, batches: Iterable
     models = (teacher, student)
     layers = [_layers(model) for model in models]
     total, rows = torch.zeros(0), 0
-    with _evaluating(*models):
+    with evaluating(*models), torch.no_grad():
         for images in _images(batches):
             (theirs, ours) = (
                 list(zip(*run_with_queries(model, images.to(_device(model)))[1:], strict=True)) for model in models
@@ -295,17 +295,3 @@ def _images(batches: Iterable[Any]) -> Iterator[Tensor]:
             yield images
     if not some:
         raise DataError("The statistics need at least one image, and there was none.")
-
-
-@contextmanager
-def _evaluating(*models: nn.Module) -> Iterator[None]:
-    """Put models in evaluation mode and take no gradients, until the block ends."""
-    were_training = [model.training for model in models]
-    for model in models:
-        model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for model, was_training in zip(models, were_training, strict=True):
-            model.train(was_training)

@@ -23,10 +23,11 @@ from qvit.config import QuantConfig
 from qvit.errors import CheckpointError, ConfigError, QvitError
 from qvit.files import first_line, write_atomically
 from qvit.images import Mode
-from qvit.nn.quantizer import Quantizer
-from qvit.quantization.convert import quantize
+from qvit.nn.quantizer import BITS, Quantizer
+from qvit.quantization.convert import layers_with_bits, quantize
 
-FORMAT, VERSION = "qvit-checkpoint", 1
+FORMAT, VERSION = "qvit-checkpoint", 2
+"""Version 2 records the bits of every quantizer among the weights; version 1 is read as well."""
 
 
 @dataclasses.dataclass
@@ -132,7 +133,11 @@ def build(card: ModelCard, weights: Mapping[str, Any], source: str) -> VisionTra
     """
     model = create_model(card)
     if card.quant_config is not None:
-        model = quantize(model, QuantConfig.from_dict(card.quant_config))
+        config = QuantConfig.from_dict(card.quant_config)
+        # What matches nothing is refused where a model is made. Here it changes nothing, and older files have it.
+        idle = config.unmatched(layers_with_bits(model))
+        overrides = {pattern: bits for pattern, bits in config.overrides.items() if pattern not in idle}
+        model = quantize(model, dataclasses.replace(config, overrides=overrides))
     _load_weights(model, weights, f"{source} does not fit {card.name}")
     for name, module in model.named_modules():
         if isinstance(module, Quantizer) and not module.calibrated:
@@ -143,6 +148,8 @@ def build(card: ModelCard, weights: Mapping[str, Any], source: str) -> VisionTra
 def _load_weights(model: nn.Module, weights: Mapping[str, Any], complaint: str) -> None:
     expected = model.state_dict()
     for name, value in expected.items():
+        if name.endswith(f".{BITS}") and name not in weights:
+            continue  # version 1
         if not isinstance(weights.get(name), torch.Tensor):
             raise CheckpointError(f"{complaint}: {name} is absent.")
         if weights[name].shape != value.shape:
@@ -184,9 +191,14 @@ def save_checkpoint(
 
 
 def weights_checksum(model: nn.Module) -> str:
-    """Return the SHA-256 of all weights and buffers of a model, in hexadecimal: names, shapes and values, in order."""
+    """Return the SHA-256 of all weights and buffers of a model, in hexadecimal: names, shapes and values, in order.
+
+    The record of a quantizer's bits is no weight and not among them.
+    """
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
+        if name.endswith(f".{BITS}"):
+            continue
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
@@ -201,10 +213,11 @@ def read_checkpoint(path: str | Path) -> tuple[ModelCard, dict[str, Any], dict[s
     content = _read(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of qvit's.")
-    if content.get("version") != VERSION:
-        raise CheckpointError(
-            f"{path} has checkpoint version {content.get('version')}, this qvit reads {VERSION}: update qvit."
-        )
+    version = content.get("version")
+    if type(version) is not int or version < 1:
+        raise CheckpointError(f"{path} is edited or damaged: its version is no whole number from 1 up.")
+    if version > VERSION:
+        raise CheckpointError(f"{path} has checkpoint version {version}, this qvit reads up to {VERSION}: update qvit.")
     try:
         return ModelCard(**content["card"]), dict(content["weights"]), content["training"]
     except (KeyError, TypeError, ValueError) as error:

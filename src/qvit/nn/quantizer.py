@@ -13,8 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qvit.errors import UncalibratedError
+from qvit.errors import ConfigError, UncalibratedError
 from qvit.nn.recompute import recomputed_when_compiled
+
+BITS = "code_bits"
+"""Entry of a quantizer's state dict: for how many bits its scale was made."""
 
 
 def code_range(bits: int, *, signed: bool = True) -> tuple[int, int]:
@@ -111,18 +114,14 @@ class Float32Module(nn.Module):
         super()._apply(move, recurse)
         return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # A float model's state dict holds nothing for this module; it loads, strictly too, and leaves it as it is.
-        if any(key.startswith(prefix) for key in state_dict):
-            super()._load_from_state_dict(state_dict, prefix, *args)
-
 
 class Quantizer(Float32Module):
     """Fake-quantizes a tensor with a trained scale, and a trained offset if asked for.
 
     The scale is ``exp(log_scale)``, positive by construction; the optimizer then moves it in proportion to its size,
     which an Adam-like step on the scale itself would not do. Until :func:`qvit.calibrate` (or a state dict that
-    holds scales) has set it, it is NaN and ``forward`` raises.
+    holds scales) has set it, it is NaN and ``forward`` raises. The state dict says the bits, and one that says others
+    is refused.
 
     Args:
         bits: 2..8.
@@ -133,6 +132,8 @@ class Quantizer(Float32Module):
         batched: whether the input's first dimension is the batch (activations) or not (weights).
     """
 
+    code_bits: Tensor
+
     def __init__(
         self, bits: int, shape: tuple[int, ...] = (), *, signed: bool = True, offset: bool = True, batched: bool = True
     ) -> None:
@@ -141,6 +142,7 @@ class Quantizer(Float32Module):
         self.low, self.high = code_range(bits, signed=signed)
         self.log_scale = nn.Parameter(torch.full(shape, math.nan))
         self.offset = nn.Parameter(torch.zeros(shape)) if offset else None
+        self.register_buffer(BITS, torch.tensor(bits, dtype=torch.uint8))
         self.calibrated = False
         self.enabled = True
 
@@ -188,7 +190,14 @@ class Quantizer(Float32Module):
         return 1.0 / math.sqrt(numel * self.high)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        bits = state_dict.get(f"{prefix}{BITS}")
+        if bits is not None and int(bits) != self.bits:
+            raise ConfigError(
+                f"The state dict has {int(bits)} bits at {prefix.rstrip('.') or 'this quantizer'}, the model "
+                f"{self.bits}: quantize the model with the bits that the state dict was trained with."
+            )
+        # Checkpoints of the first version do not record the bits.
+        super()._load_from_state_dict({f"{prefix}{BITS}": self.code_bits, **state_dict}, prefix, *args)
         self.calibrated = bool(torch.isfinite(self.log_scale).all())
 
     def extra_repr(self) -> str:

@@ -37,6 +37,14 @@ def recomputed_when_compiled(function: Callable[[Tensor], Tensor], x: Tensor) ->
     return function(x)
 
 
+def in_backward_pass() -> bool:
+    """Return whether a backward pass runs this: gradient checkpointing then computes again what was computed before.
+
+    What a module counts or averages it must not count a second time there. A compiler takes care of that by itself.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def _checkpoint(function: Callable[..., Tensor], *inputs: Any, preserve_rng_state: bool) -> Tensor:
     result: Tensor = checkpoint(
         function, *inputs, use_reentrant=False, preserve_rng_state=preserve_rng_state, determinism_check="none"

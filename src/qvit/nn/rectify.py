@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from qvit.nn.quantizer import Float32Module
-from qvit.nn.recompute import recomputed
+from qvit.nn.recompute import in_backward_pass, recomputed
 
 EPS = 1e-6
 MOMENTUM = 0.1
@@ -121,6 +121,8 @@ class HeadRectifier(Rectifier):
         mean, variance = mean[0], variance[0]
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             mean, variance = _across_processes(mean, variance, x.shape[0])
+        if in_backward_pass():
+            return mean, variance
         with torch.no_grad():
             self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), MOMENTUM)
             self.running_var.lerp_(variance.detach().to(self.running_var.dtype), MOMENTUM)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 from qvit.errors import ConfigError, DataError, UnsupportedModelError
 from qvit.nn.linear import QuantConv2d, QuantLinear
-from qvit.nn.quantizer import Quantizer, from_codes, to_codes
+from qvit.nn.modes import evaluating
+from qvit.nn.quantizer import Float32Module, Quantizer, from_codes, to_codes
 from qvit.nn.rectify import Rectifier, Start
 
 WeightStart = Literal["minimum_error", "lsq"]
@@ -38,7 +40,8 @@ def calibrate(
 
     Two passes in floating point: the first fits the rectifiers to the queries and keys, the second collects what
     enters each quantizer. Then scale and offset minimise the mean squared error of the quantized values, for weights
-    and activations alike.
+    and activations alike. Every module is left in the mode it was found in; if anything fails, the scales and
+    rectifiers are what they were before.
 
     Args:
         model: what :func:`qvit.quantize` returned.
@@ -68,26 +71,21 @@ def calibrate(
     if not images:
         raise DataError("Calibration needs at least one image, and there was none.")
 
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), _in_floating_point(quantizers.values()):
+    with _all_or_nothing(model), evaluating(model), torch.no_grad():
+        with _switched_off(quantizers.values()):
             _start_rectifiers(model, images, rectify_start)
             samples = _collect(model, images, quantizers)
-    finally:
-        model.train(was_training)
-    for name, quantizer in quantizers.items():
-        values = samples[name] if quantizer.batched else None
-        if values is not None:
-            _fit(name, quantizer, values)
-    for name, module in model.named_modules():
-        if isinstance(module, (QuantLinear, QuantConv2d)):
-            weight = module.weight.detach().float().flatten(1)
-            if weight_start == "lsq":
-                scale = 2 * weight.abs().mean(dim=1) / module.weight_quantizer.high**0.5
-                module.weight_quantizer.set(scale.clamp(min=torch.finfo(scale.dtype).tiny), None)
-            else:
-                _fit(f"{name}.weight", module.weight_quantizer, weight)
+        for name, quantizer in quantizers.items():
+            if quantizer.batched:
+                _fit(name, quantizer, samples[name])
+        for name, module in model.named_modules():
+            if isinstance(module, (QuantLinear, QuantConv2d)):
+                weight = module.weight.detach().float().flatten(1)
+                if weight_start == "lsq":
+                    scale = 2 * weight.abs().mean(dim=1) / module.weight_quantizer.high**0.5
+                    module.weight_quantizer.set(scale.clamp(min=torch.finfo(scale.dtype).tiny), None)
+                else:
+                    _fit(f"{name}.weight", module.weight_quantizer, weight)
 
 
 def minimum_error_scale(
@@ -154,8 +152,6 @@ def _start_rectifiers(model: nn.Module, images: list[Tensor], start: Start) -> N
     rectifiers = {name: m for name, m in model.named_modules() if isinstance(m, Rectifier)}
     if not rectifiers or start == "keep":
         return
-    for rectifier in rectifiers.values():
-        rectifier.enabled = False
     seen: dict[str, list[Tensor]] = {name: [] for name in rectifiers}
     few, count = [], 0
     for batch in images:
@@ -163,13 +159,9 @@ def _start_rectifiers(model: nn.Module, images: list[Tensor], start: Start) -> N
         count += len(few[-1])
         if count >= RECTIFIER_IMAGES:
             break
-    try:
-        with _watching(rectifiers, lambda name, x: seen[name].append(x)):
-            for batch in few:
-                model(batch)
-    finally:
-        for rectifier in rectifiers.values():
-            rectifier.enabled = True
+    with _switched_off(rectifiers.values()), _watching(rectifiers, lambda name, x: seen[name].append(x)):
+        for batch in few:
+            model(batch)
     for name, rectifier in rectifiers.items():
         rectifier.fit(torch.cat(seen[name]))
         if start == "unit":
@@ -199,15 +191,29 @@ def _collect(model: nn.Module, images: list[Tensor], quantizers: dict[str, Quant
 
 
 @contextmanager
-def _in_floating_point(quantizers: Iterable[Quantizer]) -> Iterator[None]:
-    quantizers = list(quantizers)
-    for quantizer in quantizers:
-        quantizer.enabled = False
+def _all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """Put the scales and rectifiers back as they were if the block fails."""
+    own = [module for module in model.modules() if isinstance(module, Float32Module)]
+    before = [copy.deepcopy(module.state_dict()) for module in own]
+    try:
+        yield
+    except BaseException:
+        for module, state in zip(own, before, strict=True):
+            module.load_state_dict(state)
+        raise
+
+
+@contextmanager
+def _switched_off(modules: Iterable[Quantizer | Rectifier]) -> Iterator[None]:
+    """Let quantizers or rectifiers pass on what they get; after that each is on or off as it was found."""
+    found = [(module, module.enabled) for module in modules]
+    for module, _ in found:
+        module.enabled = False
     try:
         yield
     finally:
-        for quantizer in quantizers:
-            quantizer.enabled = True
+        for module, enabled in found:
+            module.enabled = enabled
 
 
 @contextmanager

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import difflib
+import functools
+import re
+from typing import Any
 
 from timm.layers import Attention, LayerScale, PatchEmbed
 from timm.models import VisionTransformer
@@ -10,9 +14,10 @@ from timm.models.vision_transformer import Block, ParallelThingsBlock, ResPostBl
 from torch import nn
 
 from qvit.config import QuantConfig
-from qvit.errors import UnsupportedModelError
+from qvit.errors import ConfigError, UnsupportedModelError
 from qvit.nn.attention import QuantAttention
 from qvit.nn.linear import QuantConv2d, QuantLinear
+from qvit.nn.quantizer import Float32Module
 
 _BLOCKS = (Block, ResPostBlock, ParallelThingsBlock)
 # Modules that own parameters and stay in floating point (method.md, section 1: LayerNorm and the residual stream do).
@@ -24,7 +29,8 @@ def quantize(teacher: nn.Module, config: QuantConfig | None = None) -> VisionTra
 
     Every linear layer and both attention products work on codes, the patch embedding and the heads on 8 bits. The copy
     keeps timm's module names and loads the float model's state dict. Its scales are not set yet: pass it to
-    :func:`qvit.calibrate` before running it.
+    :func:`qvit.calibrate` before running it. It is in training mode; its ``no_weight_decay()`` names what timm's
+    optimizers must leave alone: beside timm's own list every log_scale, offset, gamma and beta.
 
     Args:
         teacher: a member of timm's ``VisionTransformer`` family (ViT, DeiT, with or without distillation token,
@@ -33,6 +39,7 @@ def quantize(teacher: nn.Module, config: QuantConfig | None = None) -> VisionTra
 
     Raises:
         UnsupportedModelError: naming the module that cannot be quantized and its class.
+        ConfigError: naming an override that matches no layer.
     """
     config = config or QuantConfig()
     if not isinstance(teacher, VisionTransformer):
@@ -40,6 +47,7 @@ def quantize(teacher: nn.Module, config: QuantConfig | None = None) -> VisionTra
             f"qvit quantizes timm's VisionTransformer family (vit_*, deit_*); {type(teacher).__name__} is not of it."
         )
     _check(teacher)
+    check_overrides(teacher, config)
     # A teacher is often frozen for distillation; its student is there to be trained.
     student = copy.deepcopy(teacher).requires_grad_(True)
     for name, module in list(student.named_modules()):
@@ -53,8 +61,57 @@ def quantize(teacher: nn.Module, config: QuantConfig | None = None) -> VisionTra
         else:
             continue
         # An Attention comes before its own linear layers, which are then replaced inside the QuantAttention.
-        student.set_submodule(name, replacement.train(module.training).to(next(module.parameters()).device))
-    return student
+        student.set_submodule(name, replacement.to(next(module.parameters()).device))
+    own = [
+        f"{prefix}.{name}"
+        for prefix, module in student.named_modules()
+        if isinstance(module, Float32Module)
+        for name, _ in module.named_parameters(recurse=False)
+    ]
+    kept = [*teacher.no_weight_decay(), *own]
+    # torch.compile's wrapper hands the question on, and calls its parameters otherwise.
+    kept += [f"_orig_mod.{name}" for name in kept]
+    # Of this one model, not of its class; a partial of plain data, that copies and pickles of the student take along.
+    student.no_weight_decay = functools.partial(set, kept)
+    student.register_load_state_dict_pre_hook(_keep_scales)
+    return student.train()
+
+
+def layers_with_bits(model: nn.Module) -> list[str]:
+    """Return the names that a :class:`QuantConfig` is asked for when ``model``, a float one, is quantized."""
+    names: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, Attention):
+            names += [f"{name}.{operand}_quantizer" for operand in ("query", "key", "value", "attention")]
+        elif isinstance(module, (nn.Linear, nn.Conv2d)):
+            names.append(name)
+    return names
+
+
+def check_overrides(model: nn.Module, config: QuantConfig) -> None:
+    """Refuse a pattern in ``config.overrides`` that no layer of ``model``, a float one, is called by.
+
+    Raises:
+        ConfigError: naming the pattern and what is called nearly so.
+    """
+    names = layers_with_bits(model)
+    for pattern in config.unmatched(names):
+        groups = {f"{name[: dot.start()]}.*" for name in names for dot in re.finditer(r"\.", name)}
+        near = difflib.get_close_matches(pattern, [*names, *sorted(groups)], 3)
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"layers are called like {names[0]!r}."
+        raise ConfigError(f"The override {pattern!r} matches no layer of the model: {hint}")
+
+
+def _keep_scales(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Let a float model's state dict, which has no scales at all, leave those of a student as they are."""
+    own = {
+        f"{prefix}{path}.{name}": value
+        for path, part in module.named_modules()
+        if isinstance(part, Float32Module)
+        for name, value in part.state_dict().items()
+    }
+    if not own.keys() & state_dict.keys():
+        state_dict.update(own)
 
 
 def _check(model: VisionTransformer) -> None:

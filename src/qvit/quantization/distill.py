@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qvit.errors import ConfigError, TeacherMismatchError
+from qvit.errors import ConfigError, ModeError, TeacherMismatchError
 from qvit.nn.attention import attention_layers, run_with_queries
 from qvit.nn.rectify import EPS, TokenRectifier
 
@@ -127,7 +127,15 @@ class DistillationLoss(nn.Module):
         Raises:
             TeacherMismatchError: if classes, layers or heads of teacher and student differ.
             ConfigError: if the guided distance has no gradient where the other term has one.
+            ModeError: if the student is in evaluation mode while gradients are on, or the teacher in training mode.
         """
+        if torch.is_grad_enabled() and not _is_training(student):
+            raise ModeError(
+                "The student is in evaluation mode, where the statistics of its rectifiers do not move: call "
+                "student.train() before training it, or use torch.no_grad() to measure the loss alone."
+            )
+        if self.teacher.training:
+            raise ModeError("The teacher is in training mode: call teacher.eval(), it is not what is trained.")
         with torch.no_grad():  # not inference mode: the student's gradients are products with the teacher's queries
             teacher_logits, teacher_queries, teacher_keys = self._run(self.teacher, images)
         logits, queries, keys = self._run(student, images)
@@ -174,6 +182,12 @@ class DistillationLoss(nn.Module):
         if not self.guided:
             return model(images), [], []
         return run_with_queries(model, images)
+
+
+def _is_training(student: nn.Module) -> bool:
+    """Return whether a student is in training mode, whatever the mode of a wrapper around it."""
+    layers = attention_layers(student)
+    return student.training and (not layers or any(layer.training for layer in layers))
 
 
 def check_guidance(teacher: nn.Module, student: nn.Module) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from qvit.data.loader import Batches, readable
 from qvit.errors import TrainingStopped
+from qvit.nn.modes import evaluating
 from qvit.train.distributed import sum_over_processes
 from qvit.train.preemption import Sigterm
 
@@ -42,22 +43,20 @@ def evaluate(
         CorruptImageError: naming the first image that cannot be read, unless ``skip_corrupt``.
         TrainingStopped: in all processes, if ``sigterm`` was received in one.
     """
-    was_training = model.training
-    model.eval()
     first = fifth = images = unreadable = 0
     start = time.perf_counter()
-    for batch in readable(loader, skip_corrupt=skip_corrupt):
-        if sigterm is not None and sigterm.received:
-            break
-        unreadable += len(batch.unreadable)
-        if len(batch.labels) == 0:
-            continue
-        logits = model(batch.images.to(device, non_blocking=True))
-        ranked = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == batch.labels.to(device)[:, None]
-        first += int(ranked[:, 0].sum())
-        fifth += int(ranked.any(dim=1).sum())
-        images += len(batch.labels)
-    model.train(was_training)
+    with evaluating(model):
+        for batch in readable(loader, skip_corrupt=skip_corrupt):
+            if sigterm is not None and sigterm.received:
+                break
+            unreadable += len(batch.unreadable)
+            if len(batch.labels) == 0:
+                continue
+            logits = model(batch.images.to(device, non_blocking=True))
+            ranked = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == batch.labels.to(device)[:, None]
+            first += int(ranked[:, 0].sum())
+            fifth += int(ranked.any(dim=1).sum())
+            images += len(batch.labels)
     counts = [first, fifth, images, unreadable, sigterm is not None and sigterm.received]
     first, fifth, images, unreadable, stopped = map(int, sum_over_processes(counts, device))
     if stopped:

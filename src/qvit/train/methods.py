@@ -173,7 +173,7 @@ def train_quantized(
         card.metrics = _metrics(accuracy)
         if make_accelerator(options).is_main_process:
             save_checkpoint(options.out / "best.pt", card, student)
-        return Result(student, card, accuracy, [])
+        return Result(student.eval(), card, accuracy, [])
     loss: Loss = LabelLoss()
     if teacher is not None:
         guide = copy.deepcopy(teacher.model)

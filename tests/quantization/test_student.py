@@ -1,0 +1,226 @@
+"""What a student is beside its layers: its mode, its state dict, its weight decay, its copies."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.optim import create_optimizer_v2
+from torch import Tensor, nn
+
+from qvit import DistillationLoss, QuantConfig, calibrate, quantize
+from qvit.errors import ConfigError, ModeError
+from qvit.nn.quantizer import BITS, Float32Module, Quantizer
+from qvit.nn.rectify import HeadRectifier
+from qvit.quantization.convert import layers_with_bits
+
+DISTILLED = "deit_tiny_distilled_patch16_224"
+VIT = "vit_tiny_patch16_224"
+
+
+def student_of(teacher: nn.Module, images: Tensor, *args: Any, **kwargs: Any) -> Any:
+    student = quantize(teacher, QuantConfig(*args, **kwargs))
+    calibrate(student, [images])
+    return student
+
+
+def own_parameters(student: nn.Module) -> set[str]:
+    names = {f"{path}.{name}" for path, module in student.named_modules() if isinstance(module, Float32Module)
+             for name, _ in module.named_parameters(recurse=False)}  # fmt: skip
+    assert {name.rpartition(".")[2] for name in names} >= {"log_scale", "offset"}
+    return names
+
+
+# --- mode -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_student_is_in_training_mode_whatever_the_teacher_is(vit: nn.Module, training: bool) -> None:
+    student = quantize(vit.train(training))
+    assert all(module.training for module in student.modules())
+    assert all(module.training is training for module in vit.modules())
+
+
+def test_the_readmes_way_moves_the_rectifiers_statistics(vit: nn.Module, images: Tensor, labels: Tensor) -> None:
+    student = student_of(vit, images)
+    rectifiers = [module for module in student.modules() if isinstance(module, HeadRectifier)]
+    before = [rectifier.running_var.clone() for rectifier in rectifiers]
+    DistillationLoss(vit)(student, images + 1, labels).backward()
+    assert len(rectifiers) == 4
+    assert not any(torch.equal(r.running_var, was) for r, was in zip(rectifiers, before, strict=True))
+
+
+@pytest.mark.parametrize("wrap", [lambda student: student, nn.Sequential])
+@pytest.mark.parametrize("guided", [True, False])
+def test_student_in_evaluation_mode_is_not_trained(vit: nn.Module, images, labels, guided: bool, wrap) -> None:
+    student = student_of(vit, images).eval()
+    loss_fn = DistillationLoss(vit, guided=guided)
+    with pytest.raises(ModeError, match=r"student\.train\(\)"):
+        loss_fn(wrap(student), images, labels)
+    with torch.no_grad():
+        assert torch.isfinite(loss_fn(wrap(student), images, labels))
+    student.train().blocks[0].eval()  # a part may be kept as it is
+    assert torch.isfinite(loss_fn(wrap(student), images, labels))
+
+
+def test_teacher_in_training_mode_is_refused(vit: nn.Module, images: Tensor, labels: Tensor) -> None:
+    student = student_of(vit, images)
+    loss_fn = DistillationLoss(vit)
+    vit.train()
+    with pytest.raises(ModeError, match=r"teacher\.eval\(\)"):
+        loss_fn(student, images, labels)
+
+
+# --- weight decay -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [VIT, DISTILLED])
+@pytest.mark.parametrize("rectify", ["head", "token", None])
+def test_no_weight_decay_names_the_parameters_of_quantizers_and_rectifiers(make_model, name: str, rectify) -> None:
+    teacher = make_model(name)
+    student = quantize(teacher, QuantConfig(rectify=rectify))
+    kept = student.no_weight_decay()
+    expected = set(teacher.no_weight_decay()) | own_parameters(student)
+    assert kept == expected | {f"_orig_mod.{name}" for name in expected}  # as torch.compile's wrapper calls them
+    kept.clear()  # a set of the caller's own
+    assert student.no_weight_decay()
+
+
+@pytest.mark.parametrize("arguments", [{}, {"layer_decay": 0.75}])
+def test_timms_optimizer_decays_the_floats_matrices_alone(vit: nn.Module, images: Tensor, arguments) -> None:
+    student = student_of(vit, images)
+    optimizer = create_optimizer_v2(student, opt="sgd", lr=0.1, weight_decay=0.05, **arguments)
+    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    matrices = {id(p) for name, p in student.named_parameters() if name.endswith(".weight") and p.ndim > 1}
+    assert decayed == matrices
+    before = {name: value.clone() for name, value in student.named_parameters()}
+    for parameter in student.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    own = own_parameters(student)
+    assert all(torch.equal(p, before[name]) for name, p in student.named_parameters() if name in own)
+    assert not torch.equal(student.head.weight, before["head.weight"])
+
+
+# --- copies -----------------------------------------------------------------------------------------------------------
+
+
+def _deepcopied(student: nn.Module) -> nn.Module:
+    return copy.deepcopy(student)
+
+
+def _pickled(student: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(student))
+
+
+@pytest.mark.parametrize("again", [_deepcopied, _pickled])
+def test_copy_of_a_student_is_a_student(vit: nn.Module, images: Tensor, again: Callable[[Any], Any]) -> None:
+    student = student_of(vit, images).eval()
+    other = again(student)
+    assert torch.equal(other(images), student(images))
+    assert other.no_weight_decay() == student.no_weight_decay()
+    with torch.no_grad():
+        student.head.weight.zero_()
+        student.blocks[0].attn.query_quantizer.log_scale.zero_()
+    other.load_state_dict(vit.state_dict())  # of a float model: its own scales stay, and are not the first student's
+    assert torch.equal(other.head.weight, vit.head.weight)
+    assert other.blocks[0].attn.query_quantizer.log_scale.abs().min() > 0
+    with pytest.raises(ConfigError, match="2 bits at"):
+        other.load_state_dict(quantize(vit, QuantConfig(2, 2)).state_dict())
+
+
+def test_compiled_student_has_all_of_it(vit: nn.Module, images: Tensor) -> None:
+    compiled = torch.compile(student_of(vit, images), backend="eager")
+    optimizer = create_optimizer_v2(compiled, opt="sgd", lr=0.1, weight_decay=0.05)
+    decayed = [p for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]]
+    assert len(decayed) == 1 + 2 * 4 + 1  # patch embedding, four a block, head
+    with pytest.raises(ConfigError, match="2 bits at"):
+        compiled.load_state_dict({f"_orig_mod.{k}": v for k, v in quantize(vit, QuantConfig(2)).state_dict().items()})
+
+
+# --- state dict -------------------------------------------------------------------------------------------------------
+
+BITWIDTHS = st.tuples(st.integers(2, 8), st.integers(2, 8))
+
+
+@settings(max_examples=25, deadline=None)
+@given(ours=BITWIDTHS, theirs=BITWIDTHS, strict=st.booleans(), whole=st.booleans())
+def test_state_dict_of_other_bits_is_refused(ours, theirs, strict: bool, whole: bool) -> None:
+    from conftest import make_vit
+
+    vit = make_vit(depth=1, embed_dim=8)
+    model: nn.Module = quantize(vit, QuantConfig(*ours))
+    state = quantize(vit, QuantConfig(*theirs)).state_dict()
+    if not whole:  # a part of it, by itself
+        model, state = model.blocks[0], {  # type: ignore[index, union-attr]
+            name.removeprefix("blocks.0."): value for name, value in state.items() if name.startswith("blocks.0.")
+        }  # fmt: skip
+    if ours == theirs:
+        model.load_state_dict(state, strict=strict)
+        return
+    with pytest.raises(ConfigError, match=r"has \d bits at (blocks\.0\.)?\S+_quantizer, the model \d: quantize"):
+        model.load_state_dict(state, strict=strict)
+
+
+def test_state_dict_of_before_the_bits_were_recorded_loads(vit: nn.Module, images: Tensor) -> None:
+    student = student_of(vit, images).eval()
+    older = {name: value for name, value in student.state_dict().items() if not name.endswith(BITS)}
+    other = quantize(vit).eval()
+    other.load_state_dict(older)
+    assert torch.equal(other(images), student(images))
+    assert all(module.code_bits == module.bits for module in other.modules() if isinstance(module, Quantizer))
+
+
+@pytest.mark.parametrize(
+    ("part", "named"),
+    [("query_rectifier", "rectifier.gamma"), ("fc1.input_quantizer", "fc1.input_quantizer.log_scale")],
+)
+def test_student_whose_state_dict_lacks_a_part_does_not_load(vit, images: Tensor, part: str, named: str) -> None:
+    """Only a float model's state dict, which has none of them at all, may leave scales and rectifiers as they are."""
+    state = student_of(vit, images).state_dict()
+    partial = {name: value for name, value in state.items() if f".{part}." not in name}
+    with pytest.raises(RuntimeError, match=named):
+        quantize(vit).load_state_dict(partial)
+
+
+def test_state_dict_without_rectifiers_does_not_load_into_a_student_with_them(vit, images: Tensor) -> None:
+    baseline = student_of(vit, images, rectify=None)
+    with pytest.raises(RuntimeError, match=r"rectifier\.gamma"):
+        quantize(vit, QuantConfig(rectify="head")).load_state_dict(baseline.state_dict())
+
+
+# --- overrides --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pattern", "hint"),
+    [
+        ("blokcs.*", r"did you mean 'blocks\.\*'"),
+        ("blocks.0.mpl.fc1", r"'blocks\.0\.mlp\.fc1'"),
+        ("block.1.*", r"'blocks\.1\.\*'"),
+        ("*.query", "layers are called like 'patch_embed.proj'"),
+        ("blocks.2.*", r"'blocks\.[01]\.\*'"),
+        ("blocks", "blocks|patch"),
+    ],
+)
+def test_override_that_matches_no_layer_is_refused(vit: nn.Module, pattern: str, hint: str) -> None:
+    with pytest.raises(ConfigError, match=f"override '.*' matches no layer of the model: .*{hint}") as caught:
+        quantize(vit, QuantConfig(overrides={"blocks.0.*": 8, pattern: 8}))
+    assert repr(pattern) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [VIT, DISTILLED])
+def test_every_layer_can_be_overridden_by_its_name(make_model, name: str) -> None:
+    teacher = make_model(name)
+    names = layers_with_bits(teacher)
+    student = quantize(teacher, QuantConfig(overrides=dict.fromkeys(names, (3, 5))))
+    activations = {m.bits for m in student.modules() if isinstance(m, Quantizer) and m.batched}
+    weights = {m.bits for m in student.modules() if isinstance(m, Quantizer) and not m.batched}
+    assert (activations, weights) == ({5}, {3})
+    assert len(names) == sum(isinstance(m, Quantizer) and m.batched for m in student.modules())
