@@ -142,13 +142,12 @@ double activated(double x, Activation activation) {
         case Activation::quick_gelu: return x / (1 + std::exp(-1.702 * x));
         case Activation::silu: return x / (1 + std::exp(-x));
         case Activation::relu: return std::max(x, 0.0);
-        case Activation::none: return x;
     }
     return x;
 }
 
 constexpr Activation kActivations[] = {Activation::gelu, Activation::gelu_tanh, Activation::quick_gelu,
-                                       Activation::silu, Activation::relu,      Activation::none};
+                                       Activation::silu, Activation::relu};
 
 // Operations on a tile of sums, in a row longer than the tile.
 void check_sums(const char* isa, const RowOps& ops) {

@@ -28,7 +28,8 @@ from qvit.errors import ConfigError, QvitError
 from qvit.files import first_line
 from qvit.format.ops import OPERANDS
 from qvit.format.packed import read_packed
-from qvit.runtime.engine import load, processors
+from qvit.runtime.engine import load
+from qvit.runtime.processors import processors
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -77,7 +77,7 @@ def bench(
     from qvit.bench.compare import compare
     from qvit.bench.peers import PEERS
     from qvit.files import write_atomically, write_text
-    from qvit.runtime.engine import processors
+    from qvit.runtime.processors import processors
 
     if figure is not None:
         from qvit.analysis.figures import latency_bars, png

@@ -48,7 +48,15 @@ struct Product {
                          uint8_t* packed) = nullptr;
 };
 
-enum class Activation : int { gelu, gelu_tanh, quick_gelu, silu, relu, none };
+// Every activation function by its name in the file: the enum, the names and the choice of the code come from this
+// list.
+#define QVIT_ACTIVATIONS(each) each(gelu) each(gelu_tanh) each(quick_gelu) each(silu) each(relu)
+
+enum class Activation : int {
+#define QVIT_ENUMERATOR(name) name,
+    QVIT_ACTIVATIONS(QVIT_ENUMERATOR)
+#undef QVIT_ENUMERATOR
+};
 
 // A quantizer folded into one multiply-add: code = clamp(round(value * scale + shift), 0, top), unsigned.
 struct Quantize {

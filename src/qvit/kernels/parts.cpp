@@ -169,14 +169,11 @@ Attention attention(const Plan& plan, const nb::dict& part, size_t branch) {
 }
 
 Activation activation(const std::string& name) {
-    const std::pair<const char*, Activation> known[] = {{"gelu", Activation::gelu},
-                                                        {"gelu_tanh", Activation::gelu_tanh},
-                                                        {"quick_gelu", Activation::quick_gelu},
-                                                        {"silu", Activation::silu},
-                                                        {"relu", Activation::relu}};
-    for (const auto& [known_name, value] : known)
-        if (name == known_name) return value;
-    throw std::invalid_argument("activation");
+#define QVIT_NAMED(known) \
+    if (name == #known) return Activation::known;
+    QVIT_ACTIVATIONS(QVIT_NAMED)
+#undef QVIT_NAMED
+    throw std::invalid_argument("the kernels have no activation function called " + name);
 }
 
 Mlp mlp(const Plan& plan, const nb::dict& part, size_t branch) {

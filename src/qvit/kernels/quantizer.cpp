@@ -37,7 +37,6 @@ double activated(double x, Activation activation) {
         case Activation::quick_gelu: return x / (1.0 + std::exp(-1.702 * x));
         case Activation::silu: return x / (1.0 + std::exp(-x));
         case Activation::relu: return std::max(x, 0.0);
-        case Activation::none: break;
     }
     return x;
 }

@@ -84,12 +84,10 @@ inline Float activated(Float x) {
 template <class Function>
 inline void with_activation(Activation activation, Function f) {
     switch (activation) {
-        case Activation::gelu: f(std::integral_constant<Activation, Activation::gelu>()); break;
-        case Activation::gelu_tanh: f(std::integral_constant<Activation, Activation::gelu_tanh>()); break;
-        case Activation::quick_gelu: f(std::integral_constant<Activation, Activation::quick_gelu>()); break;
-        case Activation::silu: f(std::integral_constant<Activation, Activation::silu>()); break;
-        case Activation::relu: f(std::integral_constant<Activation, Activation::relu>()); break;
-        case Activation::none: f(std::integral_constant<Activation, Activation::none>()); break;
+#define QVIT_CASE(name) \
+    case Activation::name: f(std::integral_constant<Activation, Activation::name>()); break;
+        QVIT_ACTIVATIONS(QVIT_CASE)
+#undef QVIT_CASE
     }
 }
 

@@ -35,13 +35,12 @@ _NORMS: dict[type, str] = {
     timm.layers.RmsNorm: "rms",
     timm.layers.RmsNormFp32: "rms",
 }
+# timm calls them by the file's names; what it takes from PyTorch stands beside its own classes.
 _ACTIVATIONS: dict[type, str] = {
+    **{timm.layers.get_act_layer(name): name for name in ACTIVATIONS},
     timm.layers.activations.GELU: "gelu",
-    timm.layers.activations.GELUTanh: "gelu_tanh",
-    timm.layers.activations.QuickGELU: "quick_gelu",
     timm.layers.activations.Swish: "silu",
     nn.SiLU: "silu",
-    nn.ReLU: "relu",
 }
 _GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
 _MLPS: dict[type, str] = {timm.layers.Mlp: "plain", timm.layers.GluMlp: "glu", timm.layers.SwiGLU: "swiglu"}

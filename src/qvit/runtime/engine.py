@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from qvit.format.packed import PackedModel, Source, read_packed
 from qvit.images import mode_of, open_image
 from qvit.runtime.parts import program_parts
 from qvit.runtime.preprocess import preprocess_batch
+from qvit.runtime.processors import processors
 from qvit.runtime.trace import traced
 
 _TRACED = 8
@@ -28,7 +28,7 @@ def load(source: Source, *, threads: int | None = None, instruction_set: str | N
 
     Args:
         source: what ``qvit export`` wrote: a path, its bytes, or a binary file that is open for reading.
-        threads: of the engine's own pool; all of the processor's by default.
+        threads: of the engine's own pool; by default as many as this process may use, its container's share included.
         instruction_set: one of :func:`instruction_sets`, the best one by default.
 
     Raises:
@@ -175,8 +175,3 @@ class Engine:
         if not np.isfinite(images.sum()) and not np.isfinite(images).all():
             raise DataError("The images hold a NaN or an infinity.")
         return images
-
-
-def processors() -> int:
-    """Return how many processors this process may use: a container or taskset may allow fewer than there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
