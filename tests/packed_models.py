@@ -34,6 +34,8 @@ TINY: dict[str, Any] = {
     "final_norm": LAYER,
     "pool_norm": None,
     "qk_norm": None,
+    "query_norm": None,
+    "key_norm": None,
     "attention_norm": None,
     "mlp_norm": None,
     "block": "pre",
@@ -89,8 +91,8 @@ def vit_program(bits: int | dict[str, Bits], **fields: Any) -> Program:
             scale=f.attention_scale,
             norm=norm(norm_name, f.norm),
             qkv=layer(f"{name}.qkv", width, 3 * attention_width),
-            query_norm=norm(f"{name}.q_norm", f.qk_norm),
-            key_norm=norm(f"{name}.k_norm", f.qk_norm),
+            query_norm=norm(f"{name}.q_norm", f.query_norm or f.qk_norm),
+            key_norm=norm(f"{name}.k_norm", f.key_norm or f.qk_norm),
             rectifier=f.rectify,
             **{part: operand(f"{name}.{part}") for part in OPERANDS},
             inner_norm=norm(f"{name}.norm", f.attention_norm),
@@ -143,7 +145,7 @@ def make_packed(bits: int | dict[str, Bits] = 3, seed: int = 0, **fields: Any) -
 
 
 def random_packed(program: Program, seed: int = 0) -> PackedModel:
-    """Return a packed model of a program, of random codes and values."""
+    """Return a packed model of a program, of random codes and values; few codes of its activations are clipped."""
     rng = np.random.default_rng(seed)
     layers = program.layers()
     tensors: dict[str, np.ndarray] = {}
@@ -153,10 +155,8 @@ def random_packed(program: Program, seed: int = 0) -> PackedModel:
             bits = layers[owner].bits.weight
             codes = rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (shape[0], layers[owner].inputs))
             tensors[name] = pack_codes(codes, bits)
-        elif kind in ("input_scale", "gamma") or (kind == "scale" and owner not in layers):
-            tensors[name] = rng.uniform(0.1, 0.4, shape).astype(dtype)
         else:
-            tensors[name] = rng.normal(0, 0.3, shape).astype(dtype)
+            tensors[name] = _values(kind, _step(owner, kind, program), shape, rng).astype(dtype)
     channels = program.input[0]
     preprocessing = {
         "input_size": list(program.input),
@@ -168,3 +168,19 @@ def random_packed(program: Program, seed: int = 0) -> PackedModel:
     }
     classes = [f"class {n}" for n in range(program.output if program.classifies else 0)]
     return PackedModel(program, preprocessing, classes, {"method": "random"}, tensors)
+
+
+def _step(owner: str, kind: str, program: Program) -> float:
+    """Return the size of a scale: values around 1 in all layers, three times as large at the ends of a range."""
+    layer, bits = program.layers().get(owner), program.bits()
+    if kind == "scale" and layer is not None:
+        return 3**0.5 / (2 ** (layer.bits.weight - 1) * layer.inputs**0.5)
+    if kind == "scale" and owner.endswith(".map"):
+        return 0.5 / (2 ** bits[owner].activation - 1)
+    return 3 / 2 ** (bits[owner].activation - 1) if kind in ("scale", "input_scale") else 1.0
+
+
+def _values(kind: str, step: float, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    if kind in ("scale", "input_scale", "weight", "gamma", "factor"):
+        return step * rng.uniform(0.6, 1.4, shape)
+    return rng.normal(0, 0.3, shape)

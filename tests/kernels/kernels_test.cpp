@@ -7,6 +7,7 @@
 #include <cstring>
 #include <limits>
 #include <random>
+#include <stdexcept>
 #include <vector>
 
 #include "isa.h"
@@ -291,9 +292,34 @@ void check_floats(const char* isa, const RowOps& ops) {
         }
 }
 
+// A part of a buffer gives its own values and, where accesses are checked, nothing beyond them.
+void check_spans() {
+    Buffer<int32_t> buffer(12);
+    for (size_t i = 0; i < buffer.size(); ++i) buffer[i] = static_cast<int32_t>(i);
+    const Span<int32_t> all = buffer.rows(3, 4), part = all.part(1, 2, 2, 1);
+    check_value("span", "row", part.row(1, 1)[0], 10, 0.0);
+    check_value("span", "stride", static_cast<double>(part.stride()), 4, 0.0);
+    const auto refused = [](auto access) {
+        try {
+            access();
+            return false;
+        } catch (const std::logic_error&) {
+            return true;
+        }
+    };
+    if (!kChecked) return;
+    check_value("span", "wide row", refused([&] { part.row(0, 2); }), 1, 0.0);
+    check_value("span", "third row", refused([&] { part.get(3, 1); }), 1, 0.0);
+    check_value("span", "wider part", refused([&] { part.part(0, 1, 0, 2); }), 1, 0.0);
+    check_value("span", "shifted part", refused([&] { part.part(0, 1, 1, 1); }), 1, 0.0);
+    check_value("span", "beyond the buffer", refused([&] { buffer.rows(3, 5); }), 1, 0.0);
+    check_value("span", "index", refused([&] { buffer[12] = 0; }), 1, 0.0);
+}
+
 }  // namespace
 
 int main() {
+    check_spans();
     size_t count;
     const Isa* const* isas = available_isas(&count);
     for (size_t i = 0; i < count; ++i) {
