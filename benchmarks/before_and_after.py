@@ -2,8 +2,8 @@
 
 Each build has a checkout and an environment of its own; the models are written by the build that runs them, with the
 same random numbers. One process per build loads a model and waits; the parent lets them make one call at a time, by
-turns, so that whatever else the machine does falls on both alike. Printed are the medians, their ratio, and the median of the
-ratios of neighbouring turns, which drifts of the machine hardly touch.
+turns, so that whatever else the machine does falls on both alike. Printed are the medians, their ratio, and the median
+of the ratios of neighbouring turns, which drifts of the machine hardly touch.
 
 Example: python benchmarks/before_and_after.py ../old . --models deit_tiny_patch16_224 --bits 4 2 --batches 1 8
 """
