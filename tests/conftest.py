@@ -17,6 +17,7 @@ from rich.console import Console
 from torch import nn
 
 import qvit
+from members import vary
 from qvit.data.sources import ImageSets, open_data
 from qvit.models.checkpoint import describe
 from qvit.train.methods import FloatModel, train_full_precision
@@ -32,17 +33,7 @@ def make_vit(name: str = "vit_tiny_patch16_224", **kwargs: Any) -> nn.Module:
     """Return a tiny float model in evaluation mode whose attention is not flat and whose biases are not zero."""
     torch.manual_seed(0)
     model = timm.create_model(name, **{**TINY, **kwargs})
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if key.endswith("qkv.weight"):
-                parameter.normal_(std=0.35)
-            elif parameter.ndim >= 2 and "embed" not in key and "token" not in key:
-                parameter.normal_(std=parameter[0].numel() ** -0.5)
-            elif key.endswith("bias"):
-                parameter.normal_(std=0.1)
-            elif "embed" in key or "token" in key:
-                parameter.normal_(std=0.3)
-    return model.eval()
+    return vary(model).eval()
 
 
 @pytest.fixture(autouse=True)

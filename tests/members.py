@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import timm
 import torch
 from timm.layers import GluMlp, LayerNormFp32, RmsNorm, SwiGLU, SwiGLUPacked
 from timm.models.vision_transformer import ParallelThingsBlock, ResPostBlock
@@ -14,9 +18,11 @@ from torch import Tensor, nn
 import qvit
 from qvit import QuantConfig, quantize
 from qvit.format.packed import PackedModel, read_packed
+from qvit.models.families import image_size_of
 from qvit.nn.linear import QuantConv2d, QuantLinear
 from qvit.nn.quantizer import Quantizer
 from qvit.nn.rectify import Rectifier
+from qvit.runtime.reference import ReferenceEngine
 
 VIT = "vit_tiny_patch16_224"
 
@@ -25,6 +31,9 @@ DEIT = "deit_tiny_patch16_224"
 
 
 DISTILLED = "deit_tiny_distilled_patch16_224"
+
+
+SWIN = "swin_tiny_patch4_window7_224"
 
 
 CLASSES = [f"class {n}" for n in range(10)]
@@ -77,6 +86,89 @@ MEMBERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 SIZES = {"not_square": (16, 24), "partial_patches": (18, 19), "dynamic_size": (24, 20), "dynamic_size_padded": (12, 16)}
+
+
+SMALL_SWIN: dict[str, Any] = {"img_size": 32, "window_size": 4, "embed_dim": 12, "depths": (2, 2), "num_heads": (1, 2)}
+
+
+FAMILIES: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
+    "swin": {
+        "swin": (SWIN, SMALL_SWIN),
+        "swin_not_square": (SWIN, {**SMALL_SWIN, "img_size": (32, 64), "window_size": (2, 4), "global_pool": "max"}),
+        "swin_one_window": (SWIN, {**SMALL_SWIN, "img_size": (16, 32), "depths": (2,), "num_heads": (3,)}),
+        "swin_head_dim": (SWIN, {**SMALL_SWIN, "head_dim": 8, "qkv_bias": False, "norm_layer": nn.RMSNorm}),
+        "swin_features": (SWIN, {**SMALL_SWIN, "num_classes": 0}),
+    },
+}
+"""Small models of every family but the plain vision transformer, whose members are :data:`MEMBERS`."""
+
+
+FAMILY_MEMBERS = {member: model for family in FAMILIES.values() for member, model in family.items()}
+
+
+def vary(model: nn.Module) -> nn.Module:
+    """Give a float model weights with which attention is not flat and no bias zero, as training might."""
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if key.endswith("qkv.weight"):
+                parameter.normal_(std=0.35)
+            elif key.endswith("logit_scale"):
+                parameter.normal_(2.0, std=0.3)
+            elif parameter.ndim >= 2 and "embed" not in key and "token" not in key:
+                parameter.normal_(std=parameter[0].numel() ** -0.5)
+            elif key.endswith("bias"):
+                parameter.normal_(std=0.1)
+            elif "embed" in key or "token" in key:
+                parameter.normal_(std=0.3)
+    return model
+
+
+def family_member(member: str) -> tuple[nn.Module, Tensor]:
+    """Return a small float model of :data:`FAMILY_MEMBERS`, and images for it."""
+    name, kwargs = FAMILY_MEMBERS[member]
+    torch.manual_seed(0)
+    given = {"num_classes": len(CLASSES), "drop_path_rate": 0.0, **kwargs}
+    model = vary(timm.create_model(name, **given)).eval()
+    return model, images_for(3, image_size_of(model))
+
+
+def fake_quantized_codes(student: nn.Module, images: Tensor) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Return logits and the codes of every activation quantizer, by the name that it has in the packed file."""
+    codes: dict[str, np.ndarray] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        return lambda module, args: codes.__setitem__(name, module.codes(args[0]).numpy())
+
+    hooks = []
+    for name, module in student.named_modules():
+        if isinstance(module, Quantizer) and module.batched:
+            short = name.removesuffix(".input_quantizer").removesuffix("_quantizer")
+            short = re.sub(r"\.attention$", ".map", short)
+            short = re.sub(r"\.q_proj$", ".qkv", short)  # three layers with one input are one layer in the file
+            hooks.append(module.register_forward_pre_hook(watch(short)))
+    with torch.no_grad():
+        logits = student(images).numpy()
+    for hook in hooks:
+        hook.remove()
+    return logits, codes
+
+
+def compare(student: nn.Module, model: PackedModel, images: Tensor) -> tuple[float, float, float]:
+    """Return relative distance of the logits, top-1 agreement, and the share of codes that differ."""
+    seen: dict[str, np.ndarray] = {}
+    got = ReferenceEngine(model, seen.__setitem__)(images.numpy())
+    expected, codes = fake_quantized_codes(student, images)
+    assert got.dtype == np.float32
+    assert seen.keys() == codes.keys()
+    differ = total = 0
+    for name, wanted in codes.items():
+        if name == "patch_embed.proj":  # an image of codes in the model, patches of them in the reference
+            continue
+        assert seen[name].size == wanted.size, name
+        differ += int((seen[name].reshape(wanted.shape) != wanted).sum())
+        total += wanted.size
+    distance = float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
+    return distance, float((got.argmax(1) == expected.argmax(1)).mean()), differ / total
 
 
 def preprocessing(size: tuple[int, ...] = (3, 16, 16)) -> dict[str, Any]:
@@ -143,5 +235,6 @@ def cover(quantizer: Quantizer, args: tuple[Tensor]) -> None:
 
 
 def packed(student: nn.Module, path: Path, images: Tensor, **kwargs: Any) -> PackedModel:
-    qvit.export(student, path, preprocessing=preprocessing(tuple(images.shape[1:])), classes=CLASSES, **kwargs)
+    given = {"preprocessing": preprocessing(tuple(images.shape[1:])), "classes": CLASSES, **kwargs}
+    qvit.export(student, path, **given)
     return read_packed(path)

@@ -61,17 +61,20 @@ def test_weight_and_activation_bits_are_told_apart() -> None:
     assert (bits.weight, bits.activation) == (2, 6)
 
 
+ENDS = ("patch_embed.*", "head", "head_dist")
+
+
 @pytest.mark.parametrize("edge", ["patch_embed.proj", "head", "head_dist"])
 def test_edges_have_eight_bits_unless_a_pattern_names_them(edge: str) -> None:
-    assert QuantConfig(2, 2).bits(edge) == (8, 8)
-    assert QuantConfig(2, 2, overrides={"blocks.*": 3}).bits(edge) == (8, 8)
-    assert QuantConfig(2, 2, overrides={edge: (3, 4)}).bits(edge) == (3, 4)
-    assert QuantConfig(2, 2, overrides={"*": 5}).bits(edge) == (5, 5)
+    assert QuantConfig(2, 2).bits(edge, ENDS) == (8, 8)
+    assert QuantConfig(2, 2, overrides={"blocks.*": 3}).bits(edge, ENDS) == (8, 8)
+    assert QuantConfig(2, 2, overrides={edge: (3, 4)}).bits(edge, ENDS) == (3, 4)
+    assert QuantConfig(2, 2, overrides={"*": 5}).bits(edge, ENDS) == (5, 5)
 
 
 def test_edges_are_matched_by_whole_name() -> None:
-    assert QuantConfig(2, 2).bits("blocks.0.head") == (2, 2)
-    assert QuantConfig(2, 2).bits("header") == (2, 2)
+    assert QuantConfig(2, 2).bits("blocks.0.head", ENDS) == (2, 2)
+    assert QuantConfig(2, 2).bits("header", ENDS) == (2, 2)
 
 
 @pytest.mark.parametrize(

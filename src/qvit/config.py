@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple
 
@@ -12,7 +12,6 @@ from qvit.errors import ConfigError
 MIN_BITS, MAX_BITS = 2, 8
 EDGE_BITS = 8
 """Bits of the patch embedding and the classifier heads (method.md, section 1: "8 bits for weights and inputs")."""
-_EDGES = ("patch_embed.*", "head", "head_dist")
 
 Rectify = Literal["head", "token"]
 
@@ -55,10 +54,15 @@ class QuantConfig:
             for value in _pair(bits):
                 _check_bits(f"overrides[{pattern!r}]", value)
 
-    def bits(self, name: str) -> Bits:
-        """Return the bits of the module called ``name`` (its dotted name inside the model)."""
+    def bits(self, name: str, ends: Sequence[str] = ()) -> Bits:
+        """Return the bits of the module called ``name`` (its dotted name inside the model).
+
+        Args:
+            name: of a layer, or of a quantizer of an attention.
+            ends: patterns of the layers that keep :data:`EDGE_BITS`: the family of the model knows them.
+        """
         chosen = Bits(self.weight_bits, self.activation_bits)
-        if any(fnmatchcase(name, edge) for edge in _EDGES):
+        if any(fnmatchcase(name, end) for end in ends):
             chosen = Bits(EDGE_BITS, EDGE_BITS)
         for pattern, bits in self.overrides.items():
             if fnmatchcase(name, pattern):

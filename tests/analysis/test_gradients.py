@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from qvit import DistillationLoss, QuantConfig, calibrate, quantize
 from qvit.analysis.gradients import loss_gradients
 from qvit.errors import DataError
-from qvit.nn.attention import attention_layers, run_with_queries
+from qvit.models.queries import attention_layers, run_with_queries
 from qvit.quantization.distill import guided_distance
 
 LABELS = torch.tensor([0, 1, 2, 3])

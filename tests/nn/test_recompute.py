@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qvit import DistillationLoss, QuantConfig, calibrate, quantize
 from qvit.config import Bits
-from qvit.nn.attention import QuantAttention
+from qvit.nn.attention import QuantSelfAttention
 from qvit.nn.linear import QuantConv2d, QuantLinear
 from qvit.nn.quantizer import Quantizer, fake_quantize
 from qvit.nn.recompute import recomputed
@@ -88,7 +88,7 @@ def plain_convolution(layer: QuantConv2d, x: Tensor) -> Tensor:
     return F.conv2d(quantized(layer.input_quantizer, x), weight, layer.bias, layer.stride, layer.padding)
 
 
-def plain_attention(layer: QuantAttention, x: Tensor) -> Tensor:
+def plain_attention(layer: QuantSelfAttention, x: Tensor) -> Tensor:
     def rectified(rectifier: Any, q: Tensor) -> Tensor:
         mean, variance = q.mean((0, 2, 3), keepdim=True), q.var((0, 2, 3), unbiased=False, keepdim=True)
         return (q - mean + rectifier.beta) / (rectifier.gamma * (variance + 1e-6).sqrt())
@@ -102,8 +102,8 @@ def plain_attention(layer: QuantAttention, x: Tensor) -> Tensor:
     return plain_linear(layer.proj, out.transpose(1, 2).reshape(B, N, C))
 
 
-def make_attention() -> QuantAttention:
-    layer = QuantAttention(Attention(24, 2, qkv_bias=True), QuantConfig(), "attn")
+def make_attention() -> QuantSelfAttention:
+    layer = QuantSelfAttention(Attention(24, 2, qkv_bias=True), QuantConfig(), "attn")
     layer.qkv, layer.proj = QuantLinear(layer.qkv, Bits(4, 4)), QuantLinear(layer.proj, Bits(4, 4))
     return layer
 

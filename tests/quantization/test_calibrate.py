@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from qvit import QuantConfig, calibrate, quantize
 from qvit.errors import ConfigError, DataError, UnsupportedModelError
-from qvit.nn.attention import QuantAttention, run_with_queries
+from qvit.models.queries import run_with_queries
+from qvit.nn.attention import QuantAttention
 from qvit.nn.quantizer import Quantizer, code_range
 from qvit.nn.rectify import Rectifier
 from qvit.quantization.calibrate import minimum_error_scale

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qvit import DistillationLoss, QuantConfig, calibrate, quantize
 from qvit.errors import UnsupportedModelError
-from qvit.nn.attention import QuantAttention
+from qvit.nn.attention import QuantAttention, QuantSelfAttention
 from qvit.nn.linear import QuantConv2d, QuantLinear
 from qvit.nn.quantizer import Quantizer
 from qvit.nn.rectify import Rectifier
@@ -76,7 +76,7 @@ def test_member_keeps_timms_module_names_and_loads_its_state_dict(member) -> Non
 def test_member_has_every_linear_layer_convolution_and_attention_quantized(member) -> None:
     teacher, _ = member
     student = quantize(teacher)
-    replaced = {nn.Linear: QuantLinear, nn.Conv2d: QuantConv2d, Attention: QuantAttention}
+    replaced = {nn.Linear: QuantLinear, nn.Conv2d: QuantConv2d, Attention: QuantSelfAttention}
     checked = 0
     for name, module in teacher.named_modules():
         if type(module) in replaced:
@@ -278,7 +278,7 @@ class OddLinear(nn.Module):
     ("kwargs", "named"),
     [
         ({"block_fn": ParallelScalingBlock}, r"blocks\.0 \(ParallelScalingBlock\)"),
-        ({"global_pool": "map"}, r"attn_pool \(AttentionPoolLatent\)"),
+        ({"global_pool": "map"}, r"the model \(VisionTransformer\): it pools by 'map'"),
         ({"attn_layer": "diff"}, r"blocks\.0\.attn \(DiffAttention\)"),
         ({"attn_layer": OwnAttention}, r"blocks\.0\.attn \(OwnAttention\)"),
         ({"attn_layer": OwnForward}, r"blocks\.0\.attn \(OwnForward\)"),
@@ -301,12 +301,9 @@ def test_hybrid_patch_embedding_is_refused_by_module_name_and_class() -> None:
         quantize(hybrid)
 
 
-def test_swin_is_refused_by_class() -> None:
-    swin = timm.create_model(
-        "swin_tiny_patch4_window7_224", img_size=32, window_size=2, embed_dim=8, depths=(1, 1), num_heads=(1, 1)
-    )
-    with pytest.raises(UnsupportedModelError, match="SwinTransformer"):
-        quantize(swin)
+def test_other_networks_are_refused_by_class() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"the model \(ResNet\): qvit knows timm's VisionTransformer,"):
+        quantize(timm.create_model("resnet10t"))
 
 
 def test_model_that_is_quantized_already_is_refused(vit: nn.Module) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qvit import DistillationLoss, QuantConfig, calibrate, quantize
 from qvit.errors import ConfigError, TeacherMismatchError
-from qvit.nn.attention import attention_layers, run_with_queries
+from qvit.models.queries import attention_layers, run_with_queries
 from qvit.quantization.distill import check_guidance, guided_distance
 
 DISTILLED = "deit_tiny_distilled_patch16_224"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qvit.errors import DataError
-from qvit.nn.attention import attention_layers
+from qvit.models.queries import attention_layers
 from qvit.quantization.distill import DistillationLoss
 
 

@@ -5,18 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from timm.layers import to_2tuple
-from timm.models import VisionTransformer
-from torch import Tensor, nn
+from torch import nn
 
 from qvit.config import Bits
-from qvit.nn.attention import QuantAttention, attention_layers
+from qvit.models.families import lower
 from qvit.nn.linear import QuantConv2d, QuantLinear
 from qvit.nn.quantizer import Quantizer
 from qvit.nn.rectify import Rectifier
+from qvit.quantization.convert import quantize
 
 _FLOAT_BITS = 32
 
@@ -86,46 +84,26 @@ def model_size(model: nn.Module) -> ModelSize:
     return ModelSize(codes, scales, rectifiers, float32, float_bytes=4 * weights + float32)
 
 
-def operations(model: VisionTransformer, image_size: int | tuple[int, int]) -> Operations:
+def operations(model: nn.Module, image_size: int | tuple[int, int]) -> Operations:
     """Count the multiply-accumulates of every linear and convolution layer and of both attention products.
 
-    They are counted while a copy of the model runs on one image of zeros; a quantized model need not be calibrated.
-    Norms, softmax, activation functions and additions are not counted.
+    They are those of the program that the model is lowered to. Norms, softmax, activation functions and additions are
+    not counted, nor what is computed once for all images.
 
     Args:
-        model: timm's vision transformer, or what :func:`qvit.quantize` made of one.
+        model: a float model of a family that qvit knows, or what :func:`qvit.quantize` made of one; it need not be
+            calibrated.
         image_size: pixels, one side or (height, width).
+
+    Raises:
+        UnsupportedModelError: naming the module that qvit does not know.
+        ConfigError: if the model does not take images of this size.
     """
-    probe = copy.deepcopy(model).eval()
+    quantized = any(isinstance(module, Quantizer) for module in model.modules())
+    probe = model if quantized else quantize(copy.deepcopy(model).to("meta"))
+    program, _ = lower(probe, to_2tuple(image_size))
     counts: dict[Bits, int] = {}
-
-    def add(bits: Bits, macs: int) -> None:
-        counts[bits] = counts.get(bits, 0) + macs
-
-    def layer_hook(layer: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
-        bits = Bits(_FLOAT_BITS, _FLOAT_BITS)
-        if isinstance(layer, (QuantLinear, QuantConv2d)):
-            bits = Bits(layer.weight_quantizer.bits, layer.input_quantizer.bits)
-        add(bits, output.numel() * layer.weight[0].numel())
-
-    def attention_hook(layer: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
-        query_key = attention_value = Bits(_FLOAT_BITS, _FLOAT_BITS)
-        if isinstance(layer, QuantAttention):
-            query_key = Bits(layer.key_quantizer.bits, layer.query_quantizer.bits)
-            attention_value = Bits(layer.value_quantizer.bits, layer.attention_quantizer.bits)
-        windows, tokens, _ = args[0].shape
-        macs = windows * tokens * tokens * layer.num_heads * layer.head_dim
-        add(query_key, macs)
-        add(attention_value, macs)
-
-    for module in probe.modules():
-        if isinstance(module, Quantizer):
-            module.enabled = False  # the counts do not depend on the values
-        elif isinstance(module, (nn.Linear, nn.Conv2d)):
-            module.register_forward_hook(layer_hook)
-    for layer in attention_layers(probe):
-        layer.register_forward_hook(attention_hook)
-    weight = probe.patch_embed.proj.weight
-    with torch.no_grad():
-        probe(weight.new_zeros(1, weight.shape[1], *to_2tuple(image_size)))
+    for product in program.products():
+        bits = product.bits if quantized else Bits(_FLOAT_BITS, _FLOAT_BITS)
+        counts[bits] = counts.get(bits, 0) + product.macs
     return Operations(dict(sorted(counts.items())))

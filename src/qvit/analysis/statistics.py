@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qvit.errors import DataError, TeacherMismatchError, UnsupportedModelError
-from qvit.nn.attention import QuantAttention, attention_layers, run_with_queries
+from qvit.models.queries import attention_layers, run_with_maps, run_with_queries
+from qvit.nn.attention import QuantAttention
 from qvit.nn.modes import evaluating
 from qvit.nn.quantizer import Quantizer
 
@@ -109,11 +110,11 @@ def query_key_statistics(model: nn.Module, batches: Iterable[Any]) -> list[Query
 def attention_distance(teacher: nn.Module, student: nn.Module, batches: Iterable[Any]) -> Tensor:
     """Return how far the student's attention is from the teacher's, ``(L, H)``, between 0 and 1.
 
-    With ``P = softmax(scale q k^T)`` of the teacher and ``P'`` of the student, ``(N, N)`` for each image, layer and
-    head, the distance is that of total variation between their rows, the distributions over keys that a query attends
-    with:
+    With the attention map ``P = softmax(scale q k^T + bias)`` of the teacher and ``P'`` of the student, ``(N, N)`` for
+    each image (or window of it), layer and head, the distance is that of total variation between their rows, the
+    distributions over keys that a query attends with:
 
-        1/2 sum_j |P_ij - P'_ij| ,   mean over query tokens i and images
+        1/2 sum_j |P_ij - P'_ij| ,   mean over query tokens i, windows and images
 
     Of a float model q and k are what enters the attention product; of a quantized one the values of their codes. The
     map is taken before its own quantizer, so the distance is that of queries and keys alone.
@@ -124,7 +125,7 @@ def attention_distance(teacher: nn.Module, student: nn.Module, batches: Iterable
         batches: image tensors ``(B, C, H, W)``, or tuples that start with one.
 
     Returns:
-        float64 on the CPU.
+        float64 on the CPU; NaN for heads that a layer does not have, where layers differ in their number.
 
     Raises:
         TeacherMismatchError: if layers, heads or tokens differ, saying how.
@@ -133,18 +134,21 @@ def attention_distance(teacher: nn.Module, student: nn.Module, batches: Iterable
         UncalibratedError: if a model is quantized and has no scales yet.
     """
     models = (teacher, student)
-    layers = [_layers(model) for model in models]
-    total, rows = torch.zeros(0), 0
+    for model in models:
+        _layers(model)
+    totals: list[Tensor] = []
+    rows: list[int] = []
     with evaluating(*models), torch.no_grad():
-        for images in _images(batches):
-            (theirs, ours) = (
-                list(zip(*run_with_queries(model, images.to(_device(model)))[1:], strict=True)) for model in models
-            )
-            _check_comparable([q for q, _ in theirs], [q for q, _ in ours])
-            distances = torch.stack([_distance(*pair) for pair in zip(layers[0], theirs, layers[1], ours, strict=True)])
-            total = distances if rows == 0 else total + distances
-            rows += images.shape[0] * theirs[0][0].shape[2]
-    return total / rows
+        for batch in _images(batches):
+            for images in batch.split(_IMAGES_AT_ONCE):
+                theirs, ours = (run_with_maps(model, images.to(_device(model)))[1] for model in models)
+                _check_comparable(theirs, ours)
+                distances = [_distance(*pair) for pair in zip(theirs, ours, strict=True)]
+                counts = [maps.shape[0] * maps.shape[2] for maps in theirs]
+                totals = [a + b for a, b in zip(totals, distances, strict=True)] if totals else distances
+                rows = [a + b for a, b in zip(rows, counts, strict=True)] if rows else counts
+    means = [total / count for total, count in zip(totals, rows, strict=True)]
+    return torch.nn.utils.rnn.pad_sequence(means, batch_first=True, padding_value=math.nan)
 
 
 class _RunningStatistics:
@@ -238,24 +242,9 @@ def _entropy(counts: Tensor) -> float:
     return float((p * -p.log2()).sum())
 
 
-def _distance(
-    theirs: nn.Module, their_qk: tuple[Tensor, Tensor], ours: nn.Module, our_qk: tuple[Tensor, Tensor]
-) -> Tensor:
-    """Return the total variation distances of one layer, summed over images and query tokens: ``(H,)``."""
-    total = torch.zeros(their_qk[0].shape[1], dtype=torch.float64)
-    chunks = zip(*(x.split(_IMAGES_AT_ONCE) for x in (*their_qk, *our_qk)), strict=True)
-    for their_q, their_k, our_q, our_k in chunks:
-        their_map, our_map = _attention_map(theirs, their_q, their_k), _attention_map(ours, our_q, our_k)
-        total += (their_map - our_map.to(their_map.device)).abs().sum(dim=(0, 2, 3)).cpu() / 2
-    return total
-
-
-def _attention_map(layer: Any, q: Tensor, k: Tensor) -> Tensor:
-    """Return ``softmax(scale q k^T)``, ``(B, H, N, N)`` float32; q and k on the grid of their codes if quantized."""
-    q, k = q.float(), k.float()
-    if isinstance(layer, QuantAttention):
-        q, k = layer.query_quantizer(q), layer.key_quantizer(k)
-    return ((q @ k.transpose(-2, -1)) * layer.scale).softmax(dim=-1)
+def _distance(theirs: Tensor, ours: Tensor) -> Tensor:
+    """Return the total variation distances of one layer's maps ``(B, H, N, N)``, summed over images and rows: (H,)."""
+    return (theirs.float() - ours.float().to(theirs.device)).abs().sum(dim=(0, 2, 3)).double().cpu() / 2
 
 
 def _check_comparable(theirs: list[Tensor], ours: list[Tensor]) -> None:

@@ -20,9 +20,11 @@ from timm.models import VisionTransformer
 from torch import nn
 
 from qvit.config import QuantConfig
-from qvit.errors import CheckpointError, ConfigError, QvitError
+from qvit.errors import CheckpointError, ConfigError, QvitError, UnsupportedModelError
 from qvit.files import first_line, write_atomically
 from qvit.images import Mode
+from qvit.models.families import family_of
+from qvit.models.queries import attention_layers
 from qvit.nn.quantizer import BITS, Quantizer
 from qvit.quantization.convert import layers_with_bits, quantize
 
@@ -67,17 +69,17 @@ def create_model(card: ModelCard) -> VisionTransformer:
         ConfigError: for a name or arguments that timm does not know, or a model that is no vision transformer.
     """
     if card.name not in timm.list_models():
-        near = difflib.get_close_matches(card.name, timm.list_models(["vit_*", "deit*"]), 3)
+        near = difflib.get_close_matches(card.name, timm.list_models(["vit_*", "deit*", "swin*"]), 3)
         hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models('vit_*') lists them."
         raise ConfigError(f"timm has no model called {card.name!r}: {hint}")
     try:
-        model = timm.create_model(card.name, num_classes=len(card.classes), **card.model_args)
+        model: Any = timm.create_model(card.name, num_classes=len(card.classes), **card.model_args)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise ConfigError(f"timm cannot build {card.name} with {card.model_args}: {first_line(error)}") from error
-    if not isinstance(model, VisionTransformer):
-        raise ConfigError(
-            f"{card.name} is a {type(model).__name__}: qvit works on vision transformers (vit_*, deit_*)."
-        )
+    try:
+        family_of(model)
+    except UnsupportedModelError as error:
+        raise ConfigError(f"{card.name} is no model for qvit. {error}") from error
     return model
 
 
@@ -110,16 +112,15 @@ def same_architecture(one: ModelCard, other: ModelCard) -> bool:
         ConfigError: as :func:`create_model`.
     """
     models = [create_model(card) for card in (one, other)]
-    blocks: list[Any] = [model.blocks[0] for model in models]
     first, second = (
         (
             type(model),
             {name: tuple(value.shape) for name, value in model.state_dict().items()},
-            block.attn.num_heads,
-            type(block.mlp.act),
+            [layer.num_heads for layer in attention_layers(model)],
+            type(next(module.act for module in model.modules() if hasattr(module, "act"))),
             model.global_pool,
         )
-        for model, block in zip(models, blocks, strict=True)
+        for model in models
     )
     return first == second
 

@@ -9,11 +9,25 @@ from torch import nn
 
 from qvit.errors import PackedFileError, UnsupportedModelError
 from qvit.format.program import Program
-from qvit.models import vit
+from qvit.models import swin, vit
 from qvit.models.lowering import Lowering
+from qvit.nn.attention import QuantAttention
 
-FAMILIES: tuple[ModuleType, ...] = (vit,)
-"""Each has ``MODELS``, the classes of timm that it knows, and ``lower``, which yields their operations."""
+FAMILIES: tuple[ModuleType, ...] = (vit, swin)
+"""Each has
+
+- ``MODELS``: the classes of timm that it knows,
+- ``ATTENTIONS``: the quantized class in place of each class of attention,
+- ``ENDS``: names of the layers that keep 8 bits, as patterns,
+- ``OWNERS``: classes of modules that own parameters of its kind alone, which stay in floating point,
+- ``blocks``: the blocks of a model in the order they run, what FSDP shards one by one,
+- ``lower``: the operations of a model,
+- ``float_model``: timm's model of a program, where it can be one of this family.
+"""
+ATTENTIONS: dict[type[nn.Module], type[QuantAttention]] = {
+    kind: quantized for family in FAMILIES for kind, quantized in family.ATTENTIONS.items()
+}
+"""The quantized class in place of each class of attention, of all families."""
 
 
 def lower(model: nn.Module, image_size: tuple[int, int]) -> tuple[Program, Lowering]:
@@ -26,23 +40,35 @@ def lower(model: nn.Module, image_size: tuple[int, int]) -> tuple[Program, Lower
         ConfigError: if the model does not take images of this size.
     """
     lowering = Lowering(model, image_size)
-    operations = tuple(_family_of(model).lower(lowering))
+    operations = tuple(family_of(model).lower(lowering))
     patch: Any = lowering.module("patch_embed.proj")
     try:
         program = Program(_name_of(model), (patch.in_channels, *image_size), operations)
     except PackedFileError as error:
-        raise UnsupportedModelError(f"Cannot export {_name_of(model)}: {error}") from error
+        raise UnsupportedModelError(f"Cannot quantize {_name_of(model)}: {error}") from error
     return program, lowering
 
 
-def _family_of(model: nn.Module) -> ModuleType:
+def image_size_of(model: Any) -> tuple[int, int]:
+    """Return height and width of the images that a model is made for; of one that takes any, those it was trained on.
+
+    The model must be of a family.
+    """
+    size = model.patch_embed.img_size or model.pretrained_cfg["input_size"][1:]
+    return int(size[0]), int(size[1])
+
+
+def family_of(model: nn.Module) -> ModuleType:
+    """Return the family that knows the class of ``model``.
+
+    Raises:
+        UnsupportedModelError: if none does.
+    """
     for family in FAMILIES:
         if type(model) in family.MODELS:
             return family
     known = ", ".join(kind.__name__ for family in FAMILIES for kind in family.MODELS)
-    raise UnsupportedModelError(
-        f"Cannot export the model ({type(model).__name__}): a packed file holds timm's {known}."
-    )
+    raise UnsupportedModelError(f"Cannot quantize the model ({type(model).__name__}): qvit knows timm's {known}.")
 
 
 def _name_of(model: nn.Module) -> str:

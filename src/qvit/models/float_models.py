@@ -12,6 +12,7 @@ from timm.models import VisionTransformer
 from qvit.errors import ConfigError, HubError, UnsupportedModelError
 from qvit.files import first_line
 from qvit.models.checkpoint import ModelCard, describe, load_float_model, same_architecture
+from qvit.models.families import family_of
 from qvit.models.fetch import CHECKPOINT, PREFIX, fetch
 from qvit.models.transformers_vit import class_names, is_transformers_config, load_transformers, read_json
 
@@ -69,11 +70,10 @@ def _from_timm(
     if name == expected.name and not arguments:
         arguments = dict(expected.model_args)
     try:
-        model = timm.create_model(address, pretrained=True, **arguments)
+        model: Any = timm.create_model(address, pretrained=True, **arguments)
     except Exception as error:  # timm's download and every check of the weights in it
         raise HubError(f"timm cannot load {source} with its weights: {first_line(error)}") from error
-    if not isinstance(model, VisionTransformer):
-        raise UnsupportedModelError(f"{source} is a {type(model).__name__}: qvit works on vision transformers.")
+    family_of(model)
     card = describe(name, arguments, _timm_classes(model, expected), timm.data.resolve_model_data_config(model))
     if same_architecture(card, expected):
         card.name, card.model_args = expected.name, dict(expected.model_args)

@@ -8,7 +8,7 @@ in float64 and rounded once: LayerScale into the projections, a ``head`` rectifi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -19,13 +19,11 @@ from torch import Tensor, nn
 
 from qvit.config import Bits
 from qvit.errors import UnsupportedModelError
-from qvit.format.branches import Attention, Mlp
+from qvit.format.branches import Mlp
 from qvit.format.codes import pack_codes
-from qvit.format.ops import ACTIVATIONS, OPERANDS, Layer, Norm
-from qvit.nn.attention import QuantAttention
+from qvit.format.ops import ACTIVATIONS, Layer, Norm
 from qvit.nn.linear import QuantConv2d, QuantLinear
 from qvit.nn.quantizer import Quantizer
-from qvit.nn.rectify import EPS, HeadRectifier, TokenRectifier
 
 _NORMS: dict[type, str] = {
     nn.LayerNorm: "layer",
@@ -52,7 +50,7 @@ Values = Callable[[], np.ndarray]
 
 def refuse(name: str, module: object, why: str) -> NoReturn:
     """Raise the error that names a module which a packed file cannot represent."""
-    raise UnsupportedModelError(f"Cannot export {name} ({type(module).__name__}): {why}.")
+    raise UnsupportedModelError(f"Cannot quantize {name} ({type(module).__name__}): {why}.")
 
 
 def wide(tensor: Tensor) -> np.ndarray:
@@ -85,39 +83,56 @@ class Lowering:
         """Keep how the tensor called ``name`` is made."""
         self._values[name] = make
 
-    def layer(self, name: str, affine: Callable[[], Affine] | None = None, bias: Values | None = None) -> Layer:
+    def layer(
+        self,
+        name: str,
+        affine: Callable[[], Affine] | None = None,
+        bias: Values | None = None,
+        of: Sequence[str] | None = None,
+    ) -> Layer:
         """Return a linear layer or convolution on codes, followed by an ``affine`` map if one is given.
 
         Args:
             name: of a :class:`QuantLinear` or :class:`QuantConv2d`.
             affine: makes factor and shift per output channel.
             bias: makes the bias per output channel; the module's own by default.
+            of: the modules that make up the layer, one after the other, where it is not the one called ``name``. They
+                share one input quantizer.
         """
-        module: Any = self.module(name)
-        if not isinstance(module, (QuantLinear, QuantConv2d)):
-            refuse(name, module, "it is not quantized: it was put in after qvit.quantize, or is of an unknown kind")
-        outputs, weights, inputs = module.weight.shape[0], module.weight_quantizer, module.input_quantizer
+        modules: list[Any] = [self.module(part) for part in of or (name,)]
+        for part, module in zip(of or (name,), modules, strict=True):
+            if not isinstance(module, (QuantLinear, QuantConv2d)):
+                refuse(part, module, "it is not quantized: it was put in after qvit.quantize, or is of an unknown kind")
+            if module.weight_quantizer.bits != modules[0].weight_quantizer.bits:
+                refuse(part, module, f"it is one layer with {(of or (name,))[0]}, whose weights have other bits")
+            if module.input_quantizer is not modules[0].input_quantizer:
+                refuse(part, module, f"it is one layer with {(of or (name,))[0]}, whose input has another quantizer")
+        inputs: Quantizer = modules[0].input_quantizer
         offset: Any = inputs.offset  # activations of a layer have one
+        outputs, bits = sum(len(module.weight) for module in modules), modules[0].weight_quantizer.bits
 
         def own_bias() -> np.ndarray:
-            return np.zeros(outputs) if module.bias is None else wide(module.bias)
+            none = [np.zeros(len(m.weight)) if m.bias is None else wide(m.bias) for m in modules]
+            return np.concatenate(none)
 
         def scale_and_bias() -> Affine:
-            scale, shift = wide(weights.scale).reshape(outputs), (bias or own_bias)()
+            scale = np.concatenate([wide(module.weight_quantizer.scale).reshape(-1) for module in modules])
+            shift = (bias or own_bias)()
             if affine is None:
                 return scale, shift
             factor, added = affine()
             return scale * factor, shift * factor + added
 
         def codes() -> np.ndarray:
-            return pack_codes(weights.codes(module.weight).reshape(outputs, -1).cpu().numpy(), weights.bits)
+            rows = torch.cat([module.weight_quantizer.codes(module.weight).flatten(1) for module in modules])
+            return pack_codes(rows.cpu().numpy(), bits)
 
         self.store(f"{name}.codes", codes)
         self.store(f"{name}.scale", lambda: scale_and_bias()[0])
         self.store(f"{name}.bias", lambda: scale_and_bias()[1])
         self.store(f"{name}.input_scale", lambda: wide(inputs.scale).reshape(1))
         self.store(f"{name}.input_offset", lambda: wide(offset).reshape(1))
-        return Layer(name, module.weight[0].numel(), outputs, Bits(weights.bits, inputs.bits))
+        return Layer(name, modules[0].weight[0].numel(), outputs, Bits(bits, inputs.bits))
 
     def norm(self, name: str, affine: Callable[[], Affine] | None = None) -> Norm | None:
         """Return a norm, followed by an ``affine`` map per channel if one is given; of an ``nn.Identity`` nothing."""
@@ -142,55 +157,14 @@ class Lowering:
         eps = getattr(module, "eps", None)
         return Norm(name, kind, float(torch.finfo(torch.float32).eps if eps is None else eps))
 
-    def attention(self, name: str, norm: str, layer_scale: str | None = None) -> Attention:
-        """Return timm's plain self-attention as :class:`QuantAttention` runs it.
+    def mlp(self, name: str, norm: str, layer_scale: str | None = None) -> Mlp:
+        """Return an MLP of timm's.
 
         Args:
-            name: of the attention.
+            name: of the MLP.
             norm: of the norm before it (or after it, as the residual says).
-            layer_scale: of the LayerScale that follows the projection, if one does.
+            layer_scale: of the LayerScale or the parameter that its output is multiplied with, if there is one.
         """
-        module = self.module(name)
-        if type(module) is not QuantAttention:
-            refuse(name, module, "it is no attention of qvit's")
-        sizes = module.num_heads, module.head_dim
-        rectifier = self._rectifier(name, module)
-        norms: dict[str, Norm | None] = {}
-        folded: dict[str, Callable[[], Affine]] = {}
-        for operand in ("query", "key"):
-            norm_name = f"{name}.{operand[0]}_norm"
-            affine = self._head_affine(f"{name}.{operand}_rectifier") if rectifier == "head" else None
-            if isinstance(self.module(norm_name), nn.Identity):
-                norms[operand] = None
-                if affine is not None:
-                    folded[operand] = affine
-            else:  # the file has its weight per head and channel
-                norms[operand] = self.norm(norm_name, affine or _identity(sizes))
-        for operand in OPERANDS:
-            self._operand(f"{name}.{operand}", getattr(module, f"{_module_name(operand)}_quantizer"))
-        if rectifier == "token":
-            for part in ("query_rectifier", "key_rectifier"):
-                self._token_rectifier(f"{name}.{part}", sizes)
-        return Attention(
-            name=name,
-            heads=module.num_heads,
-            head_dim=module.head_dim,
-            scale=float(module.scale),
-            norm=self.norm(norm),
-            qkv=self.layer(f"{name}.qkv", _qkv_affine(folded, sizes) if folded else None),
-            query_norm=norms["query"],
-            key_norm=norms["key"],
-            rectifier="token" if rectifier == "token" else None,
-            query=module.query_quantizer.bits,
-            key=module.key_quantizer.bits,
-            value=module.value_quantizer.bits,
-            map=module.attention_quantizer.bits,
-            inner_norm=self.norm(f"{name}.norm"),
-            proj=self.layer(f"{name}.proj", self.layer_scale(layer_scale)),
-        )
-
-    def mlp(self, name: str, norm: str, layer_scale: str | None = None) -> Mlp:
-        """Return an MLP of timm's; arguments as in :meth:`attention`."""
         module = self.module(name)
         kind = _MLPS.get(type(module))
         if kind is None:
@@ -218,62 +192,14 @@ class Lowering:
         return kind
 
     def layer_scale(self, name: str | None) -> Callable[[], Affine] | None:
-        """Return the affine map of a LayerScale, if there is one."""
-        if name is None or isinstance(self.module(name), nn.Identity):
+        """Return the affine map of a LayerScale or of a parameter, if there is one."""
+        if name is None:
             return None
-        module = self.module(name)
-        if type(module) is not LayerScale:
-            refuse(name, module, "only timm's LayerScale can follow a branch")
-        return lambda: (wide(module.gamma), np.zeros(len(module.gamma)))
-
-    def _operand(self, name: str, quantizer: Quantizer) -> None:
-        self.store(f"{name}.scale", lambda: wide(quantizer.scale).reshape(-1))
-        offset = quantizer.offset
-        if offset is not None:
-            self.store(f"{name}.offset", lambda: wide(offset).reshape(-1))
-
-    def _rectifier(self, name: str, attention: QuantAttention) -> str | None:
-        query, key = attention.query_rectifier, attention.key_rectifier
-        kinds = {HeadRectifier: "head", TokenRectifier: "token", nn.Identity: None}
-        if type(query) not in kinds or type(key) is not type(query):
-            refuse(f"{name}.query_rectifier", query, "it is no rectifier of qvit's, or another than the keys'")
-        return kinds[type(query)]
-
-    def _token_rectifier(self, name: str, sizes: Sequence[int]) -> None:
-        module = self.module(name)
-        self.store(f"{name}.gamma", lambda: wide(module.gamma).reshape(sizes))
-        self.store(f"{name}.beta", lambda: wide(module.beta).reshape(sizes))
-
-    def _head_affine(self, name: str) -> Callable[[], Affine]:
-        """Return what makes factor and shift ``(H, D)`` of a ``head`` rectifier: ``q~ = factor * q + shift``."""
-        rectifier = self.module(name)
-
-        def affine() -> Affine:
-            gamma, beta = wide(rectifier.gamma)[:, 0], wide(rectifier.beta)[:, 0]
-            mean, variance = wide(rectifier.running_mean)[:, 0], wide(rectifier.running_var)[:, 0]
-            divisor = gamma * np.sqrt(variance + EPS)
-            if not divisor.all():
-                refuse(name, rectifier, "its gamma holds a 0, by which it divides")
-            return 1 / divisor, (beta - mean) / divisor
-
-        return affine
-
-
-def _identity(sizes: Sequence[int]) -> Callable[[], Affine]:
-    return lambda: (np.ones(sizes), np.zeros(sizes))
-
-
-def _qkv_affine(folded: Mapping[str, Callable[[], Affine]], sizes: Sequence[int]) -> Callable[[], Affine]:
-    """Return what makes the affine map of qkv, from those of the queries and keys ``(H, D)`` that have one."""
-
-    def affine() -> Affine:
-        parts = [folded.get(operand, _identity(sizes))() for operand in ("query", "key", "value")]
-        factors, shifts = (np.concatenate([part.reshape(-1) for part in side]) for side in zip(*parts, strict=True))
-        return factors, shifts
-
-    return affine
-
-
-def _module_name(operand: str) -> str:
-    """Return what an operand is called in :class:`QuantAttention`."""
-    return "attention" if operand == "map" else operand
+        owner, _, attribute = name.rpartition(".")
+        found = getattr(self.module(owner), attribute)
+        if found is None or isinstance(found, nn.Identity):
+            return None
+        gamma = found if isinstance(found, nn.Parameter) else getattr(found, "gamma", None)
+        if type(found) not in (LayerScale, nn.Parameter) or gamma is None:
+            refuse(name, found, "only timm's LayerScale can follow a branch")
+        return lambda: (wide(gamma), np.zeros(len(gamma)))

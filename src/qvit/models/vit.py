@@ -6,23 +6,31 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import timm.layers
 import torch
-from timm.layers import PatchEmbed, resample_abs_pos_embed
 from timm.models import VisionTransformer
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, ParallelThingsBlock, ResPostBlock
 from torch import nn
 
-from qvit.errors import ConfigError, UnsupportedModelError
+from qvit.errors import UnsupportedModelError
 from qvit.format.branches import Attention, Mlp, Residual
 from qvit.format.ops import Classify, Embed, Norm, Operation, Pool, Tokens
 from qvit.format.program import Program
-from qvit.models.lowering import Lowering, refuse, wide
+from qvit.models import parts
+from qvit.models.attention import attention
+from qvit.models.lowering import Lowering, refuse
+from qvit.nn.attention import QuantAttention, QuantSelfAttention
 
 MODELS: tuple[type[nn.Module], ...] = (VisionTransformer, VisionTransformerDistilled)
-_POOLS = ("token", "avg", "avgmax", "max")
+ATTENTIONS: dict[type[nn.Module], type[QuantAttention]] = {timm.layers.Attention: QuantSelfAttention}
+ENDS = parts.ENDS
+OWNERS: tuple[type[nn.Module], ...] = ()
+
+
+def blocks(model: Any) -> list[nn.Module]:
+    """Return the blocks, in the order they run: what FSDP shards, and reconstruction tunes, one by one."""
+    return list(model.blocks)
 
 
 def lower(to: Lowering) -> Iterator[Operation]:
@@ -33,105 +41,41 @@ def lower(to: Lowering) -> Iterator[Operation]:
         ConfigError: if the images have another size than the model.
     """
     model: Any = to.model
-    embed = model.patch_embed
-    if type(embed) is not PatchEmbed:
-        refuse("patch_embed", embed, "only timm's plain PatchEmbed is supported")
-    proj = embed.proj
-    plain = (proj.stride, proj.padding, proj.dilation, proj.groups) == (proj.kernel_size, (0, 0), (1, 1), 1)
-    if not plain or proj.kernel_size != tuple(embed.patch_size):
-        refuse("patch_embed.proj", proj, "its patches overlap or are padded")
-    _check_image_size(model, to.image_size)
-    if model.attn_pool is not None or model.global_pool not in _POOLS:
-        refuse("the model", model, f"it pools by {model.global_pool!r}; a packed file knows {', '.join(_POOLS)}")
+    yield from parts.embed(to)
+    if model.global_pool not in parts.POOLS or model.attn_pool is not None:
+        refuse("the model", model, f"it pools by {model.global_pool!r}; a packed file knows {', '.join(parts.POOLS)}")
     if not len(model.blocks):
         refuse("blocks", model.blocks, "it is empty")
-    yield Embed((int(embed.patch_size[0]), int(embed.patch_size[1])), to.layer("patch_embed.proj"))
-    yield from _norm(to, "patch_embed.norm")
-    tokens = _tokens(to)
-    yield tokens
-    yield from _norm(to, "norm_pre")
+    distilled = isinstance(model, VisionTransformerDistilled)
+    prefix = [model.cls_token, model.dist_token if distilled else model.reg_token]
+    count = sum(part.shape[1] for part in prefix if part is not None)
+    yield parts.tokens(to, prefix, model.pos_embed, 0 if model.no_embed_class else count)
+    yield from parts.norm(to, "norm_pre")
     for name, block in model.blocks.named_children():
         yield from _block(to, f"blocks.{name}", block)
-    yield from _norm(to, "norm")
+    yield from parts.norm(to, "norm")
     # A distilled model looks at neither fc_norm nor its registers.
-    distilled = isinstance(model, VisionTransformerDistilled)
-    skip = 0 if model.global_pool == "token" or model.pool_include_prefix else tokens.prefix
+    skip = 0 if model.global_pool == "token" or model.pool_include_prefix else count
     yield Pool(model.global_pool, tokens=1 + distilled, skip=skip)
     if not distilled:
-        yield from _norm(to, "fc_norm")
-    heads = ("head", "head_dist") if distilled else ("head",)
-    if not isinstance(model.head, nn.Identity):
-        yield Classify(tuple(to.layer(name) for name in heads))
-
-
-def _norm(to: Lowering, name: str) -> Iterator[Norm]:
-    norm = to.norm(name)
-    if norm is not None:
-        yield norm
+        yield from parts.norm(to, "fc_norm")
+    yield from parts.classify(to, *(("head", "head_dist") if distilled else ("head",)))
 
 
 def _block(to: Lowering, name: str, block: nn.Module) -> Iterator[Residual]:
     if type(block) is ParallelThingsBlock:
         attentions = [f"{name}.attns.{index}" for index in range(len(block.attns))]
         mlps = [f"{name}.ffns.{index}" for index in range(len(block.ffns))]
-        yield Residual(tuple(to.attention(f"{path}.attn", f"{path}.norm", f"{path}.ls") for path in attentions))
+        yield Residual(tuple(attention(to, f"{path}.attn", f"{path}.norm", f"{path}.ls") for path in attentions))
         yield Residual(tuple(to.mlp(f"{path}.mlp", f"{path}.norm", f"{path}.ls") for path in mlps))
     elif type(block) in (Block, ResPostBlock):
         post = type(block) is ResPostBlock
         scales = (None, None) if post else (f"{name}.ls1", f"{name}.ls2")
-        for norm in ("norm1", "norm2"):
-            if isinstance(getattr(block, norm), nn.Identity):
-                refuse(f"{name}.{norm}", getattr(block, norm), "a block needs its norms")
-        yield Residual((to.attention(f"{name}.attn", f"{name}.norm1", scales[0]),), post)
+        parts.need_norms(block, name)
+        yield Residual((attention(to, f"{name}.attn", f"{name}.norm1", scales[0]),), post)
         yield Residual((to.mlp(f"{name}.mlp", f"{name}.norm2", scales[1]),), post)
     else:
         refuse(name, block, "a packed file knows Block, ResPostBlock, ParallelThingsBlock")
-
-
-def _tokens(to: Lowering) -> Tokens:
-    """Return the prefix tokens in timm's order, with their position embedding, and the patches' own."""
-    model: Any = to.model
-    distilled = isinstance(model, VisionTransformerDistilled)
-    parts = [model.cls_token, model.dist_token if distilled else model.reg_token]
-    tokens = [part for part in parts if part is not None]
-    prefix = sum(part.shape[1] for part in tokens)
-    covered = 0 if model.no_embed_class else prefix
-    positions = model.pos_embed
-    if positions is not None and positions.shape[1] != model.patch_embed.num_patches + covered:
-        expected = model.patch_embed.num_patches + covered
-        refuse("pos_embed", positions, f"it covers {positions.shape[1]} tokens of {expected}")
-
-    def embedding() -> np.ndarray:
-        if not model.dynamic_img_size:
-            return wide(positions)[0]
-        grid = [side // patch for side, patch in zip(to.image_size, model.patch_embed.patch_size, strict=True)]
-        own = list(model.patch_embed.grid_size)
-        return wide(resample_abs_pos_embed(positions, grid, own, num_prefix_tokens=covered))[0]
-
-    def prefix_tokens() -> np.ndarray:
-        values = np.concatenate([wide(part)[0] for part in tokens])
-        if positions is not None:
-            values[:covered] += embedding()[:covered]
-        return values
-
-    if prefix:
-        to.store("prefix_tokens", prefix_tokens)
-    if positions is not None:
-        to.store("position_embedding", lambda: embedding()[covered:])
-    return Tokens(prefix, positions is not None)
-
-
-def _check_image_size(model: Any, image_size: tuple[int, int]) -> None:
-    embed = model.patch_embed
-    if model.dynamic_img_size:
-        if any(side % patch for side, patch in zip(image_size, embed.patch_size, strict=True)):
-            raise ConfigError(
-                f"preprocessing.input_size {image_size} must be whole patches of {tuple(embed.patch_size)} pixels."
-            )
-    elif image_size != tuple(embed.img_size):
-        raise ConfigError(
-            f"preprocessing.input_size {image_size} is not the model's image size {tuple(embed.img_size)}."
-        )
 
 
 def float_model(program: Program) -> VisionTransformer:

@@ -2,68 +2,137 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from timm.layers import Attention, maybe_add_mask, resolve_self_attn_mask
+import torch.nn.functional as F
+from timm.layers import resolve_self_attn_mask
 from torch import Tensor, nn
 
 from qvit.config import QuantConfig
+from qvit.errors import UnsupportedModelError
 from qvit.nn.quantizer import Quantizer
 from qvit.nn.recompute import recomputed
 from qvit.nn.rectify import make_rectifier
 
 
 class QuantAttention(nn.Module):
-    """timm's ``Attention`` with rectified and quantized queries and keys, quantized values and attention map.
+    """What every attention on codes shares: rectified and quantized queries and keys, quantized values and map.
 
-    Takes over the submodules of the float attention under the same names; its linear layers are replaced by
-    :func:`qvit.quantize`. Both products are written out, so timm's fused attention cannot bypass the quantizers.
+    A subclass stands for one float class. It takes over the submodules, parameters, buffers and settings of the float
+    attention under the same names; its linear layers are replaced by :func:`qvit.quantize`. Both products are written
+    out, so timm's fused attention cannot bypass the quantizers.
 
     Args:
         attention: the float module.
-        config: bits and kind of rectification.
+        config: bits and kind of rectification. ``None`` quantizes nothing: such a module computes what ``attention``
+            does, and hands its queries, keys and map through modules that can be watched.
         name: the module's dotted name, for per-module bits.
+
+    Raises:
+        UnsupportedModelError: if the attention has a gate.
     """
 
-    def __init__(self, attention: Attention, config: QuantConfig, name: str) -> None:
-        super().__init__()
-        self.num_heads, self.head_dim, self.scale = attention.num_heads, attention.head_dim, attention.scale
-        self.qkv = attention.qkv
-        self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
-        self.query_rectifier = make_rectifier(config.rectify, self.num_heads, self.head_dim)
-        self.key_rectifier = make_rectifier(config.rectify, self.num_heads, self.head_dim)
+    CONSTANT: ClassVar[tuple[str, ...]] = ()
+    """Submodules that see no image: what they compute is a constant of the file, so they stay in floating point."""
+    COSINE: ClassVar[float] = 0.0
+    """Where queries and keys are divided by their length: the least length that they are divided by."""
+    num_heads: int
+    qkv: nn.Linear
+    proj: nn.Linear
+    proj_drop: nn.Dropout
+    attn_drop: nn.Dropout
+    query_quantizer: Any
+    key_quantizer: Any
 
-        def per_head(operand: str, *, signed: bool = True) -> Quantizer:
+    def __init__(self, attention: nn.Module, config: QuantConfig | None, name: str) -> None:
+        nn.Module.__init__(self)
+        if getattr(attention, "gate", None) is not None:
+            raise UnsupportedModelError(
+                f"Cannot quantize {name} ({type(attention).__name__}): gated attention is not supported."
+            )
+        settings = {key: value for key, value in vars(attention).items() if not key.startswith("_")}
+        self.__dict__.update({key: value for key, value in settings.items() if key != "fused_attn"})
+        self.head_dim: int = attention.proj.in_features // attention.num_heads  # type: ignore[union-attr, operator, assignment]
+        for key, parameter in attention._parameters.items():
+            self.register_parameter(key, parameter)
+        for key, buffer in attention._buffers.items():
+            self.register_buffer(key, buffer, persistent=key not in attention._non_persistent_buffers_set)
+        for key, module in attention._modules.items():
+            if key == "attn_drop":
+                self._add_quantizers(config, name)
+            self.add_module(key, module)
+
+    def _add_quantizers(self, config: QuantConfig | None, name: str) -> None:
+        def per_head(operand: str, *, signed: bool = True) -> nn.Module:
+            if config is None:
+                return nn.Identity()
             bits = config.bits(f"{name}.{operand}").activation
             return Quantizer(bits, (self.num_heads, 1, 1), signed=signed, offset=signed)
 
+        rectify = None if config is None else config.rectify
+        self.query_rectifier = make_rectifier(rectify, self.num_heads, self.head_dim)
+        self.key_rectifier = make_rectifier(rectify, self.num_heads, self.head_dim)
         self.query_quantizer = per_head("query_quantizer")
         self.key_quantizer = per_head("key_quantizer")
         self.value_quantizer = per_head("value_quantizer")
         self.attention_quantizer = per_head("attention_quantizer", signed=False)
-        self.attn_drop, self.norm = attention.attn_drop, attention.norm
-        self.proj, self.proj_drop = attention.proj, attention.proj_drop
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Attend ``(B, N, C)`` to itself; the same signature and result shape as timm's ``Attention``."""
-        B, N, _ = x.shape
-        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        q, k = self.query_rectifier(self.q_norm(q)), self.key_rectifier(self.k_norm(k))
+    def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values ``(B, H, N, D)`` of ``qkv (B, N, 3 H D)``."""
+        B, N, _ = qkv.shape
+        q, k, v = qkv.reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return what attention gives, ``(B, N, H D)``, for q, k and v ``(B, H, N, D)`` that are ready to be rectified.
+
+        Args:
+            q: queries, normalised and rotated where they are.
+            k: keys, likewise.
+            v: values.
+            scale: of the logits; a number or ``(H, 1, 1)``.
+            bias: added to the scaled logits: it broadcasts against ``(B, H, N, N)``, or is ``(G, H, N, N)`` where the
+                batch holds ``G`` windows of each image one after the other.
+        """
+        q, k = self.query_rectifier(q), self.key_rectifier(k)
 
         def products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             # The factor goes to the queries, of which there are fewer than logits.
-            logits = _ProductOfRows.apply(self.query_quantizer(q) * self.scale, self.key_quantizer(k))
-            logits = maybe_add_mask(logits, resolve_self_attn_mask(N, logits, attn_mask, is_causal))
+            logits = _ProductOfRows.apply(self.query_quantizer(q) * scale, self.key_quantizer(k))
+            if bias is not None:
+                windows = bias.ndim == 4 and 1 < len(bias) < len(logits)
+                logits = (logits.unflatten(0, (-1, len(bias))) + bias).flatten(0, 1) if windows else logits + bias
             attention = self.attn_drop(self.attention_quantizer(logits.softmax(dim=-1)))
             result: Tensor = attention @ self.value_quantizer(v)
             return result
 
         drops = self.training and self.attn_drop.p > 0
-        out = recomputed(products, q, k, v, random=drops).transpose(1, 2)
-        out = out.reshape(B, N, self.num_heads * self.head_dim)
-        projected: Tensor = self.proj_drop(self.proj(self.norm(out)))
+        if type(self.attention_quantizer) is nn.Identity and bias is None and isinstance(scale, float) and not drops:
+            out = F.scaled_dot_product_attention(q, k, v, scale=scale)  # a float model, whose map nobody reads
+        else:
+            out = recomputed(products, q, k, v, random=drops)
+        return out.transpose(1, 2).flatten(2)
+
+    def project(self, out: Tensor) -> Tensor:
+        """Return the output projection of ``(B, N, H D)``."""
+        projected: Tensor = self.proj_drop(self.proj(out))
         return projected
+
+
+class QuantSelfAttention(QuantAttention):
+    """timm's ``Attention``."""
+
+    scale: float
+    q_norm: nn.Module
+    k_norm: nn.Module
+    norm: nn.Module
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Attend ``(B, N, C)`` to itself; the same signature and result shape as timm's ``Attention``."""
+        q, k, v = self.split(self.qkv(x))
+        bias = resolve_self_attn_mask(x.shape[1], q, attn_mask, is_causal)
+        return self.project(self.norm(self.attend(self.q_norm(q), self.k_norm(k), v, self.scale, bias)))
 
 
 class _ProductOfRows(torch.autograd.Function):
@@ -84,51 +153,3 @@ class _ProductOfRows(torch.autograd.Function):
         (grad,) = grads
         q, k = ctx.saved_tensors
         return grad @ k, grad.transpose(-2, -1) @ q
-
-
-def attention_layers(model: nn.Module) -> list[Any]:
-    """Return the attention modules of a float or quantized vision transformer, in the order they run."""
-    return [module for module in model.modules() if isinstance(module, (Attention, QuantAttention))]
-
-
-def run_with_queries(model: nn.Module, images: Tensor) -> tuple[Any, list[Tensor], list[Tensor]]:
-    """Return ``model(images)``, and the queries and keys of every attention layer, ``(B, H, N, D)`` each.
-
-    Of a float model they are what enters the attention product; of a quantized one the rectified q~ and k~ before they
-    are quantized.
-
-    While the model runs, other modules stand in the place of those that make queries and keys; nothing of it is left
-    afterwards. Hooks would do the same in eager mode, but compiled code does not notice that hooks were added to a
-    module, and does notice that a module is of another class.
-
-    Args:
-        model: a float or quantized vision transformer, maybe compiled or in a wrapper such as DDP.
-        images: ``(B, C, H, W)``.
-    """
-    queries: list[Tensor] = []
-    keys: list[Tensor] = []
-    replaced: list[tuple[nn.Module, str, nn.Module]] = []
-    try:
-        for layer in attention_layers(model):
-            names = ("query_rectifier", "key_rectifier") if isinstance(layer, QuantAttention) else ("q_norm", "k_norm")
-            for name, outputs in zip(names, (queries, keys), strict=True):
-                source = getattr(layer, name)
-                replaced.append((layer, name, source))
-                setattr(layer, name, _Recorded(source, outputs))
-        return model(images), queries, keys
-    finally:
-        for layer, name, source in replaced:
-            setattr(layer, name, source)
-
-
-class _Recorded(nn.Module):
-    """``source``, whose outputs are kept in a list too."""
-
-    def __init__(self, source: nn.Module, outputs: list[Tensor]) -> None:
-        super().__init__()
-        self.source, self.outputs = source, outputs
-
-    def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.source(x)
-        self.outputs.append(output)
-        return output

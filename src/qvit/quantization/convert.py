@@ -1,4 +1,4 @@
-"""A timm vision transformer in, the same model with quantized modules out."""
+"""A float vision transformer in, the same model with quantized modules out: the one gate to all that follows."""
 
 from __future__ import annotations
 
@@ -6,35 +6,36 @@ import copy
 import difflib
 import functools
 import re
+from collections.abc import Iterator
 from typing import Any
 
-from timm.layers import Attention, LayerScale, PatchEmbed
-from timm.models import VisionTransformer
-from timm.models.vision_transformer import Block, ParallelThingsBlock, ResPostBlock
+from timm.layers import LayerScale
 from torch import nn
 
 from qvit.config import QuantConfig
-from qvit.errors import ConfigError, UnsupportedModelError
-from qvit.nn.attention import QuantAttention
+from qvit.errors import ConfigError
+from qvit.models.families import family_of, image_size_of, lower
+from qvit.models.lowering import refuse
 from qvit.nn.linear import QuantConv2d, QuantLinear
-from qvit.nn.quantizer import Float32Module
+from qvit.nn.quantizer import Float32Module, Quantizer
 
-_BLOCKS = (Block, ResPostBlock, ParallelThingsBlock)
 # Modules that own parameters and stay in floating point (method.md, section 1: LayerNorm and the residual stream do).
-_FLOAT = (nn.LayerNorm, nn.RMSNorm, LayerScale, VisionTransformer)
+_FLOAT = (nn.LayerNorm, nn.RMSNorm, LayerScale)
 
 
-def quantize(teacher: nn.Module, config: QuantConfig | None = None) -> VisionTransformer:
-    """Return a fully quantized copy of a timm vision transformer; ``teacher`` is untouched.
+def quantize(teacher: nn.Module, config: QuantConfig | None = None) -> Any:
+    """Return a fully quantized copy of a vision transformer, of the same class; ``teacher`` is untouched.
 
     Every linear layer and both attention products work on codes, the patch embedding and the heads on 8 bits. The copy
     keeps timm's module names and loads the float model's state dict. Its scales are not set yet: pass it to
     :func:`qvit.calibrate` before running it. It is in training mode; its ``no_weight_decay()`` names what timm's
     optimizers must leave alone: beside timm's own list every log_scale, offset, gamma and beta.
 
+    What this accepts can be exported: the copy is lowered to the program of a packed file at once.
+
     Args:
-        teacher: a member of timm's ``VisionTransformer`` family (ViT, DeiT, with or without distillation token,
-            register tokens, LayerScale, qk-norm; any image size).
+        teacher: a model of a family of timm's that qvit knows (:mod:`qvit.models.families`); without a classifier it
+            is a feature extractor.
         config: bits and rectification; 4 bits with ``rectify="head"`` by default.
 
     Raises:
@@ -42,33 +43,31 @@ def quantize(teacher: nn.Module, config: QuantConfig | None = None) -> VisionTra
         ConfigError: naming an override that matches no layer.
     """
     config = config or QuantConfig()
-    if not isinstance(teacher, VisionTransformer):
-        raise UnsupportedModelError(
-            f"qvit quantizes timm's VisionTransformer family (vit_*, deit_*); {type(teacher).__name__} is not of it."
-        )
-    _check(teacher)
-    check_overrides(teacher, config)
+    family = family_of(teacher)
+    if any(isinstance(module, Quantizer) for module in teacher.modules()):
+        refuse("the model", teacher, "it is quantized already")
     # A teacher is often frozen for distillation; its student is there to be trained.
-    student = copy.deepcopy(teacher).requires_grad_(True)
-    for name, module in list(student.named_modules()):
+    student: Any = copy.deepcopy(teacher).requires_grad_(True)
+    for name, module in list(_replaced(student)):
         replacement: nn.Module
-        if isinstance(module, Attention):
-            replacement = QuantAttention(module, config, name)
-        elif isinstance(module, nn.Linear):
-            replacement = QuantLinear(module, config.bits(name))
+        if isinstance(module, nn.Linear):
+            replacement = QuantLinear(module, config.bits(name, family.ENDS))
         elif isinstance(module, nn.Conv2d):
-            replacement = QuantConv2d(module, config.bits(name))
+            replacement = QuantConv2d(module, config.bits(name, family.ENDS))
         else:
-            continue
-        # An Attention comes before its own linear layers, which are then replaced inside the QuantAttention.
+            replacement = family.ATTENTIONS[type(module)](module, config, name)
+        # An attention comes before its own linear layers, which are then replaced inside the quantized one.
         student.set_submodule(name, replacement.to(next(module.parameters()).device))
+    lower(student, image_size_of(student))
+    _check_owners(teacher)
+    check_overrides(teacher, config)
     own = [
         f"{prefix}.{name}"
         for prefix, module in student.named_modules()
         if isinstance(module, Float32Module)
         for name, _ in module.named_parameters(recurse=False)
     ]
-    kept = [*teacher.no_weight_decay(), *own]
+    kept = [*student.no_weight_decay(), *own]
     # torch.compile's wrapper hands the question on, and calls its parameters otherwise.
     kept += [f"_orig_mod.{name}" for name in kept]
     # Of this one model, not of its class; a partial of plain data, that copies and pickles of the student take along.
@@ -80,12 +79,33 @@ def quantize(teacher: nn.Module, config: QuantConfig | None = None) -> VisionTra
 def layers_with_bits(model: nn.Module) -> list[str]:
     """Return the names that a :class:`QuantConfig` is asked for when ``model``, a float one, is quantized."""
     names: list[str] = []
-    for name, module in model.named_modules():
-        if isinstance(module, Attention):
-            names += [f"{name}.{operand}_quantizer" for operand in ("query", "key", "value", "attention")]
-        elif isinstance(module, (nn.Linear, nn.Conv2d)):
+    for name, module in _replaced(model):
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
             names.append(name)
+        else:
+            names += [f"{name}.{operand}_quantizer" for operand in ("query", "key", "value", "attention")]
     return names
+
+
+def _replaced(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules of a float model that quantized ones replace, and their names."""
+    kinds = family_of(model).ATTENTIONS
+    constants: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if type(module) in kinds:
+            constants += tuple(f"{name}.{part}." for part in kinds[type(module)].CONSTANT)
+            yield name, module
+        elif isinstance(module, (nn.Linear, nn.Conv2d)) and not f"{name}.".startswith(constants):
+            yield name, module
+
+
+def _check_owners(model: nn.Module) -> None:
+    """Refuse, by name, parameters that would silently stay in floating point."""
+    family = family_of(model)
+    known = (nn.Linear, nn.Conv2d, *_FLOAT, *family.MODELS, *family.ATTENTIONS, *family.OWNERS)
+    for name, module in model.named_modules():
+        if next(module.parameters(recurse=False), None) is not None and not isinstance(module, known):
+            refuse(name, module, "its parameters are of a kind that qvit does not know")
 
 
 def check_overrides(model: nn.Module, config: QuantConfig) -> None:
@@ -112,30 +132,3 @@ def _keep_scales(module: nn.Module, state_dict: dict[str, Any], prefix: str, *ar
     }
     if not own.keys() & state_dict.keys():
         state_dict.update(own)
-
-
-def _check(model: VisionTransformer) -> None:
-    """Refuse, by name, whatever would silently stay in floating point or break."""
-
-    def refuse(name: str, module: nn.Module, why: str) -> None:
-        raise UnsupportedModelError(f"Cannot quantize {name} ({type(module).__name__}): {why}.")
-
-    if not isinstance(model.patch_embed, PatchEmbed):
-        refuse("patch_embed", model.patch_embed, "only timm's plain PatchEmbed is supported")
-    if model.attn_pool is not None:
-        refuse("attn_pool", model.attn_pool, "attention pooling is not supported; use global_pool='token' or 'avg'")
-    for index, block in enumerate(model.blocks):
-        if not isinstance(block, _BLOCKS):
-            refuse(f"blocks.{index}", block, "this kind of block computes its own attention")
-    for name, module in model.named_modules():
-        if isinstance(module, Attention):
-            if getattr(module, "gate", None) is not None:
-                refuse(name, module, "gated attention is not supported")
-            if type(module).forward is not Attention.forward:
-                refuse(name, module, "it computes attention in its own way")
-            continue
-        if name.endswith(".attn"):
-            refuse(name, module, "only timm's Attention is supported, the products of another would stay in float")
-        owns_parameters = next(module.parameters(recurse=False), None) is not None
-        if owns_parameters and not isinstance(module, (nn.Linear, nn.Conv2d, *_FLOAT)):
-            refuse(name, module, "its parameters are of a kind that qvit does not know")

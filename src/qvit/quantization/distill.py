@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qvit.errors import ConfigError, ModeError, TeacherMismatchError
-from qvit.nn.attention import attention_layers, run_with_queries
+from qvit.models.queries import attention_layers, run_with_queries
 from qvit.nn.rectify import EPS, TokenRectifier
 
 GUIDED_WEIGHT = 0.1

@@ -264,7 +264,7 @@ def _analyse(teacher: FloatModel, result: Result, data: ImageSets, recipe: Recip
     batches = _analysed_batches(result.card, data, options)
     teacher.model.to(batches[0][0].device)
     layers = query_key_statistics(result.model, batches)
-    distance = attention_distance(teacher.model, result.model, batches).mean(dim=1).tolist()
+    distance = attention_distance(teacher.model, result.model, batches).nanmean(dim=1).tolist()
     by_layer: list[dict[str, Any]] = [
         {**layer.to_dict(), "attention_distance": far} for layer, far in zip(layers, distance, strict=True)
     ]

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.parallel import DistributedDataParallel
 
+from qvit.models.families import family_of
 from qvit.nn.quantizer import Float32Module
 
 
@@ -45,7 +46,7 @@ def shard(model: VisionTransformer) -> None:
     """
     whole = {p for m in model.modules() if isinstance(m, Float32Module) for p in m.parameters(recurse=False)}
     mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
-    for block in model.blocks:
+    for block in family_of(model).blocks(model):
         fully_shard(block, mesh=mesh, ignored_params=whole)
     fully_shard(model, mesh=mesh, ignored_params=whole)
     for parameter in whole:

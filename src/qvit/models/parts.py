@@ -1,0 +1,115 @@
+"""What the programs of several families begin and end with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from timm.layers import PatchEmbed, resample_abs_pos_embed
+from torch import nn
+
+from qvit.errors import ConfigError
+from qvit.format.ops import Classify, Embed, Norm, Operation, Tokens
+from qvit.models.lowering import Lowering, refuse, wide
+
+ENDS = ("patch_embed.*", "head", "head_dist")
+"""Names of the layers that keep 8 bits in most families: patch embedding and classifiers (method.md, section 1)."""
+POOLS = ("token", "avg", "avgmax", "max")
+
+
+def embed(to: Lowering) -> Iterator[Operation]:
+    """Yield timm's patch embedding and its norm.
+
+    Raises:
+        UnsupportedModelError: if its patches overlap or are padded.
+        ConfigError: if the images have another size than the model.
+    """
+    module: Any = to.module("patch_embed")
+    if type(module) is not PatchEmbed:
+        refuse("patch_embed", module, "only timm's plain PatchEmbed is supported")
+    proj = module.proj
+    plain = (proj.stride, proj.padding, proj.dilation, proj.groups) == (proj.kernel_size, (0, 0), (1, 1), 1)
+    if not plain or proj.kernel_size != tuple(module.patch_size):
+        refuse("patch_embed.proj", proj, "its patches overlap or are padded")
+    _check_image_size(to)
+    yield Embed((int(module.patch_size[0]), int(module.patch_size[1])), to.layer("patch_embed.proj"))
+    yield from norm(to, "patch_embed.norm")
+
+
+def _check_image_size(to: Lowering) -> None:
+    model, module = to.model, to.module("patch_embed")
+    if getattr(model, "dynamic_img_size", False):
+        if any(side % patch for side, patch in zip(to.image_size, module.patch_size, strict=True)):
+            raise ConfigError(
+                f"preprocessing.input_size {to.image_size} must be whole patches of {tuple(module.patch_size)} pixels."
+            )
+    elif to.image_size != tuple(module.img_size):
+        raise ConfigError(
+            f"preprocessing.input_size {to.image_size} is not the model's image size {tuple(module.img_size)}."
+        )
+
+
+def grid(to: Lowering) -> tuple[int, int]:
+    """Return rows and columns of patches."""
+    rows, columns = (s // p for s, p in zip(to.image_size, to.module("patch_embed").patch_size, strict=True))
+    return int(rows), int(columns)
+
+
+def norm(to: Lowering, name: str) -> Iterator[Norm]:
+    """Yield a norm, if it is one."""
+    found = to.norm(name)
+    if found is not None:
+        yield found
+
+
+def need_norms(block: nn.Module, name: str) -> None:
+    """Refuse a block without the norms of its branches.
+
+    Raises:
+        UnsupportedModelError: naming the norm.
+    """
+    for part in ("norm1", "norm2"):
+        if isinstance(getattr(block, part), nn.Identity):
+            refuse(f"{name}.{part}", getattr(block, part), "a block needs its norms")
+
+
+def tokens(to: Lowering, parts: Sequence[Any], positions: Any, covered: int) -> Tokens:
+    """Return the prefix tokens, with their position embedding, and the patches' own.
+
+    Args:
+        to: takes the tensors.
+        parts: parameters ``(1, n, width)`` in their order, or ``None`` where there is none.
+        positions: the position embedding ``(1, covered + patches, width)``, or ``None``.
+        covered: prefix tokens that have a position embedding.
+    """
+    model: Any = to.model
+    present = [part for part in parts if part is not None]
+    prefix = sum(part.shape[1] for part in present)
+    if positions is not None and positions.shape[1] != model.patch_embed.num_patches + covered:
+        expected = model.patch_embed.num_patches + covered
+        refuse("pos_embed", positions, f"it covers {positions.shape[1]} tokens of {expected}")
+
+    def embedding() -> np.ndarray:
+        if not getattr(model, "dynamic_img_size", False):
+            return wide(positions)[0]
+        own = list(model.patch_embed.grid_size)
+        return wide(resample_abs_pos_embed(positions, list(grid(to)), own, num_prefix_tokens=covered))[0]
+
+    def prefix_tokens() -> np.ndarray:
+        values = np.concatenate([wide(part)[0] for part in present])
+        if positions is not None:
+            values[:covered] += embedding()[:covered]
+        return values
+
+    if prefix:
+        to.store("prefix_tokens", prefix_tokens)
+    if positions is not None:
+        to.store("position_embedding", lambda: embedding()[covered:])
+    return Tokens(prefix, positions is not None)
+
+
+def classify(to: Lowering, *names: str) -> Iterator[Classify]:
+    """Yield the classifiers; a feature extractor has identities in their place."""
+    if not all(isinstance(to.module(name), nn.Identity) for name in names):
+        yield Classify(tuple(to.layer(name) for name in names))

@@ -1,0 +1,106 @@
+"""timm's ``SwinTransformer``: attention inside shifted windows, patches merged between the stages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from timm.models import swin_transformer as swin
+from torch import nn
+
+from qvit.format.branches import Residual
+from qvit.format.ops import Merge, Operation, Pool, Tokens
+from qvit.models import parts
+from qvit.models.attention import attention
+from qvit.models.lowering import Lowering, refuse, wide
+from qvit.nn.attention import QuantAttention
+from qvit.nn.windows import QuantWindowAttention
+
+MODELS: tuple[type[nn.Module], ...] = (swin.SwinTransformer,)
+ATTENTIONS: dict[type[nn.Module], type[QuantAttention]] = {swin.WindowAttention: QuantWindowAttention}
+ENDS = ("patch_embed.*", "head.fc")
+OWNERS: tuple[type[nn.Module], ...] = ()
+POOLS = ("avg", "max", "avgmax")
+
+
+def blocks(model: Any) -> list[nn.Module]:
+    """Return the blocks of all stages, in the order they run."""
+    return [block for stage in model.layers for block in stage.blocks]
+
+
+def lower(to: Lowering) -> Iterator[Operation]:
+    """Yield the operations of a model, or refuse what a packed file cannot say.
+
+    Raises:
+        UnsupportedModelError: naming the module.
+        ConfigError: if the images have another size than the model.
+    """
+    model: Any = to.model
+    yield from parts.embed(to)
+    yield Tokens()
+    grid = parts.grid(to)
+    for index, stage in enumerate(model.layers):
+        name = f"layers.{index}"
+        if not isinstance(stage.downsample, nn.Identity):
+            yield from _merge(to, f"{name}.downsample", grid)
+            grid = grid[0] // 2, grid[1] // 2
+        for number, block in enumerate(stage.blocks):
+            yield from _block(to, f"{name}.blocks.{number}", block, grid)
+    yield from parts.norm(to, "norm")
+    yield from head(to)
+
+
+def _merge(to: Lowering, name: str, grid: tuple[int, int]) -> Iterator[Operation]:
+    module = to.module(name)
+    if type(module) is not swin.PatchMerging:
+        refuse(name, module, "only timm's PatchMerging is supported")
+    check_merge(name, module, grid)
+    yield Merge(to.layer(f"{name}.reduction"), to.norm(f"{name}.norm"))
+
+
+def _block(to: Lowering, name: str, block: Any, grid: tuple[int, int]) -> Iterator[Operation]:
+    if type(block) is not swin.SwinTransformerBlock:
+        refuse(name, block, "a packed file knows SwinTransformerBlock")
+    parts.need_norms(block, name)
+    table = block.attn.relative_position_bias_table
+    window, shift = windows(name, block, grid)
+    yield Residual(
+        (attention(to, f"{name}.attn", f"{name}.norm1", window=window, shift=shift, bias=lambda: wide(table)),)
+    )
+    yield Residual((to.mlp(f"{name}.mlp", f"{name}.norm2"),))
+
+
+def windows(name: str, block: Any, grid: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return window and shift of a block of Swin's or Swin v2's.
+
+    Raises:
+        UnsupportedModelError: if the windows do not divide the grid, which timm would pad.
+    """
+    window = int(block.window_size[0]), int(block.window_size[1])
+    if grid[0] % window[0] or grid[1] % window[1]:
+        refuse(
+            f"{name}.attn",
+            block.attn,
+            f"its windows of {window} patches do not divide the grid of {grid}, at this size",
+        )
+    return window, (int(block.shift_size[0]), int(block.shift_size[1]))
+
+
+def check_merge(name: str, module: nn.Module, grid: tuple[int, int]) -> None:
+    """Refuse to merge an odd number of patches, which timm would pad.
+
+    Raises:
+        UnsupportedModelError: naming the module.
+    """
+    if grid[0] % 2 or grid[1] % 2:
+        refuse(name, module, f"a grid of {grid} patches cannot be merged two by two, at this size")
+
+
+def head(to: Lowering) -> Iterator[Operation]:
+    """Yield timm's ``ClassifierHead``: pooling and classifier."""
+    module = to.module("head")
+    pool = module.global_pool.pool_type
+    if pool not in POOLS:
+        refuse("head", module, f"it pools by {pool!r}; a packed file knows {', '.join(POOLS)}")
+    yield Pool(pool)
+    yield from parts.classify(to, "head.fc")

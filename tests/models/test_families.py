@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from members import CLASSES, FAMILIES, FAMILY_MEMBERS, SMALL_SWIN, SWIN, compare, family_member, packed, student_of
+from qvit import DistillationLoss, QuantConfig, calibrate, quantize
+from qvit.analysis.statistics import attention_distance, query_key_statistics
+from qvit.errors import UnsupportedModelError
+from qvit.models.families import family_of
+from qvit.models.queries import attention_layers, run_with_maps, run_with_queries
+from qvit.nn.attention import QuantAttention
+from qvit.nn.quantizer import Quantizer
+from qvit.nn.rectify import Rectifier
+
+FIRST = [next(iter(members)) for members in FAMILIES.values()]
+
+
+def classes_of(model: nn.Module) -> list[str]:
+    return CLASSES[: model.num_classes]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("member", FAMILY_MEMBERS)
+def test_member_without_quantizers_computes_what_the_float_model_does(member: str) -> None:
+    model, images = family_member(member)
+    student = quantize(model, QuantConfig(rectify="token")).eval()
+    for module in student.modules():
+        if isinstance(module, (Quantizer, Rectifier)):
+            module.enabled = False
+    with torch.no_grad():
+        torch.testing.assert_close(student(images), model(images), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("member", FAMILY_MEMBERS)
+def test_member_keeps_timms_names_and_loads_its_state_dict(member: str) -> None:
+    model, _ = family_member(member)
+    student = quantize(model)
+    assert {name for name, _ in model.named_modules()} <= {name for name, _ in student.named_modules()}
+    other = {key: torch.randn_like(value) for key, value in model.state_dict().items()}
+    student.load_state_dict(other, strict=True)
+    assert all(torch.equal(student.state_dict()[key], value) for key, value in other.items())
+
+
+@pytest.mark.parametrize(("bits", "rectify"), [(8, "token"), (4, "head"), (3, None)])
+@pytest.mark.parametrize("member", FAMILY_MEMBERS)
+def test_exported_member_computes_what_the_fake_quantized_model_does(
+    tmp_path: Path, member: str, bits: int, rectify: Any
+) -> None:
+    model, images = family_member(member)
+    student = student_of(model, images, QuantConfig(bits, bits, rectify))
+    file = packed(student, tmp_path / "m.safetensors", images, classes=classes_of(model))
+    distance, agreement, flipped = compare(student, file, images)
+    # A value in the middle between two codes may fall to either side; then the rest of its image differs a little.
+    assert flipped < 0.02
+    assert agreement >= 0.8
+    assert distance < (1e-5 if flipped == 0 else 0.02 if bits == 8 else 0.3)
+
+
+@pytest.mark.parametrize("member", FIRST)
+def test_print_tells_the_bits_and_the_ends_keep_eight(member: str) -> None:
+    model, _ = family_member(member)
+    student = quantize(model, QuantConfig(3, 5))
+    ends = [student.get_submodule("patch_embed.proj"), student.get_classifier()]
+    assert all((end.weight_quantizer.bits, end.input_quantizer.bits) == (8, 8) for end in ends)
+    for name, module in student.named_modules():
+        if isinstance(module, Quantizer) and not name.startswith(("patch_embed", "head")):
+            assert module.bits == (3 if name.endswith("weight_quantizer") else 5), name
+    assert f"{type(attention_layers(student)[0]).__name__}(" in repr(student)
+    assert "weight_bits=3, activation_bits=5" in repr(student)
+
+
+@pytest.mark.parametrize("member", FIRST)
+def test_blocks_hold_every_attention_of_the_family(member: str) -> None:
+    model, _ = family_member(member)
+    blocks = family_of(model).blocks(model)
+    assert [attention_layers(block)[0] for block in blocks] == attention_layers(model)
+
+
+@pytest.mark.parametrize("member", FIRST)
+def test_queries_keys_and_maps_of_teacher_and_student_are_paired(member: str) -> None:
+    model, images = family_member(member)
+    student = quantize(model, QuantConfig(rectify=None)).eval()
+    for module in student.modules():
+        if isinstance(module, Quantizer):
+            module.enabled = False
+    modules = list(model.modules())
+    with torch.no_grad():
+        (_, queries, keys), (_, their_queries, their_keys) = (run_with_queries(m, images) for m in (student, model))
+        maps, their_maps = (run_with_maps(m, images)[1] for m in (student, model))
+    assert len(queries) == len(attention_layers(model)) == len(maps)
+    pairs = zip([*queries, *keys, *maps], [*their_queries, *their_keys, *their_maps], strict=True)
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    for per_head in maps:
+        torch.testing.assert_close(per_head.sum(dim=-1), torch.ones(per_head.shape[:-1]))
+    assert list(model.modules()) == modules  # nothing is left in the teacher
+
+
+@pytest.mark.parametrize("member", FIRST)
+def test_guided_distillation_trains_every_parameter(member: str) -> None:
+    model, images = family_member(member)
+    student = student_of(model, images, QuantConfig(4, 4)).train()
+    loss = DistillationLoss(model)(student, images, torch.arange(len(images)))
+    loss.backward()
+    for name, parameter in student.named_parameters():
+        assert parameter.grad is not None, name
+        assert bool(torch.isfinite(parameter.grad).all()), name
+
+
+@pytest.mark.parametrize("member", FIRST)
+def test_gradient_checkpointing_changes_no_gradient(member: str) -> None:
+    model, images = family_member(member)
+    gradients = []
+    for enable in (False, True):
+        student = student_of(model, images, QuantConfig(4, 4)).train()
+        student.set_grad_checkpointing(enable)
+        DistillationLoss(model)(student, images, torch.arange(len(images))).backward()
+        gradients.append([parameter.grad for parameter in student.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("member", FIRST)
+def test_training_step_with_a_compiled_block_equals_eager(member: str) -> None:
+    model, images = family_member(member)
+    student = student_of(model, images, QuantConfig(8, 8)).train()
+    loss_fn = DistillationLoss(model)
+    labels = torch.arange(len(images))
+    loss_fn(student, images, labels).backward()
+    expected = [parameter.grad.clone() for parameter in student.parameters()]
+    student.zero_grad()
+    torch._dynamo.reset()
+    family_of(student).blocks(student)[-1].compile(fullgraph=True, backend="aot_eager")
+    loss_fn(student, images, labels).backward()
+    for (name, parameter), gradient in zip(student.named_parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-2, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("member", FIRST)
+def test_calibrated_student_is_near_its_teacher_and_is_described(member: str) -> None:
+    model, images = family_member(member)
+    student = quantize(model, QuantConfig(8, 8))
+    calibrate(student, [images])
+    student.eval()
+    with torch.no_grad():
+        error = (student(images) - model(images)).norm() / model(images).norm()
+    assert error < 0.2
+    layers = query_key_statistics(student, [images])
+    assert len(layers) == len(attention_layers(model))
+    assert all(0 < layer.query_entropy <= 8 for layer in layers)  # type: ignore[operator]
+    distance = attention_distance(model, student, [images])
+    for row, layer in zip(distance, attention_layers(model), strict=True):
+        assert int((~row.isnan()).sum()) == layer.num_heads
+        assert 0 < float(row.nanmean()) < 0.1
+    assert float(attention_distance(model, model, [images]).nansum()) == 0
+
+
+@pytest.mark.parametrize("member", FIRST)
+def test_no_fused_attention_runs_in_a_student(member: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, images = family_member(member)
+    student = student_of(model, images, QuantConfig())
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("scaled_dot_product_attention was called")
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", refuse)
+    assert any(isinstance(module, QuantAttention) for module in student.modules())
+    assert bool(torch.isfinite(student(images)).all())
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "match"),
+    [
+        (
+            SWIN,
+            {**SMALL_SWIN, "img_size": 40},
+            r"layers\.0\.blocks\.0\.attn .*\(4, 4\) patches do not divide .*\(10, 10\)",
+        ),
+        (
+            SWIN,
+            {**SMALL_SWIN, "img_size": 36, "window_size": 9},
+            r"layers\.1\.downsample \(PatchMerging\): a grid of \(9, 9\)",
+        ),
+        (SWIN, {**SMALL_SWIN, "global_pool": ""}, r"head \(ClassifierHead\): it pools by ''"),
+    ],
+)
+def test_what_a_file_cannot_say_is_refused_by_name(name: str, kwargs: dict[str, Any], match: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=match):
+        quantize(timm.create_model(name, **kwargs))
