@@ -26,6 +26,7 @@ from rich.table import Table
 from torch import nn
 
 import qvit
+from qvit.cli.options import console as plain_console
 from qvit.data.loader import make_loader, make_transform
 from qvit.data.sources import open_data
 from qvit.exporting.packed import export_checkpoint
@@ -122,7 +123,7 @@ def main() -> None:
         "quantizers": {name: count.rows for name, count in counts.items()},
         "begins": {name: dict(count.beginnings) for name, count in counts.items()},
     }
-    show(result, Console())
+    show(result, plain_console())
     if arguments.json:
         arguments.json.write_text(json.dumps(result))
 
@@ -143,9 +144,7 @@ def show(result: dict[str, Any], console: Console) -> None:
     top1 = ", ".join(f"{name} {value:.2f}" for name, value in result["top1"].items())
     console.print(
         f"{result['checkpoint']} on {result['images']} images of {result['data']}, {result['instruction_set']}; "
-        f"top-1: {top1}; standard deviation of the logits: {result['logit_std']:.2g}",
-        highlight=False,
-        markup=False,
+        f"top-1: {top1}; standard deviation of the logits: {result['logit_std']:.2g}"
     )
     table = Table(title="Classes and logits")
     for column in ("model", "beside", "same class (%)", "images apart (%)", "mean distance", "largest"):
@@ -169,7 +168,7 @@ def show(result: dict[str, Any], console: Console) -> None:
     console.print(table)
     for name, beginnings in result["begins"].items():
         for quantizer, images in beginnings.items():
-            console.print(f"{name}: begins in {quantizer} in {images} images.", highlight=False)
+            console.print(f"{name}: begins in {quantizer} in {images} images.")
 
 
 class Counts:

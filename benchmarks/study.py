@@ -3,8 +3,8 @@
 A plan (benchmarks/study_cpu.yaml, benchmarks/study_gpu.yaml) names model, recipe and data preparation, and experiments:
 each an ablation (qvit ablate) with entries of the recipe changed, and why. ``run`` trains the teacher and then whatever
 is not finished, in the order of the plan; it can be stopped at any time and started again, and several of them may
-share one folder. ``collect`` writes all that was measured into one file, a line a run; ``report`` makes tables and
-figures from that file alone.
+share one folder. Its status is 143 if it was stopped (SIGTERM, --minutes), 0 once all is finished. ``collect`` writes
+all that was measured into one file, a line a run; ``report`` makes tables and figures from that file alone.
 
 Example:
   python benchmarks/study.py run benchmarks/study_cpu.yaml --data cifar10 --out study
@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterable
 from pathlib import Path
@@ -29,10 +28,12 @@ import torch
 from rich.console import Console
 
 from qvit.bench.compare import machine
+from qvit.cli.ending import ends_in_a_sentence
+from qvit.cli.options import console as plain_console
 from qvit.data.resident import decode_once
 from qvit.data.sources import ImageSets
-from qvit.errors import QvitError, TrainingStopped
-from qvit.files import write_text
+from qvit.errors import TrainingStopped
+from qvit.files import printable, write_text
 from qvit.models.checkpoint import ModelCard, load_checkpoint, save_checkpoint, weights_checksum
 from qvit.study.ablation import ablate, read_results, rows_named, teacher_statistics
 from qvit.train.loop import read_metrics
@@ -131,6 +132,7 @@ def environment() -> dict[str, Any]:
     }
 
 
+@ends_in_a_sentence
 def main() -> None:
     """Run, collect or report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -143,25 +145,18 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="file of all that was measured (JSON lines)")
     parser.add_argument("--document", type=Path, help="Markdown file whose section of the study is written anew")
     arguments = parser.parse_args()
-    console = Console()
     needed = {"run": ("data", "out"), "collect": ("data", "out", "results"), "report": ("results", "document")}
     for name in needed[arguments.action]:
         if getattr(arguments, name) is None:
             parser.error(f"{arguments.action} needs --{name}")
-    try:
-        plan = read_plan(arguments.plan)
-        if arguments.action == "run":
-            run(plan, arguments.data, arguments.out, arguments.only, arguments.minutes, console)
-        elif arguments.action == "collect":
-            count = collect(plan, arguments.data, arguments.out, arguments.results)
-            console.print(f"{count - 1} runs and their teacher in {arguments.results}")
-        else:
-            write_report(plan, arguments.results, arguments.document)
-    except TrainingStopped as stopped:
-        console.print(str(stopped), highlight=False, soft_wrap=True)
-    except QvitError as error:
-        print(f"study: {error}", file=sys.stderr)
-        sys.exit(2)
+    plan = read_plan(arguments.plan)
+    if arguments.action == "run":
+        run(plan, arguments.data, arguments.out, arguments.only, arguments.minutes, plain_console())
+    elif arguments.action == "collect":
+        count = collect(plan, arguments.data, arguments.out, arguments.results)
+        plain_console().print(printable(f"{count - 1} runs and their teacher in {arguments.results}"), soft_wrap=True)
+    else:
+        write_report(plan, arguments.results, arguments.document)
 
 
 if __name__ == "__main__":

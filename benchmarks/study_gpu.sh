@@ -2,7 +2,8 @@
 # The study on a GPU machine that is reached by commands of limited time and reaches no package registry itself.
 #
 # Builds qvit, unpacks the images, trains on from where the last call stopped, and collects what was measured. What a
-# fresh machine needs to go on (the teacher, finished runs) is left in RESULTS in parts below 15 MB.
+# fresh machine needs to go on (the teacher, finished runs) is left in RESULTS in parts below 15 MB. The status is 0 once
+# all is finished, 143 while there is more to do.
 #
 # Usage: sh benchmarks/study_gpu.sh ARCHIVE STATE MINUTES RESULTS [PLAN]
 #   ARCHIVE  cifar10-train.tar.xz

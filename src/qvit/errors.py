@@ -1,6 +1,7 @@
 """Every error that a user of qvit can cause, each a sentence that names the thing and the way out.
 
-The commands print the message and exit with status 2; the library raises the class. No PyTorch here.
+The commands print the message and exit with a status that is not 0 (:mod:`qvit.cli.ending`); the library raises the
+class. No PyTorch here.
 """
 
 
@@ -56,7 +57,7 @@ class NonFiniteLossError(QvitError, ArithmeticError):
     """Training produced a NaN or an infinity."""
 
 
-class TrainingStopped(QvitError):  # noqa: N818  # no error: the commands print it and exit with status 0
+class TrainingStopped(QvitError):  # noqa: N818  # no error, and no finished run: the commands exit with status 143
     """Training was told to stop (SIGTERM), and has saved where it is."""
 
 

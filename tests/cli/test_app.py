@@ -48,7 +48,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Path:
         [*command, "--recipe", str(recipe), "--out", str(out)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert re.search(r"full precision: top-1 \d+\.\d\d, top-5 \d+\.\d\d on 359 images; checkpoints in", done.stdout)
+    (out / "said").write_text(done.stdout)
     return out / "best.pt"
 
 
@@ -79,6 +79,20 @@ def test_float_training_leaves_checkpoints_metrics_and_tensorboard(teacher: Path
     assert list((folder / "tensorboard").glob("events.*"))
 
 
+def test_the_last_line_tells_the_best_and_the_last_epoch_and_recommends_one(teacher: Path) -> None:
+    folder = teacher.parent
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    best, last = max(records, key=lambda record: record["val_top1"]), records[-1]
+    told = [f"epoch {r['epoch']}, top-1 {r['val_top1']:.2f}, top-5 {r['val_top5']:.2f}" for r in (best, last)]
+    sums = [weights_checksum(load_checkpoint(folder / name)[0])[:16] for name in ("best.pt", "last.pt")]
+    assert (folder / "said").read_text().splitlines()[-1] == (
+        f"full precision, 359 validation images: best {told[0]}, in {teacher} (take this one); last {told[1]}, in "
+        f"{folder / 'last.pt'}; SHA-256 of the weights {sums[0]}... and {sums[1]}..."
+    )
+    for name, record in (("best.pt", best), ("last.pt", last)):
+        assert load_checkpoint(folder / name)[1].metrics["val_top1"] == record["val_top1"]
+
+
 def test_evaluation_repeats_what_training_measured(qvit: Run, teacher: Path) -> None:
     records = [json.loads(line) for line in (teacher.parent / "metrics.jsonl").read_text().splitlines()]
     best = max(records, key=lambda record: record["val_top1"])
@@ -96,14 +110,14 @@ def test_every_method_trains_and_its_checkpoint_evaluates(
 ) -> None:
     done = qvit(*student, "--teacher", teacher, "--method", method, "--override", "blocks.0.*=4/8")
     assert done.status == 0, done.err
-    printed = re.search(r"top-1 (\d+\.\d\d), top-5 (\d+\.\d\d) on 359 images", done.out)
+    printed = re.search(r", 359 validation images: .*top-1 (\d+\.\d\d), top-5 \d+\.\d\d, in .*best\.pt", done.out)
     assert printed
     evaluated = qvit("eval", tmp_path / "run" / "best.pt", "--data", "digits", "--batch-size", "100")
     assert evaluated.status == 0, evaluated.err
     assert printed[1] in evaluated.out
-    file = tmp_path / "run" / ("best.pt" if method == "ptq" else "last.pt")
-    checksum = weights_checksum(load_checkpoint(file)[0])
-    assert f"SHA-256 of the weights {checksum[:16]}..." in done.out
+    files = ["best.pt"] if method == "ptq" else ["best.pt", "last.pt"]
+    checksums = [weights_checksum(load_checkpoint(tmp_path / "run" / file)[0])[:16] for file in files]
+    assert done.out.endswith(f"SHA-256 of the weights {' and '.join(f'{one}...' for one in checksums)}\n")
     assert "2/2" in evaluated.out
 
 
@@ -195,7 +209,7 @@ def test_corrupt_images_are_skipped_and_counted(qvit: Run, recipe: Path, tmp_pat
         "train", MODEL, "--bits", "4", "--method", method, *arguments, "--teacher", start, "--out", tmp_path / "q"
     )
     assert done.status == 0, done.err
-    assert "on 23 images" in done.out
+    assert ", 23 validation images: " in done.out
     assert f"Unreadable images skipped: {1 if method == 'ptq' else 2}." in done.out
     done = qvit("eval", tmp_path / "q" / "best.pt", "--data", folder, "--skip-corrupt")
     assert "Unreadable images skipped: 1." in done.out

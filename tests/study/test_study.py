@@ -38,9 +38,10 @@ def study(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("study")
     (folder / "plan.yaml").write_text(PLAN)
-    # Stopped in the middle, and started again.
-    first = study("run", folder / "plan.yaml", "--data", "digits", "--out", folder / "runs", "--minutes", "0.2")
-    assert first.returncode == 0, first.stderr
+    # Stopped in the middle, wherever that is after three seconds, and started again.
+    first = study("run", folder / "plan.yaml", "--data", "digits", "--out", folder / "runs", "--minutes", "0.05")
+    assert first.returncode == 143, first.stderr
+    assert first.stderr.startswith("qvit: Stopped by SIGTERM ")
     again = study("run", folder / "plan.yaml", "--data", "digits", "--out", folder / "runs")
     assert again.returncode == 0, again.stderr
     results = folder / "tiny.jsonl"
@@ -94,7 +95,7 @@ def test_what_is_no_plan_is_named(tmp_path: Path) -> None:
     plan.write_text(PLAN.replace("rows:", "methods:"))
     done = study("run", plan, "--data", "digits", "--out", tmp_path)
     assert done.returncode == 2
-    assert done.stderr.startswith(f"study: {plan} is no plan of a study:")
+    assert done.stderr.startswith(f"qvit: {plan} is no plan of a study:")
     assert "methods" in done.stderr
 
 
@@ -103,5 +104,5 @@ def test_a_document_without_a_place_for_it_is_named(folder: Path, tmp_path: Path
     document.write_text("nothing\n")
     done = study("report", folder / "plan.yaml", "--results", folder / "tiny.jsonl", "--document", document)
     assert done.returncode == 2
-    assert done.stderr.startswith(f"study: {document} has no lines <!-- study: tiny -->")
+    assert done.stderr.startswith(f"qvit: {document} has no lines <!-- study: tiny -->")
     assert document.read_text() == "nothing\n"

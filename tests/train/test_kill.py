@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from qvit.errors import CheckpointError, OutputError
 from qvit.models.checkpoint import load_checkpoint, read_checkpoint
 from qvit.train.loop import read_metrics
-from qvit.train.run import SaveEvery
+from qvit.train.run import Progress, Run, SaveEvery
 
 # Everything that a run carries from step to step: averages, frozen weights, dropout, repeated augmentation.
 CHANGES = [
@@ -130,8 +131,8 @@ def test_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest
 
 def test_sigterm_saves_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
     process = jobs.start(_train_for_long, tmp_path)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "last.pt").exists() and time.monotonic() < deadline:
+    while not (tmp_path / "last.pt").exists():
+        assert process.is_alive()
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGTERM)
     process.join()
@@ -142,6 +143,66 @@ def test_sigterm_saves_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
     assert training is not None
     progress = training["progress"]
     assert f"epoch {progress['epoch'] + 1}, step {progress['step']};" in said or "the end of epoch" in said
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_command_says_how_to_go_on_and_has_a_status_of_its_own(
+    tmp_path: Path, number: signal.Signals, status: int
+) -> None:
+    process = jobs.start(_command, tmp_path / "said", *TRAIN, "--out", str(tmp_path / "run"), "--save-every", "4")
+    while not (tmp_path / "run" / "last.pt").exists():
+        assert process.is_alive()
+        time.sleep(0.02)
+    os.kill(process.pid, number)
+    process.join()
+    assert process.exitcode == status
+    (said,) = (tmp_path / "said").read_text().splitlines()
+    _, _, training = read_checkpoint(tmp_path / "run" / "last.pt")
+    assert training is not None
+    where = str(Progress(**training["progress"]))
+    if number == signal.SIGTERM:
+        start, end = f"qvit: Stopped by SIGTERM at {where}; ", "last.pt is saved: "
+    else:
+        start, end = "qvit: Interrupted in epoch ", f"last.pt holds {where}: "
+    assert said.startswith(start)
+    assert said.endswith(f"{end}the same command goes on there (qvit train with --resume).")
+
+
+def test_ctrl_c_before_anything_is_saved_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.optim.Optimizer, "zero_grad", interrupt)
+    with pytest.raises(KeyboardInterrupt, match=r"Interrupted in epoch 1, step 1; nothing was saved before\.$"):
+        jobs.full_precision(tmp_path, [])
+
+
+def test_sigterm_in_the_last_step_leaves_a_finished_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = Run.save
+
+    def save_and_signal(self: Run, *, best: bool = False) -> None:
+        save(self, best=best)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Run, "save", save_and_signal)
+    changes = ["full_precision.epochs=1", "full_precision.batch_size=512"]
+    assert len(jobs.full_precision(tmp_path, changes)) == 1
+
+
+TRAIN = ["train", jobs.MODEL, "--full-precision", "--data", "digits", "--cpu", "--set", "full_precision.epochs=10000"]
+TRAIN += [argument for change in jobs.TINY for argument in ("--set", change)]
+
+
+def _command(said: Path, *arguments: str) -> None:
+    from qvit.cli import app as cli
+
+    sys.argv = ["qvit", *arguments]
+    sys.stderr = said.open("w")
+    try:
+        cli.main()
+    finally:
+        sys.stderr.close()
+        sys.stderr = sys.__stderr__
 
 
 def _train_for_long(out: Path) -> None:

@@ -44,6 +44,8 @@ from qvit.files import printable
 if TYPE_CHECKING:
     from torch import nn
 
+    from qvit.train.methods import Result
+
 
 def train(
     model: Model,
@@ -88,12 +90,15 @@ def train(
 
     Under torchrun or accelerate launch the processes divide each batch of the recipe between them.
 
+    The status is 0 for a finished run alone; 143 (128 and the number of SIGTERM, what a shell reports of a program that
+    this signal ended) for one that SIGTERM stopped, which has saved itself; 130 after Ctrl-C; 2 where something is
+    wrong, which one sentence says. After the first two --resume goes on.
+
     Examples:
       qvit train vit_tiny_patch16_224 --full-precision --data digits --out runs/float
       qvit train vit_tiny_patch16_224 --bits 4 --teacher runs/float/best.pt --data digits --out runs/q4
       torchrun --nproc-per-node 8 -m qvit.cli train deit_small_patch16_224 --bits 4 --teacher t.pth --data imagenet ...
     """
-    from qvit.models.checkpoint import weights_checksum
     from qvit.train import methods
 
     options = options_of(
@@ -140,13 +145,23 @@ def train(
             first, guide, method, widths, reading, sets, settings, options, console(), overrides
         )
         title = f"{bits} bits, {methods.METHODS[method].title}"
-    accuracy = result.accuracy
-    console().print(
-        f"{title}: top-1 {accuracy.top1:.2f}, top-5 {accuracy.top5:.2f} on {accuracy.images} images; "
-        f"checkpoints in {printable(out)}; SHA-256 of the weights {weights_checksum(result.model)[:16]}...",
-        soft_wrap=True,
-    )
-    say_skipped(accuracy)
+    say_skipped(result.accuracy)
+    if rank() == 0:
+        console().print(printable(result_sentence(title, out, result)), soft_wrap=True)
+
+
+def result_sentence(title: str, out: Path, result: Result) -> str:
+    """Return what a run has come to, with the files and the checksums of their weights."""
+    from qvit.models.checkpoint import load_checkpoint, weights_checksum
+    from qvit.train.display import result_line
+
+    last, accuracy = weights_checksum(result.model)[:16], result.accuracy
+    if not result.history:
+        top = f"top-1 {accuracy.top1:.2f}, top-5 {accuracy.top5:.2f}"
+        files = f"{title}, {accuracy.images} validation images: {top}, in {out / 'best.pt'}"
+        return f"{files}; SHA-256 of the weights {last}..."
+    best = weights_checksum(load_checkpoint(out / "best.pt")[0])[:16]
+    return f"{result_line(title, out, result.history)}; SHA-256 of the weights {best}... and {last}..."
 
 
 def eval(

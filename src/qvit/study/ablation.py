@@ -39,6 +39,7 @@ from qvit.train.run import can_go_on
 
 ANALYSED_IMAGES = 512
 """Validation images for entropy, attention distance and gradients; accuracy is over all of them."""
+MEASURED = "All figures are of the last epoch's weights (last.pt; of post-training quantization, best.pt)."
 _MEANS = ("query_entropy", "key_entropy", "attention_distance")
 
 
@@ -159,9 +160,9 @@ def teacher_statistics(teacher: FloatModel, data: ImageSets, options: Options) -
 def read_results(folder: Path) -> list[dict[str, Any]]:
     """Return the records of all finished cells, ordered by bits (falling), row and seed.
 
-    A record has bits, row, title, seed, top1 and top5 (percent), images, query_entropy and key_entropy (bits, mean over
-    layers and heads), attention_distance (mean over layers and heads), layers (for each its
-    :class:`QueryKeyStatistics`, attention_distance and, where the model was trained, gradients, that is
+    A record has bits, row, title, seed, top1 and top5 (percent, of the last epoch's weights), images, query_entropy and
+    key_entropy (bits, mean over layers and heads), attention_distance (mean over layers and heads), layers (for each
+    its :class:`QueryKeyStatistics`, attention_distance and, where the model was trained, gradients, that is
     :class:`qvit.analysis.gradients.LossGradients`), history (a record an epoch), seconds (of this process, the last if
     it was cut off) and weights (their SHA-256).
 
@@ -216,7 +217,7 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def results_table(records: Sequence[Mapping[str, Any]], teacher_top1: float | None) -> Table:
     """Return the ablation as a table for the terminal."""
     title = "Ablation" if teacher_top1 is None else f"Ablation (full precision: {teacher_top1:.2f})"
-    table = Table(title=title)
+    table = Table(title=title, caption=MEASURED)
     for column in ("bits", "method", "seeds", "top-1", "gain over baseline", "query entropy", "attention distance"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for row in summarise(records):

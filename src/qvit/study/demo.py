@@ -136,6 +136,7 @@ def run_demo(out: Path, console: Console, seed: int = 0, changes: Sequence[str] 
     cells = [row.cells(milliseconds[row.name]) for row in rows]
     table = Table(
         title=f"Handwritten digits, {images} validation images, seed {seed}",
+        caption="All figures are of the last epoch's weights, which the packed files hold.",
         box=SIMPLE_HEAD,
         collapse_padding=True,
         pad_edge=False,
@@ -285,8 +286,8 @@ def _sections(
             f"{platform.machine()}, trained in one thread. Model {MODEL} with "
             f"{arguments}; full precision: {full.optimizer}, learning rate {full.lr:g}, batch "
             f"{full.batch_size}; quantized: {half.optimizer}, learning rate {half.lr:g}, batch {half.batch_size}, "
-            f"guided weight {half.guided_weight:g}. Accuracies are of the last epoch. The digits are scikit-learn's "
-            f"copy of the UCI set by Alpaydin and Kaynak."
+            f"guided weight {half.guided_weight:g}. All figures are of the last epoch's weights. The digits are "
+            "scikit-learn's copy of the UCI set by Alpaydin and Kaynak."
         ],
     )
     return [result, curves, histograms, made]

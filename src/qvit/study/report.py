@@ -12,7 +12,7 @@ from qvit.analysis.figures import ablation_bars, layer_profiles, query_histogram
 from qvit.analysis.report import Figure as ReportFigure
 from qvit.analysis.report import Section, Table, write_report
 from qvit.analysis.statistics import QueryKeyStatistics
-from qvit.study.ablation import mean_and_spread, summarise
+from qvit.study.ablation import MEASURED, mean_and_spread, summarise
 
 Record = Mapping[str, Any]
 _HISTOGRAMS = ("baseline", "rectify-head", "q-vit-head")
@@ -84,7 +84,9 @@ def write_ablation_report(
         for row in summarise(records)
     ]
     columns = ("bits", "method", "seeds", "top-1 (%)", "gain over baseline", "query entropy", "attention distance")
-    caption = "Mean and standard deviation over the seeds; a gain is the mean of the differences seed by seed."
+    caption = (
+        f"Mean and standard deviation over the seeds; a gain is the mean of the differences seed by seed. {MEASURED}"
+    )
     float_model = "" if teacher_top1 is None else f"In full precision the model reaches {teacher_top1:.2f} %."
     figures = [ReportFigure(svg(d.figure), d.caption, d.caption) for d in ablation_figures(records, teacher)]
     sections = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -28,6 +28,20 @@ def epoch_line(record: Mapping[str, float], epochs: int) -> str:
         f"epoch {record['epoch']:>3.0f}/{epochs}  loss {record['train_loss']:.4f}  train {record['train_top1']:5.2f}  "
         f"val {record['val_top1']:5.2f} (top-5 {record['val_top5']:5.2f})  {record['images_per_second']:.0f} images/s"
         f"{unreadable}"
+    )
+
+
+def result_line(title: str, folder: Path, history: Sequence[Mapping[str, float]]) -> str:
+    """Return what a finished run has come to: its best epoch and its last one, each with the file of its weights."""
+    last = history[-1]
+    best = max(history, key=lambda record: record["val_top1"])  # the first of equals, as best.pt is
+
+    def told(record: Mapping[str, float]) -> str:
+        return f"epoch {record['epoch']:.0f}, top-1 {record['val_top1']:.2f}, top-5 {record['val_top5']:.2f}"
+
+    return (
+        f"{title}, {last['val_images']:.0f} validation images: best {told(best)}, in {folder / 'best.pt'} (take this "
+        f"one); last {told(last)}, in {folder / 'last.pt'}"
     )
 
 

@@ -36,7 +36,7 @@ from qvit.train.options import Options, make_accelerator
 from qvit.train.oscillation import Oscillation
 from qvit.train.preemption import Sigterm
 from qvit.train.recipe import Schedule
-from qvit.train.run import Run, non_finite_message, read_last, tidy
+from qvit.train.run import Run, non_finite_message, read_last, says_what_is_kept, stopped_message, tidy
 
 
 class Loss(Protocol):
@@ -93,6 +93,7 @@ def fit(
     Raises:
         NonFiniteLossError: at the first NaN or infinity, naming the layer; the last good checkpoint is kept.
         TrainingStopped: after SIGTERM, once everything is saved.
+        KeyboardInterrupt: after Ctrl-C, saying what is saved.
         CorruptImageError: see :func:`qvit.data.sources.readable`.
         CheckpointError: if ``resume`` finds no checkpoint that fits.
         OutputError: if a file cannot be written; what was there before is kept.
@@ -151,7 +152,12 @@ def fit(
             tidy(options.out, saved)
         _write_metrics(options.out, history)
 
-    with Sigterm() as sigterm, tensorboard(options.out, len(history), is_main) as board, progress_bar(console) as bar:
+    with (
+        says_what_is_kept(run),
+        Sigterm() as sigterm,
+        tensorboard(options.out, len(history), is_main) as board,
+        progress_bar(console) as bar,
+    ):
         done = progress.epoch * steps + progress.step
         task = bar.add_task("", total=schedule.epochs * steps, completed=done)
         for epoch in range(progress.epoch, schedule.epochs):
@@ -199,7 +205,7 @@ def fit(
                 if step.save or step.stop:
                     run.save()
                 if step.stop:
-                    raise TrainingStopped(_stopped(run))
+                    raise TrainingStopped(stopped_message(run))
                 bar.update(task, advance=1, description=step_line(run, schedule.epochs))
 
             if options.fsdp and accelerator.num_processes > 1:
@@ -208,7 +214,7 @@ def fit(
                 accuracy = evaluate(evaluated, val, device, skip_corrupt=options.skip_corrupt, sigterm=sigterm)
             except TrainingStopped:
                 run.save()
-                raise TrainingStopped(_stopped(run)) from None
+                raise TrainingStopped(stopped_message(run)) from None
             record = {
                 "epoch": epoch + 1,
                 **{name: total / progress.images for name, total in progress.sums.items()},
@@ -230,8 +236,8 @@ def fit(
                     board.add_scalar(name, scalar, epoch + 1)
                 _write_metrics(options.out, history)
                 bar.console.print(epoch_line(record, schedule.epochs), highlight=False)
-            if sum_over_processes([sigterm.received], device)[0]:
-                raise TrainingStopped(_stopped(run))
+            if sum_over_processes([sigterm.received], device)[0] and progress.epoch < schedule.epochs:
+                raise TrainingStopped(stopped_message(run))
     model._compiled_call_impl = None  # what is measured of it next runs once: not worth minutes of compiling
     return evaluated, history
 
@@ -254,7 +260,3 @@ def _again(accelerator: Accelerator, loss_fn: Loss, student: nn.Module, parts: l
     with accelerator.autocast():
         for part in parts:
             loss_fn(student, part.images, part.labels)
-
-
-def _stopped(run: Run) -> str:
-    return f"Stopped by SIGTERM at {run.progress}; {run.folder / 'last.pt'} is saved, and a resumed run goes on there."

@@ -6,10 +6,12 @@ every process, the data order, and how far the run has come; ``previous.pt`` is 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -243,16 +245,41 @@ def tidy(folder: Path, saved: Saved) -> None:
 
 def non_finite_message(run: Run, where: str) -> str:
     """Return the sentence that tells at what step, where, and what checkpoint is kept."""
-    progress = run.progress
-    path = run.folder / LAST
-    kept = f"{path} holds {_kept(path)}" if path.exists() else "nothing was saved before"
+    quantized = run.card.quant_config is not None
+    start = ", maybe from that checkpoint (--start)" if quantized and can_go_on(run.folder) else ""
     return (
-        f"The loss became NaN or infinite in epoch {progress.epoch + 1}, step {progress.step + 1}, first in {where}; "
-        f"{kept}. Lower the learning rate (--set quantized.lr=...) and go on with --resume, or start anew."
+        f"The loss became NaN or infinite in {_now(run)}, first in {where}; {_kept(run.folder)}. Start anew with a "
+        f"lower learning rate (--set {'quantized' if quantized else 'full_precision'}.lr=...) and another --out{start}."
     )
 
 
-def _kept(path: Path) -> str:
-    _, _, training = read_checkpoint(path)
-    assert training is not None  # this run wrote it
-    return str(Progress(**training["progress"]))
+def stopped_message(run: Run) -> str:
+    """Return the sentence that tells where SIGTERM has stopped a run that is saved, and how to go on."""
+    return f"Stopped by SIGTERM at {run.progress}; {run.folder / LAST} is saved: {_GO_ON}."
+
+
+@contextlib.contextmanager
+def says_what_is_kept(run: Run) -> Iterator[None]:
+    """Let Ctrl-C end the block at once, and say what is saved and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        go_on = f": {_GO_ON}" if can_go_on(run.folder) else ""
+        raise KeyboardInterrupt(f"Interrupted in {_now(run)}; {_kept(run.folder)}{go_on}.") from None
+
+
+_GO_ON = "the same command goes on there (qvit train with --resume)"
+
+
+def _now(run: Run) -> str:
+    return f"epoch {run.progress.epoch + 1}, step {run.progress.step + 1}"
+
+
+def _kept(folder: Path) -> str:
+    """Say what the newest checkpoint of this run holds; between two renames that is the one before the last."""
+    for path in (folder / LAST, folder / PREVIOUS):
+        if path.exists():
+            _, _, training = read_checkpoint(path)
+            assert training is not None  # this run wrote it
+            return f"{path} holds {Progress(**training['progress'])}"
+    return "nothing was saved before"
