@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,8 @@ import pytest
 import timm
 import torch
 from timm.data import ImageNetInfo
-from timm.layers import GatedMlp, SimpleNorm
+from timm.layers import GatedMlp, GluMlp, SimpleNorm
+from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor, nn
 
 import qvit
@@ -29,6 +31,7 @@ from members import (
 from qvit import QuantConfig, quantize
 from qvit.errors import CheckpointError, ConfigError, PackedFileError, UncalibratedError, UnsupportedModelError
 from qvit.exporting.packed import export_checkpoint
+from qvit.format.branches import Residual
 from qvit.format.packed import PackedModel, read_packed
 from qvit.models.checkpoint import describe, save_checkpoint
 from qvit.nn.quantizer import Quantizer
@@ -49,7 +52,7 @@ def fake_quantized_codes(student: nn.Module, images: Tensor) -> tuple[np.ndarray
     for name, module in student.named_modules():
         if isinstance(module, Quantizer) and module.batched:
             short = name.removesuffix(".input_quantizer").removesuffix("_quantizer")
-            hooks.append(module.register_forward_pre_hook(watch(short)))
+            hooks.append(module.register_forward_pre_hook(watch(re.sub(r"\.attention$", ".map", short))))
     with torch.no_grad():
         logits = student(images).numpy()
     for hook in hooks:
@@ -100,14 +103,15 @@ def test_every_layer_and_operand_keeps_its_own_bits(vit: nn.Module, tmp_path: Pa
     }
     student = student_of(vit, images, QuantConfig(3, 4, "head", overrides))
     model = packed(student, tmp_path / "m.safetensors", images)
-    assert model.bits["patch_embed.proj"] == (5, 6)
-    assert model.bits["blocks.0.attn.qkv"] == (2, 7)
-    assert model.bits["blocks.0.attn.query"] == (3, 3)
-    assert model.bits["blocks.0.attn.key"] == (4, 4)
-    assert model.bits["blocks.0.attn.attention"] == (8, 8)
-    assert model.bits["blocks.1.mlp.fc1"] == (3, 4)
-    assert model.bits["blocks.1.mlp.fc2"] == (6, 5)
-    assert model.bits["head"] == (7, 3)
+    bits = model.program.bits()
+    assert bits["patch_embed.proj"] == (5, 6)
+    assert bits["blocks.0.attn.qkv"] == (2, 7)
+    assert bits["blocks.0.attn.query"] == (3, 3)
+    assert bits["blocks.0.attn.key"] == (4, 4)
+    assert bits["blocks.0.attn.map"] == (8, 8)
+    assert bits["blocks.1.mlp.fc1"] == (3, 4)
+    assert bits["blocks.1.mlp.fc2"] == (6, 5)
+    assert bits["head"] == (7, 3)
     distance, agreement, flipped = compare(student, model, images)
     assert flipped < 0.02
     assert agreement >= 0.8
@@ -118,7 +122,7 @@ def test_weight_codes_and_scales_are_the_quantizers(vit: nn.Module, tmp_path: Pa
     student = student_of(vit, images, QuantConfig(3, 3))
     model = packed(student, tmp_path / "m.safetensors", images)
     for name in ("blocks.1.mlp.fc1", "head", "patch_embed.proj"):
-        layer, quantizer = model.layer(name), student.get_submodule(f"{name}.weight_quantizer")
+        layer, quantizer = model.layer(model.program.layers()[name]), student.get_submodule(f"{name}.weight_quantizer")
         weight = student.get_submodule(name).weight
         np.testing.assert_array_equal(layer.codes, quantizer.codes(weight).flatten(1).numpy())
         np.testing.assert_array_equal(layer.scale, quantizer.scale.detach().flatten().numpy())
@@ -138,9 +142,12 @@ def test_header_says_what_was_given(vit: nn.Module, tmp_path: Path, images: Tens
     assert model.classes == CLASSES
     assert model.origin == {"method": "q-vit", "metrics": {"top1": 80.5}}
     assert model.preprocessing == preprocessing()
-    assert model.architecture.name == VIT
-    assert model.architecture.rectify == "head"
-    assert (model.architecture.depth, model.architecture.embed_dim, model.architecture.tokens) == (2, 24, 17)
+    assert model.program.name == VIT
+    attentions = model.program.attentions()
+    assert list(attentions) == ["blocks.0.attn", "blocks.1.attn"]
+    for attention, x in attentions.values():
+        assert attention.rectifier is None  # a rectifier of heads is folded into the layers
+        assert (x.width, x.tokens, x.prefix, x.grid) == (24, 17, 1, (4, 4))
 
 
 @pytest.mark.parametrize(("bits", "limit"), [(4, 12_100_000), (2, 6_800_000)])
@@ -170,10 +177,9 @@ def refused(student: nn.Module, path: Path, error: type[Exception], match: str, 
     [
         ({"act_layer": "hard_swish"}, r"blocks\.0\.mlp\.act \(Hardswish\): a packed file knows the activations gelu,"),
         ({"mlp_layer": GatedMlp}, r"blocks\.0\.mlp \(GatedMlp\): a packed file knows Mlp, GluMlp, SwiGLU"),
-        ({"num_classes": 0}, r"head \(Identity\): a packed file holds a classifier"),
         ({"global_pool": ""}, r"the model \(VisionTransformer\): it pools by ''"),
         ({"norm_layer": nn.Identity}, r"blocks\.0\.norm1? \(Identity\): a block needs its norms"),
-        ({"norm_layer": partial(SimpleNorm, affine=False)}, r"norm \(SimpleNorm\): it is no LayerNorm"),
+        ({"norm_layer": partial(SimpleNorm, affine=False)}, r"blocks\.0\.norm1 \(SimpleNorm\): it is no LayerNorm"),
     ],
 )
 def test_what_a_file_cannot_say_is_refused_by_name(
@@ -183,11 +189,60 @@ def test_what_a_file_cannot_say_is_refused_by_name(
         quantize(make_model(**kwargs))
 
 
-def test_blocks_that_differ_are_refused(make_model, tmp_path: Path, images: Tensor) -> None:
-    model = make_model()
+def test_blocks_that_differ_are_what_they_are(make_model, tmp_path: Path, images: Tensor) -> None:
+    model = make_model(depth=4)
     model.blocks[1].mlp.act = nn.ReLU()
+    model.blocks[2].mlp = GluMlp(24, 20, act_layer=nn.SiLU)
+    model.blocks[3] = make_model(block_fn=ResPostBlock, num_heads=3, depth=1, norm_layer=nn.RMSNorm).blocks[0]
     student = student_of(model, images, QuantConfig())
-    refused(student, tmp_path / "m.safetensors", UnsupportedModelError, r"blocks\.1 .*activation is relu")
+    file = packed(student, tmp_path / "m.safetensors", images)
+    mlps = [op.branches[0] for op in file.program.operations if isinstance(op, Residual)][1::2]
+    assert [(mlp.kind, mlp.activation) for mlp in mlps] == [
+        ("plain", "gelu"),
+        ("plain", "relu"),
+        ("glu_gate_last", "silu"),
+        ("plain", "gelu"),
+    ]
+    assert [attention.heads for attention, _ in file.program.attentions().values()] == [2, 2, 2, 3]
+    distance, agreement, flipped = compare(student, file, images)
+    assert flipped < 0.02
+    assert agreement >= 0.8
+    assert distance < (1e-5 if flipped == 0 else 0.1)
+
+
+def test_norms_of_queries_and_keys_may_differ(make_model, tmp_path: Path, images: Tensor) -> None:
+    model = make_model(qk_norm=True)
+    model.blocks[0].attn.k_norm = nn.RMSNorm(12, eps=1e-3)
+    model.blocks[1].attn.q_norm = nn.Identity()
+    student = student_of(model, images, QuantConfig())
+    file = packed(student, tmp_path / "m.safetensors", images)
+    first, second = (attention for attention, _ in file.program.attentions().values())
+    assert (first.query_norm.kind, first.key_norm.kind, first.key_norm.eps) == ("layer", "rms", 1e-3)
+    assert second.query_norm is None
+    assert second.key_norm.kind == "layer"
+    distance, agreement, flipped = compare(student, file, images)
+    assert flipped < 0.02
+    assert agreement >= 0.8
+    assert distance < (1e-5 if flipped == 0 else 0.1)
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+@pytest.mark.parametrize("rectify", ["head", "token"])
+def test_feature_extractor_gives_its_vectors(
+    make_model, tmp_path: Path, images: Tensor, pool: str, rectify: Any
+) -> None:
+    student = student_of(make_model(num_classes=0, global_pool=pool), images, QuantConfig(rectify=rectify))
+    path = tmp_path / "m.safetensors"
+    qvit.export(student, path, preprocessing=preprocessing(), classes=[])
+    file = read_packed(path)
+    assert not file.program.classifies
+    assert file.program.output == 24
+    assert file.classes == []
+    distance, _, flipped = compare(student, file, images)
+    assert flipped < 0.02
+    assert distance < (1e-5 if flipped == 0 else 0.1)
+    match = "classes has 10 names, the model is a feature extractor and has none"
+    refused(student, tmp_path / "classes.safetensors", ConfigError, match)
 
 
 def test_another_class_with_its_own_forward_is_refused(vit: nn.Module, tmp_path: Path, images: Tensor) -> None:

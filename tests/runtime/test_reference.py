@@ -1,167 +1,51 @@
+"""The reference's operations: against timm where timm has them, and as a whole."""
+
 from __future__ import annotations
 
-import math
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from qvit.format.architecture import Norm
+from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock
+from torch import nn
 
-from packed_models import make_packed
+from family_programs import FAMILIES, attention, layer
+from packed_models import make_packed, random_packed, vit_program
 from qvit.config import Bits
 from qvit.errors import DataError
-from qvit.format.codes import pack_codes
-from qvit.format.packed import PackedLayer
-from qvit.nn.quantizer import to_codes
-from qvit.nn.rectify import TokenRectifier
-from qvit.runtime.reference import (
-    ReferenceEngine,
-    activate,
-    attention_logits,
-    attention_output,
-    integer_matmul,
-    linear_codes,
-    normalize,
-    quantize,
-    rectify,
-    softmax,
-)
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng(0)
-
-
-def test_codes_are_those_of_the_training_wing(rng: np.random.Generator) -> None:
-    x = rng.normal(0, 2, (3, 4, 50, 7)).astype(np.float32)
-    scale = rng.uniform(0.1, 0.5, (4, 1, 1)).astype(np.float32)
-    offset = rng.normal(size=(4, 1, 1)).astype(np.float32)
-    expected = to_codes(*map(torch.from_numpy, (x, scale, offset)), -8, 7).numpy()
-    codes = quantize(x, scale, offset, -8, 7)
-    assert codes.dtype == np.int64
-    np.testing.assert_array_equal(codes, expected)
-    assert {-8, 7} <= set(codes.ravel())
-
-
-def test_halves_round_to_even() -> None:
-    x = np.array([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 3.5, -100, 100], np.float32)
-    codes = quantize(x, np.float32(1), np.float32(0), -8, 7)
-    assert codes.tolist() == [-2, -2, 0, 0, 2, 2, 4, -8, 7]
-
-
-@pytest.mark.parametrize("k", [1, 7, 4096, 65536])
-def test_integer_product_is_exact_at_the_extremes(k: int) -> None:
-    a = np.array([[255] * k, [0] * k, [255, 0] * (k // 2) + [255] * (k % 2)])
-    b = np.array([[-128] * k, [127] * k], np.int8)
-    expected = [[sum(map(int.__mul__, row, map(int, column))) for column in b] for row in a.tolist()]
-    product = integer_matmul(a, b)
-    assert product.dtype == np.int64
-    assert product.tolist() == expected
-
-
-@pytest.mark.parametrize(("weight_bits", "input_bits"), [(2, 2), (3, 8), (4, 4), (8, 5)])
-def test_linear_layer_is_the_product_of_the_values(rng: np.random.Generator, weight_bits: int, input_bits: int) -> None:
-    codes = rng.integers(-(2 ** (input_bits - 1)), 2 ** (input_bits - 1), (2, 3, 11))
-    weight = rng.integers(-(2 ** (weight_bits - 1)), 2 ** (weight_bits - 1), (5, 11))
-    scale, bias = rng.normal(size=(2, 5)).astype(np.float32)
-    step, offset = np.float32(0.37), np.float32(-0.81)
-    layer = PackedLayer(Bits(weight_bits, input_bits), 11, pack_codes(weight, weight_bits), scale, bias, step, offset)
-    x_hat = float(step) * codes + float(offset)
-    w_hat = scale.astype(float)[:, None] * weight
-    expected = x_hat @ w_hat.T + bias
-    got = linear_codes(codes, layer)
-    assert got.dtype == np.float32
-    np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)
-
-
-def test_attention_products_are_those_of_the_values(rng: np.random.Generator) -> None:
-    B, H, N, D = 2, 3, 5, 4
-    q, k, v = rng.integers(-8, 8, (3, B, H, N, D))
-    p = rng.integers(0, 16, (B, H, N, N))
-    a_q, a_k, a_v, a_p = rng.uniform(0.1, 0.5, (4, H)).astype(np.float32)
-    z_q, z_k, z_v = rng.normal(size=(3, H)).astype(np.float32)
-
-    def value(codes: np.ndarray, scale: np.ndarray, offset: np.ndarray) -> np.ndarray:
-        return scale.astype(float)[:, None, None] * codes + offset.astype(float)[:, None, None]
-
-    expected = value(q, a_q, z_q) @ value(k, a_k, z_k).swapaxes(-1, -2)
-    np.testing.assert_allclose(attention_logits(q, k, a_q, z_q, a_k, z_k), expected, rtol=1e-12, atol=1e-12)
-    expected = value(p, a_p, np.zeros(H)) @ value(v, a_v, z_v)
-    np.testing.assert_allclose(attention_output(p, v, a_p, a_v, z_v), expected, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("kind", ["layer", "rms"])
-def test_norms_are_pytorchs(rng: np.random.Generator, kind: str) -> None:
-    x = rng.normal(3, 2, (2, 5, 16)).astype(np.float32)
-    weight, bias = rng.normal(size=(2, 16)).astype(np.float32)
-    tensors = [torch.from_numpy(values).double() for values in (x, weight, bias)]
-    if kind == "layer":
-        expected = F.layer_norm(tensors[0], (16,), tensors[1], tensors[2], 1e-3)
-    else:
-        expected = F.rms_norm(tensors[0], (16,), tensors[1], 1e-3) + tensors[2]
-    got = normalize(x, Norm(kind, 1e-3), weight, bias)
-    assert got.dtype == np.float32
-    np.testing.assert_allclose(got, expected.numpy(), rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("kind", "function"),
-    [
-        ("gelu", F.gelu),
-        ("gelu_tanh", lambda x: F.gelu(x, approximate="tanh")),
-        ("quick_gelu", lambda x: x * torch.sigmoid(1.702 * x)),
-        ("silu", F.silu),
-        ("relu", F.relu),
-    ],
-)
-def test_activations_are_pytorchs(kind: str, function) -> None:
-    x = np.concatenate([np.linspace(-12, 12, 999), [0.0, 1e4, -1e4]]).astype(np.float32)
-    got = activate(x, kind)
-    assert got.dtype == np.float32
-    np.testing.assert_allclose(got, function(torch.from_numpy(x).double()).numpy(), rtol=1e-6, atol=1e-7)
-
-
-def test_rectifier_is_the_training_wings(rng: np.random.Generator) -> None:
-    x = rng.normal(1, 3, (2, 3, 5, 4)).astype(np.float32)
-    gamma, beta = rng.uniform(0.5, 2, (2, 3, 4)).astype(np.float32)
-    rectifier = TokenRectifier(3, 4)
-    with torch.no_grad():
-        rectifier.gamma.copy_(torch.from_numpy(gamma)[:, None])
-        rectifier.beta.copy_(torch.from_numpy(beta)[:, None])
-        expected = rectifier(torch.from_numpy(x).double()).numpy()
-    np.testing.assert_allclose(rectify(x, gamma, beta), expected, rtol=1e-6, atol=1e-6)
-
-
-def test_softmax_survives_large_logits() -> None:
-    shares = softmax(np.array([[1e4, 1e4, -1e4], [0.0, math.log(3), -math.inf]]))
-    np.testing.assert_allclose(shares, [[0.5, 0.5, 0], [0.25, 0.75, 0]], rtol=1e-6)
+from qvit.format.branches import Attention
+from qvit.format.ops import Merge, Norm, Stream
+from qvit.runtime.reference import RUN, ReferenceEngine
 
 
 def test_watch_sees_every_quantizer_within_its_bits() -> None:
-    model = make_packed(3, rectify="token", pool="avgmax", pool_skip=1)
-    model.bits["blocks.1.attn.attention"] = Bits(2, 2)
+    fields = {"rectify": "token", "pool": "avgmax", "pool_skip": 1}
+    bits = {**vit_program(3, **fields).bits(), "blocks.1.attn.map": Bits(2, 2)}
+    model = make_packed(bits, **fields)
     seen: dict[str, np.ndarray] = {}
     images = np.random.default_rng(1).normal(size=(2, 3, 8, 8)).astype(np.float32)
     logits = ReferenceEngine(model, seen.__setitem__)(images)
     assert logits.shape == (2, 5)
     assert logits.dtype == np.float32
-    assert seen.keys() == model.bits.keys()
+    assert seen.keys() == bits.keys() == model.program.bits().keys()
     assert seen["blocks.0.attn.query"].shape == (2, 2, 5, 4)
     assert seen["patch_embed.proj"].shape == (2, 4, 48)
-    assert seen["blocks.1.attn.attention"].max() <= 3
-    assert seen["blocks.1.attn.attention"].min() >= 0
+    assert seen["blocks.1.attn.map"].max() <= 3
+    assert seen["blocks.1.attn.map"].min() >= 0
     assert all(np.abs(codes).max() <= 7 for codes in seen.values())
 
 
-def test_images_of_a_batch_do_not_touch_each_other() -> None:
-    engine = ReferenceEngine(make_packed(4))
-    images = np.random.default_rng(1).normal(size=(3, 3, 8, 8)).astype(np.float32)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_images_of_a_batch_do_not_touch_each_other(family: str) -> None:
+    program = FAMILIES[family]
+    engine = ReferenceEngine(random_packed(program))
+    images = np.random.default_rng(1).normal(size=(3, *program.input)).astype(np.float32)
     together = engine(images)
     np.testing.assert_array_equal(together, np.concatenate([engine(image[None]) for image in images]))
     assert np.abs(together[0] - together[1]).max() > 1e-3
-    assert engine(images[:0]).shape == (0, 5)
+    assert engine(images[:0]).shape == (0, program.output)
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (1, 3, 8, 9), (1, 1, 8, 8)])
@@ -175,3 +59,57 @@ def test_images_that_are_not_numbers_are_refused() -> None:
     images[0, 1, 2, 3] = np.nan
     with pytest.raises(DataError, match="NaN or an infinity"):
         ReferenceEngine(make_packed())(images)
+
+
+GRID, WIDTH = (8, 6), 6
+
+
+class Floats(ReferenceEngine):
+    """The reference with its products in floating point, to compare its order of things with timm's."""
+
+    def __init__(self, tensors: dict[str, np.ndarray], weights: dict[str, np.ndarray]) -> None:
+        super().__init__(SimpleNamespace(program=None, tensors=tensors))  # type: ignore[arg-type]
+        self.weights = weights
+
+    def layer(self, layer: Any, x: np.ndarray) -> np.ndarray:
+        return x.astype(np.float64) @ self.weights[layer.name].T
+
+    def products(self, op: Any, q: np.ndarray, k: np.ndarray, v: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
+        logits = q @ k.swapaxes(-1, -2) * op.scale + (0 if bias is None else bias)
+        powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        return powers / powers.sum(axis=-1, keepdims=True) @ v
+
+
+@pytest.mark.parametrize("shift", [(0, 0), (2, 1), (1, 2), (3, 1)])
+def test_shifted_windows_are_timms(shift: tuple[int, int]) -> None:
+    window, heads, rng = (4, 3), 2, np.random.default_rng(0)
+    block = SwinTransformerBlock(WIDTH, GRID, heads, window_size=window, qkv_bias=False, always_partition=True).double()
+    block.shift_size = shift
+    block.attn_mask = block.get_attn_mask()
+    table, qkv, proj = block.attn.relative_position_bias_table, block.attn.qkv.weight, block.attn.proj.weight
+    for parameter in (table, qkv, proj):
+        nn.init.normal_(parameter)
+    nn.init.zeros_(block.attn.proj.bias)
+    fields = {"window": window, "shift": shift, "bias": "relative_position", "norm": None}
+    op = attention("attn", WIDTH, heads, **fields)
+    weights = {"attn.qkv": qkv.detach().numpy(), "attn.proj": proj.detach().numpy()}
+    engine = Floats({"attn.relative_position_bias": table.detach().numpy()}, weights)
+    values = rng.normal(size=(2, 48, WIDTH))
+    got = RUN[Attention](engine, op, Stream("tokens", 48, WIDTH, GRID), values)
+    with torch.no_grad():
+        expected = block._attn(torch.from_numpy(values).view(2, *GRID, WIDTH)).reshape(2, 48, WIDTH)
+    np.testing.assert_allclose(got, expected.numpy(), rtol=1e-6, atol=1e-6)
+
+
+def test_merging_is_timms() -> None:
+    merging, rng = PatchMerging(WIDTH, 5, norm_layer=nn.LayerNorm), np.random.default_rng(0)
+    for parameter in merging.parameters():
+        nn.init.normal_(parameter)
+    tensors = {f"norm.{name}": getattr(merging.norm, name).detach().numpy() for name in ("weight", "bias")}
+    engine = Floats(tensors, {"reduction": merging.reduction.weight.detach().numpy()})
+    op = Merge(layer("reduction", 4 * WIDTH, 5), Norm("norm", "layer", merging.norm.eps))
+    values = rng.normal(size=(2, 48, WIDTH)).astype(np.float32)
+    got = RUN[Merge](engine, op, Stream("tokens", 48, WIDTH, GRID), values)
+    with torch.no_grad():
+        expected = merging(torch.from_numpy(values).view(2, *GRID, WIDTH)).reshape(2, 12, 5)
+    np.testing.assert_allclose(got, expected.numpy(), rtol=1e-4, atol=1e-5)

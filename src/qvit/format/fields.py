@@ -17,8 +17,10 @@ from qvit.errors import PackedFileError
 MAX_SIZE = 2**16
 """Largest number of any kind. As the length of a dot product of 8-bit codes it keeps the sum within int32:
 2^16 * 255 * 128 < 2^31."""
-MAX_TEXT = 1000
-"""Letters of the longest name."""
+MAX_TEXT = 200
+"""Letters of the longest name: names stand in messages, which fit on a screen."""
+SMALLEST_EPS = 2.0**-126
+"""The smallest float32 that all engines tell from 0."""
 
 Reader = Callable[[str, Any], Any]
 """Takes the place of a value in the file, for messages, and the value; returns what it means."""
@@ -57,8 +59,9 @@ def is_whole(value: Any, least: int, most: int) -> bool:
 
 
 def read_text(place: str, value: Any) -> str:
-    """Read a name: text of 1 to :data:`MAX_TEXT` letters."""
-    need(isinstance(value, str) and 0 < len(value) <= MAX_TEXT, place, f"it must be a name, not {shown(value)}")
+    """Read a name: 1 to :data:`MAX_TEXT` letters, all of which a terminal can print."""
+    named = isinstance(value, str) and 0 < len(value) <= MAX_TEXT and value.isprintable()
+    need(named, place, f"it must be a name of 1 to {MAX_TEXT} printable letters, not {shown(value)}")
     return str(value)
 
 
@@ -100,7 +103,7 @@ def read_factor(place: str, value: Any) -> float:
 
 def read_eps(place: str, value: Any) -> float:
     """Read what stands under a norm's root beside the variance."""
-    need(is_number(value) and 0 < value < 1, place, f"it must be between 0 and 1, not {shown(value)}")
+    need(is_number(value) and SMALLEST_EPS <= value < 1, place, f"it must be between 0 and 1, not {shown(value)}")
     return float(value)
 
 

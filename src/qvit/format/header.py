@@ -118,7 +118,8 @@ def check_preprocessing(data: Any, size: tuple[int, int, int]) -> None:
 
     if not isinstance(data, dict) or set(data) != set(_PREPROCESSING):
         raise PackedFileError(f"preprocessing must have {', '.join(_PREPROCESSING)}, it is {shown(data)}.")
-    if data["input_size"] != list(size):
+    sides = data["input_size"]
+    if sides != list(size) or not all(type(side) is int for side in sides):  # 8.0 and true are equal to whole numbers
         refuse("input_size", f"{list(size)} as in the program")
     for field in ("mean", "std"):
         values = data[field]

@@ -27,9 +27,9 @@ from qvit.config import Bits
 from qvit.errors import PackedFileError
 from qvit.files import first_line, write_atomically
 from qvit.format.codes import unpack_codes
-from qvit.format.fields import shown
+from qvit.format.fields import MAX_TEXT, shown
 from qvit.format.header import VERSION, check_header, parse
-from qvit.format.ops import OPERANDS, Layer
+from qvit.format.ops import Layer
 from qvit.format.program import Program
 
 MAX_HEADER = 2**22
@@ -118,16 +118,16 @@ def write_packed(path: str | Path, model: PackedModel) -> None:
         program = check_header(parse(text, "the header"))
         expected = program.entries()
         _same_names(expected, model.tensors)
-        tails = _tails(program)
+        tails, positive = _tails(program), _positive(program)
         checksum = zlib.crc32(text.encode())
         for name, (dtype, shape) in expected.items():
             array = model.tensors[name]
             if (array.dtype, array.shape) != (dtype, shape):
                 raise PackedFileError(f"{name} is {array.dtype} {array.shape}, it must be {dtype} {shape}.")
-            _check_values(name, array, tails.get(name, 0))
+            _check_values(name, array, tails.get(name, 0), name in positive)
             checksum = zlib.crc32(np.ascontiguousarray(array).data, checksum)
     except (PackedFileError, TypeError, ValueError, UnicodeError) as error:
-        raise PackedFileError(f"{path} cannot be written: {first_line(error)}") from error
+        raise PackedFileError(f"{_called(path)} cannot be written: {first_line(error)}") from error
     text = text.replace(f'"checksum":"{_NO_CHECKSUM}"', f'"checksum":"{checksum:08x}"', 1)
     tensors = {name: np.ascontiguousarray(model.tensors[name]) for name in expected}
     data = safetensors.numpy.save(tensors, {"qvit": text})
@@ -146,19 +146,21 @@ def read_packed(source: Source) -> PackedModel:
     if isinstance(source, (str, os.PathLike)):
         return _read_path(source)
     what = "The packed model"
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        source = io.BytesIO(source)
-    elif not callable(getattr(source, "read", None)):
+    given = isinstance(source, (bytes, bytearray, memoryview))
+    if not given and not callable(getattr(source, "read", None)):
         raise PackedFileError(f"{what} must be a path, bytes or an open binary file, not {type(source).__name__}.")
+    if isinstance(source, io.TextIOBase):
+        raise PackedFileError(f"{what} is open as text: open it with mode 'rb'.")
     try:
-        data = source.read()
+        data = bytes(source) if given else source.read()  # type: ignore[arg-type, union-attr]
+    except Exception as error:  # whatever the file may be
+        raise PackedFileError(f"{what} cannot be read: {first_line(error)}") from error
+    try:
         if not isinstance(data, (bytes, bytearray)):
-            raise PackedFileError("it is open as text: open it with mode 'rb'.")
+            raise PackedFileError(f"its read() gives no bytes but {type(data).__name__}.")
         return _read(io.BytesIO(data), len(data))
     except PackedFileError as error:
         raise PackedFileError(f"{what}: {error}") from error
-    except (OSError, ValueError) as error:  # a ValueError for a file that is closed, or whose text is no text
-        raise PackedFileError(f"{what} cannot be read: {first_line(error)}") from error
 
 
 def _read_path(path: str | os.PathLike[str]) -> PackedModel:
@@ -168,11 +170,18 @@ def _read_path(path: str | os.PathLike[str]) -> PackedModel:
         with open(path, "rb") as file:
             return _read(file, os.fstat(file.fileno()).st_size)
     except PackedFileError as error:
-        raise PackedFileError(f"{path}: {error}") from error
+        raise PackedFileError(f"{_called(path)}: {error}") from error
     except FileNotFoundError as error:
-        raise PackedFileError(f"There is no file {path}.") from error
+        raise PackedFileError(f"There is no file {_called(path)}.") from error
     except (OSError, ValueError) as error:  # a ValueError for a path that no file system can hold
-        raise PackedFileError(f"{path} cannot be read: {first_line(error)}") from error
+        raise PackedFileError(f"{_called(path)} cannot be read: {first_line(error)}") from error
+
+
+def _called(path: str | os.PathLike[str]) -> str:
+    """Return a path for an error message: printable, and cut at its start to a readable length."""
+    text = str(path)
+    text = text if text.isprintable() else repr(text)[1:-1]
+    return text if len(text) <= MAX_TEXT else f"...{text[-MAX_TEXT:]}"
 
 
 class _Stored(NamedTuple):
@@ -213,14 +222,14 @@ def _read(file: BinaryIO, size: int) -> PackedModel:
 
     zeroed = text.replace(f'"checksum":"{header["checksum"]}"', f'"checksum":"{_NO_CHECKSUM}"', 1)
     checksum = zlib.crc32(zeroed.encode())
-    tails = _tails(program)
+    tails, positive = _tails(program), _positive(program)
     tensors = {}
     for name, (dtype, shape) in expected.items():
         array = np.empty(shape, dtype)
         file.seek(8 + length + stored[name].start)
         if file.readinto(array.data.cast("B")) != array.nbytes:  # type: ignore[attr-defined]
             raise PackedFileError(f"{name} is cut short: the file changed while it was read.")
-        _check_values(name, array, tails.get(name, 0))
+        _check_values(name, array, tails.get(name, 0), name in positive)
         checksum = zlib.crc32(array.data, checksum)
         tensors[name] = array
     if f"{checksum:08x}" != header["checksum"]:
@@ -294,18 +303,22 @@ def _tails(program: Program) -> dict[str, int]:
     return {f"{name}.codes": layer.inputs * layer.bits.weight % 8 for name, layer in program.layers().items()}
 
 
-def _check_values(name: str, array: np.ndarray, tail: int) -> None:
+def _positive(program: Program) -> set[str]:
+    """Return the entries that must be positive: scales of activations. Those of weights may have either sign."""
+    operands = (name for operation in program.operations for name, _ in operation.operands())
+    return {f"{name}.scale" for name in operands} | {f"{name}.input_scale" for name in program.layers()}
+
+
+def _check_values(name: str, array: np.ndarray, tail: int, positive: bool) -> None:
     if array.dtype == np.uint8:
         if tail and (array[:, -1] >> tail).any():
             raise PackedFileError(f"{name} has bits set after the last code of a row.")
         return
     if not np.isfinite(array).all():
         raise PackedFileError(f"{name} holds a NaN or an infinity.")
-    part, _, kind = name.rpartition(".")
-    positive = kind == "input_scale" or (kind == "scale" and part.rpartition(".")[2] in OPERANDS)
     if positive and not (array > 0).all():
         raise PackedFileError(f"{name} must be positive.")
-    if kind == "gamma" and not array.all():
+    if name.endswith("_rectifier.gamma") and not array.all():
         raise PackedFileError(f"{name} holds a 0, and is divided by.")
 
 

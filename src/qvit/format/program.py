@@ -13,7 +13,7 @@ import numpy as np
 from qvit.config import Bits
 from qvit.errors import PackedFileError
 from qvit.format.branches import Attention, AttentionPool, Residual, Rotary
-from qvit.format.fields import MAX_SIZE, is_whole, need, plain, read_record, shown, unknown
+from qvit.format.fields import MAX_SIZE, is_whole, need, plain, read_record, read_text, shown, unknown
 from qvit.format.ops import Classify, Embed, Entry, Layer, Merge, Norm, Operation, Pool, Product, Stream, Tokens
 
 MAX_PIXELS = 2**26
@@ -139,7 +139,7 @@ def read_program(name: Any, size: Any, data: Any) -> Program:
     Raises:
         PackedFileError: naming the operation and the field that is absent, unknown or cannot be meant.
     """
-    need(isinstance(name, str), "name", f"it must be text, not {shown(name)}")
+    name = read_text("name", name)
     whole = isinstance(size, list) and len(size) == 3 and all(is_whole(side, 1, MAX_SIZE) for side in size)
     need(whole, "input", f"it must be channels, height and width, not {shown(size)}")
     need(isinstance(data, list) and bool(data), "program", f"it must be a list of operations, not {shown(data)}")

@@ -1,0 +1,83 @@
+"""One small file per family, written once: every later qvit reads it and gets the logits of that day.
+
+A file is never made anew because reading or computing changed: that is what this test is there to find. To add a
+family, give it a program in :mod:`family_programs` and run ``PYTHONPATH=tests python tests/format/test_golden.py``,
+which writes the files that are absent. To make one anew after a change of the format's meaning, delete it first.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from family_programs import FAMILIES
+from packed_models import random_packed
+from qvit.errors import ConfigError
+from qvit.format.packed import read_packed, write_packed
+from qvit.format.program import Program
+from qvit.runtime.engine import Engine, instruction_sets
+from qvit.runtime.reference import ReferenceEngine
+
+GOLDEN = Path(__file__).parent / "golden"
+CLOSE = 1e-5
+"""Of the largest value. Products of codes are exact and codes are chosen in float32, but exp, tanh and sums of floats
+differ in their last places between versions of NumPy and between instruction sets."""
+ENGINE_RUNS = ("vit",)
+
+
+def images_of(program: Program) -> np.ndarray:
+    """Return three images from -1 to 1 that need no random generator, whose stream NumPy may change."""
+    count = 3 * int(np.prod(program.input))
+    values = np.arange(count, dtype=np.int64) * 7919 % 2003
+    return (values / 1001 - 1).astype(np.float32).reshape(3, *program.input)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reference_gives_the_golden_logits(family: str) -> None:
+    model, expected = read_packed(GOLDEN / f"{family}.safetensors"), np.load(GOLDEN / f"{family}.npy")
+    got = ReferenceEngine(model)(images_of(model.program))
+    assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=CLOSE * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("isa", instruction_sets())
+@pytest.mark.parametrize("family", FAMILIES)
+def test_engine_gives_the_golden_logits(family: str, isa: str) -> None:
+    model, expected = read_packed(GOLDEN / f"{family}.safetensors"), np.load(GOLDEN / f"{family}.npy")
+    images = images_of(model.program)
+    if family not in ENGINE_RUNS:
+        with pytest.raises(ConfigError, match="cannot run"):
+            Engine(model)
+        return
+    for threads in (1, 2):
+        got = Engine(read_packed(GOLDEN / f"{family}.safetensors"), threads=threads, instruction_set=isa)(images)
+        np.testing.assert_allclose(got, expected, rtol=0, atol=CLOSE * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_images_of_a_golden_file_differ(family: str) -> None:
+    """A network that gives every image the same could not show a fault."""
+    expected = np.load(GOLDEN / f"{family}.npy")
+    assert np.abs(expected - expected.mean(axis=0)).max() > 0.01 * np.abs(expected).max()
+
+
+def test_every_golden_file_belongs_to_a_family() -> None:
+    assert {path.name for path in GOLDEN.iterdir()} == {
+        f"{family}.{suffix}" for family in FAMILIES for suffix in ("safetensors", "npy")
+    }
+
+
+def write_absent() -> None:
+    """Write the golden files that are absent."""
+    for seed, (family, program) in enumerate(FAMILIES.items()):
+        path = GOLDEN / f"{family}.safetensors"
+        if not path.exists():
+            write_packed(path, random_packed(program, seed))
+            model = read_packed(path)
+            np.save(GOLDEN / f"{family}.npy", ReferenceEngine(model)(images_of(model.program)))
+
+
+if __name__ == "__main__":
+    write_absent()
