@@ -5,6 +5,7 @@ An operation's strategy takes what flows in, a :class:`Stream`, and the name und
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection
 from typing import Any
 
@@ -103,11 +104,16 @@ def mlps(draw: st.DrawFn, x: Stream, name: str) -> Mlp:
 
 @st.composite
 def residuals(draw: st.DrawFn, x: Stream, name: str, *, windows: bool | None = None) -> Residual:
-    """One to three branches of either kind side by side, their norms before or after them."""
-    branches = [
-        draw(attentions(x, f"{name}.{index}", windows=windows) | mlps(x, f"{name}.{index}"))
-        for index in range(draw(st.integers(1, 3)))
-    ]
+    """One to three branches of either kind side by side, their norms before or after them; the windows are shared."""
+    if windows is None:
+        windows = draw(st.booleans())
+    branches: list[Attention | Mlp] = []
+    for index in range(draw(st.integers(1, 3))):
+        branch = draw(attentions(x, f"{name}.{index}", windows=windows) | mlps(x, f"{name}.{index}"))
+        first = next((other for other in branches if isinstance(other, Attention)), branch)
+        if isinstance(branch, Attention):
+            branch = dataclasses.replace(branch, window=first.window, shift=first.shift)
+        branches.append(branch)
     return Residual(tuple(branches), draw(st.booleans()))
 
 

@@ -15,7 +15,6 @@ import pytest
 import safetensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qvit.format.architecture import Architecture, Norm
 
 from packed_models import DEIT_SMALL, LAYER, make_packed, random_packed
 from qvit.config import Bits

@@ -219,7 +219,6 @@ def test_operation_from_outside_is_one_class_and_one_function(
     np.testing.assert_allclose(got, ReferenceEngine(plain)(images), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.xfail(strict=True, reason="the engine names the model, not yet the operation that it cannot run")
 def test_engine_refuses_an_operation_from_outside_by_name(monkeypatch: pytest.MonkeyPatch, with_toy: Program) -> None:
     monkeypatch.setitem(OPERATIONS, "scale", Scale)
     with pytest.raises(ConfigError, match="'scale'"):

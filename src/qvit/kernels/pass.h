@@ -24,11 +24,12 @@ struct KeyValues {
         Span<uint8_t> key;           // packed for their product
         Span<float> bias;            // of the logits, one per key; -infinity for padding
     };
-    Head head(const Attention& a, size_t group, size_t branches, size_t branch, size_t index) {
-        const size_t at = (group * branches + branch) * a.heads.count + index, size = a.heads.padded();
-        return {query.rows(a.padded_group, size, at * a.head_codes()),
-                value.rows(a.padded_group, size, at * a.head_codes()), key.rows(1, a.key_bytes(), at * a.key_bytes()),
-                bias.rows(1, a.padded_group, at * a.padded_group)};
+    Head head(const Attentions& all, const Attention& a, size_t group, size_t index) {
+        const size_t size = a.heads.padded(), codes = group * all.codes + a.first_codes + index * a.head_codes();
+        const size_t keys = group * all.keys + a.first_keys + index * a.key_bytes();
+        return {query.rows(a.padded_group, size, codes), value.rows(a.padded_group, size, codes),
+                key.rows(1, a.key_bytes(), keys),
+                bias.rows(1, a.padded_group, group * all.biases + a.first_bias + index * a.padded_group)};
     }
 
     Buffer<uint8_t> query, value, key;

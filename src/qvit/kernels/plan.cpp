@@ -152,26 +152,28 @@ size_t Plan::outputs() const {
 
 void Plan::consider(const Linear& layer) { widen(largest_row, std::max(layer.inputs, layer.outputs)); }
 
-void Plan::consider(const Attentions& group) {
-    size_t codes = 0, keys = 0, bias = 0;
-    for (const Attention& attention : group.branches) {
+void Plan::consider(Attentions& group) {
+    for (Attention& attention : group.branches) {
         consider(attention.qkv);
         consider(attention.proj);
         widen(largest_group, attention.padded_group);
         widen(largest_head, attention.heads.padded());
-        codes += attention.heads.count * attention.head_codes();
-        keys += attention.heads.count * attention.key_bytes();
-        bias += attention.heads.count * attention.padded_group;
+        attention.first_codes = group.codes;
+        attention.first_keys = group.keys;
+        attention.first_bias = group.biases;
+        group.codes += attention.heads.count * attention.head_codes();
+        group.keys += attention.heads.count * attention.key_bytes();
+        group.biases += attention.heads.count * attention.padded_group;
     }
     if (group.windows == 0) {
-        widen(largest_codes, codes);
-        widen(largest_keys, keys);
-        widen(largest_bias, bias);
+        widen(largest_codes, group.codes);
+        widen(largest_keys, group.keys);
+        widen(largest_bias, group.biases);
     } else {
         const size_t at_once = windows[group.windows - 1].at_once;
-        widen(largest_window_codes, at_once * codes);
-        widen(largest_window_keys, at_once * keys);
-        widen(largest_window_bias, at_once * bias);
+        widen(largest_window_codes, at_once * group.codes);
+        widen(largest_window_keys, at_once * group.keys);
+        widen(largest_window_bias, at_once * group.biases);
     }
 }
 

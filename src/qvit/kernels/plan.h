@@ -79,8 +79,10 @@ struct Attention {
     std::vector<double> out_scale, out_total;  // out = sums * out_scale + total of the row's codes * out_total
     double out_shift = 0.0;                    // of codes
 
-    // Tokens that attend to one another, and what a head of them takes in memory.
+    // Tokens that attend to one another, what a head of them takes in memory, and where this attention's heads begin in
+    // the memory of all that stand side by side.
     size_t group = 0, padded_group = 0;
+    size_t first_codes = 0, first_keys = 0, first_bias = 0;
     size_t head_codes() const { return padded_group * heads.padded(); }
     size_t key_bytes() const { return round_up(group, 64) * heads.padded(); }
     size_t width() const { return heads.total(); }
@@ -107,6 +109,7 @@ struct Attentions {
     std::vector<Attention> branches;
     size_t windows = 0;  // index into Plan::windows plus one; 0 if all tokens of an image attend to one another
     size_t half = 0;     // which of two memories of keys and values, if they do
+    size_t codes = 0, keys = 0, biases = 0;  // that the branches of one group take in it
 };
 
 struct Mlps {
@@ -183,7 +186,7 @@ class Plan {
 
   private:
     void consider(const Linear& layer);
-    void consider(const Attentions& group);
+    void consider(Attentions& group);
     void add(Step::Kind kind, size_t index);
     size_t windows_of(size_t height, size_t width, size_t shift_rows, size_t shift_columns);
 };

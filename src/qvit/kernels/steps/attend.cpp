@@ -136,16 +136,15 @@ void attend(const Plan& plan, Pass& pass, Scratch& s, const Task& task, const At
     const RowSpans ops(plan.isa.ops);
     Clock clock(pass.timed, s.seconds);
     const Windows* windows = attentions.windows == 0 ? nullptr : &plan.windows[attentions.windows - 1];
-    const size_t count = task.count, width = plan.stages[task.stage].width, branches = attentions.branches.size();
-    for (size_t branch = 0; branch < branches; ++branch) {
-        const Attention& a = attentions.branches[branch];
+    const size_t count = task.count, width = plan.stages[task.stage].width;
+    for (const Attention& a : attentions.branches) {
         const size_t padded = a.heads.padded();
         const Span<float> values = s.first.rows(count, a.width());
         const Span<uint8_t> codes = s.codes.rows(count, a.width());
         KeyValues& memory = memory_of(pass, s, attentions);
         for (size_t head = 0; head < a.heads.count; ++head)
             each_segment(task, attentions, a.group, [&](const Segment& segment) {
-                KeyValues::Head part = memory.head(a, segment.slot, branches, branch, head);
+                KeyValues::Head part = memory.head(attentions, a, segment.slot, head);
                 if (a.pools) {
                     std::copy_n(a.latent_codes.from(head * padded, padded), padded, part.query.row(0, padded));
                     if (pass.trace != nullptr)

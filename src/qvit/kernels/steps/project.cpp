@@ -85,10 +85,9 @@ void project(const Plan& plan, Pass& pass, Scratch& s, const Task& task, const A
     const RowSpans ops(plan.isa.ops);
     Clock clock(pass.timed, s.seconds);
     const Stage& stage = plan.stages[task.stage];
-    const size_t count = task.count, width = stage.width, branches = attentions.branches.size();
+    const size_t count = task.count, width = stage.width;
     const Span<uint8_t> codes = s.codes.rows(count, width);
-    for (size_t branch = 0; branch < branches; ++branch) {
-        const Attention& a = attentions.branches[branch];
+    for (const Attention& a : attentions.branches) {
         const size_t padded = a.heads.padded();
         const auto see = [&](const char* part, size_t rows, size_t row, size_t some, size_t channels,
                              Span<uint8_t> seen) {
@@ -142,7 +141,7 @@ void project(const Plan& plan, Pass& pass, Scratch& s, const Task& task, const A
                 if (!a.pools) see_operand("query", q);
                 see_operand("key", k);
                 see_operand("value", v);
-                keep(a, segment, head, memory.head(a, segment.slot, branches, branch, head), q, k, v, s.key);
+                keep(a, segment, head, memory.head(attentions, a, segment.slot, head), q, k, v, s.key);
             }
         });
         clock.lap(kRest);
