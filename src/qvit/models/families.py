@@ -9,17 +9,18 @@ from torch import nn
 
 from qvit.errors import PackedFileError, UnsupportedModelError
 from qvit.format.program import Program
-from qvit.models import swin, vit
+from qvit.models import beit, eva, relpos, swin, swinv2, vit
 from qvit.models.lowering import Lowering
 from qvit.nn.attention import QuantAttention
 
-FAMILIES: tuple[ModuleType, ...] = (vit, swin)
+FAMILIES: tuple[ModuleType, ...] = (vit, swin, swinv2, beit, relpos, eva)
 """Each has
 
 - ``MODELS``: the classes of timm that it knows,
 - ``ATTENTIONS``: the quantized class in place of each class of attention,
 - ``ENDS``: names of the layers that keep 8 bits, as patterns,
 - ``OWNERS``: classes of modules that own parameters of its kind alone, which stay in floating point,
+- ``CONSTANT``: names of modules that see no image, whose values are constants of the file,
 - ``blocks``: the blocks of a model in the order they run, what FSDP shards one by one,
 - ``lower``: the operations of a model,
 - ``float_model``: timm's model of a program, where it can be one of this family.

@@ -25,7 +25,7 @@ from qvit.format.ops import ACTIVATIONS, Layer, Norm
 from qvit.nn.linear import QuantConv2d, QuantLinear
 from qvit.nn.quantizer import Quantizer
 
-_NORMS: dict[type, str] = {
+NORMS: dict[type, str] = {
     nn.LayerNorm: "layer",
     timm.layers.LayerNorm: "layer",
     timm.layers.LayerNormFp32: "layer",
@@ -33,6 +33,7 @@ _NORMS: dict[type, str] = {
     timm.layers.RmsNorm: "rms",
     timm.layers.RmsNormFp32: "rms",
 }
+"""What each class of norm is called in a file."""
 # timm calls them by the file's names; what it takes from PyTorch stands beside its own classes.
 _ACTIVATIONS: dict[type, str] = {
     **{timm.layers.get_act_layer(name): name for name in ACTIVATIONS},
@@ -139,7 +140,7 @@ class Lowering:
         module = self.module(name)
         if isinstance(module, nn.Identity):
             return None
-        kind = _NORMS.get(type(module))
+        kind = NORMS.get(type(module))
         if kind is None:
             refuse(name, module, "it is no LayerNorm and no RMSNorm")
         width = int(module.normalized_shape[0])

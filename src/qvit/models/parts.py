@@ -10,7 +10,9 @@ from timm.layers import PatchEmbed, resample_abs_pos_embed
 from torch import nn
 
 from qvit.errors import ConfigError
-from qvit.format.ops import Classify, Embed, Norm, Operation, Tokens
+from qvit.format.branches import Residual
+from qvit.format.ops import Classify, Embed, Norm, Operation, Pool, Tokens
+from qvit.models.attention import attention_pool
 from qvit.models.lowering import Lowering, refuse, wide
 
 ENDS = ("patch_embed.*", "head", "head_dist")
@@ -107,6 +109,31 @@ def tokens(to: Lowering, parts: Sequence[Any], positions: Any, covered: int) -> 
     if positions is not None:
         to.store("position_embedding", lambda: embedding()[covered:])
     return Tokens(prefix, positions is not None)
+
+
+def blocks(model: Any) -> list[nn.Module]:
+    """Return the blocks of a plain stack, in the order they run."""
+    return list(model.blocks)
+
+
+def check_blocks_and_pool(model: Any) -> None:
+    """Refuse a model without blocks, or whose pooling no packed file can say.
+
+    Raises:
+        UnsupportedModelError: naming the module.
+    """
+    if model.global_pool not in POOLS and getattr(model, "attn_pool", None) is None:
+        refuse("the model", model, f"it pools by {model.global_pool!r}; a packed file knows {', '.join(POOLS)}, map")
+    if not len(model.blocks):
+        refuse("blocks", model.blocks, "it is empty")
+
+
+def pool_by_attention(to: Lowering, name: str) -> Iterator[Operation]:
+    """Yield timm's ``AttentionPoolLatent``: the attention, the MLP after it, and the one token as a vector."""
+    yield attention_pool(to, name)
+    if to.module(name).mlp is not None:
+        yield Residual((to.mlp(f"{name}.mlp", f"{name}.norm"),))
+    yield Pool("token")
 
 
 def classify(to: Lowering, *names: str) -> Iterator[Classify]:

@@ -8,11 +8,17 @@ from torch import Tensor, nn
 
 from qvit.models.families import ATTENTIONS
 from qvit.nn.attention import QuantAttention
+from qvit.nn.pool import QuantAttentionPool
 
 
 def attention_layers(model: nn.Module) -> list[Any]:
-    """Return the self-attention modules of a float or quantized model, in the order they run."""
-    return [module for module in model.modules() if isinstance(module, QuantAttention) or type(module) in ATTENTIONS]
+    """Return the self-attention modules of a float or quantized model, in the order they run; not the poolings."""
+    return [module for module in model.modules() if _is_layer(module)]
+
+
+def _is_layer(module: nn.Module) -> bool:
+    kind = ATTENTIONS.get(type(module), type(module))
+    return issubclass(kind, QuantAttention) and not issubclass(kind, QuantAttentionPool)
 
 
 def run_with_queries(model: nn.Module, images: Tensor) -> tuple[Any, list[Tensor], list[Tensor]]:
@@ -56,12 +62,13 @@ def _run(model: nn.Module, images: Tensor, watched: dict[str, list[Tensor]]) -> 
     try:
         for parent in list(model.modules()):
             for name, child in list(parent.named_children()):
+                if not _is_layer(child):
+                    continue
                 if type(child) in ATTENTIONS:
                     child = ATTENTIONS[type(child)](child, None, name)
                     put(parent, name, child)
-                if isinstance(child, QuantAttention):
-                    for part, values in watched.items():
-                        put(child, part, _Recorded(getattr(child, part), values, output=part != "attention_quantizer"))
+                for part, values in watched.items():
+                    put(child, part, _Recorded(getattr(child, part), values, output=part != "attention_quantizer"))
         return model(images)
     finally:
         for parent, name, module in reversed(replaced):

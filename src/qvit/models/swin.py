@@ -20,6 +20,7 @@ MODELS: tuple[type[nn.Module], ...] = (swin.SwinTransformer,)
 ATTENTIONS: dict[type[nn.Module], type[QuantAttention]] = {swin.WindowAttention: QuantWindowAttention}
 ENDS = ("patch_embed.*", "head.fc")
 OWNERS: tuple[type[nn.Module], ...] = ()
+CONSTANT: tuple[str, ...] = ()
 POOLS = ("avg", "max", "avgmax")
 
 

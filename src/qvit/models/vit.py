@@ -21,16 +21,17 @@ from qvit.models import parts
 from qvit.models.attention import attention
 from qvit.models.lowering import Lowering, refuse
 from qvit.nn.attention import QuantAttention, QuantSelfAttention
+from qvit.nn.pool import QuantAttentionPool
 
 MODELS: tuple[type[nn.Module], ...] = (VisionTransformer, VisionTransformerDistilled)
-ATTENTIONS: dict[type[nn.Module], type[QuantAttention]] = {timm.layers.Attention: QuantSelfAttention}
+ATTENTIONS: dict[type[nn.Module], type[QuantAttention]] = {
+    timm.layers.Attention: QuantSelfAttention,
+    timm.layers.AttentionPoolLatent: QuantAttentionPool,
+}
 ENDS = parts.ENDS
 OWNERS: tuple[type[nn.Module], ...] = ()
-
-
-def blocks(model: Any) -> list[nn.Module]:
-    """Return the blocks, in the order they run: what FSDP shards, and reconstruction tunes, one by one."""
-    return list(model.blocks)
+CONSTANT: tuple[str, ...] = ()
+blocks = parts.blocks
 
 
 def lower(to: Lowering) -> Iterator[Operation]:
@@ -42,10 +43,7 @@ def lower(to: Lowering) -> Iterator[Operation]:
     """
     model: Any = to.model
     yield from parts.embed(to)
-    if model.global_pool not in parts.POOLS or model.attn_pool is not None:
-        refuse("the model", model, f"it pools by {model.global_pool!r}; a packed file knows {', '.join(parts.POOLS)}")
-    if not len(model.blocks):
-        refuse("blocks", model.blocks, "it is empty")
+    parts.check_blocks_and_pool(model)
     distilled = isinstance(model, VisionTransformerDistilled)
     prefix = [model.cls_token, model.dist_token if distilled else model.reg_token]
     count = sum(part.shape[1] for part in prefix if part is not None)
@@ -56,7 +54,12 @@ def lower(to: Lowering) -> Iterator[Operation]:
     yield from parts.norm(to, "norm")
     # A distilled model looks at neither fc_norm nor its registers.
     skip = 0 if model.global_pool == "token" or model.pool_include_prefix else count
-    yield Pool(model.global_pool, tokens=1 + distilled, skip=skip)
+    if model.attn_pool is not None:
+        if skip:
+            refuse("attn_pool", model.attn_pool, "a packed file cannot leave out the tokens before the patches")
+        yield from parts.pool_by_attention(to, "attn_pool")
+    else:
+        yield Pool(model.global_pool, tokens=1 + distilled, skip=skip)
     if not distilled:
         yield from parts.norm(to, "fc_norm")
     yield from parts.classify(to, *(("head", "head_dist") if distilled else ("head",)))

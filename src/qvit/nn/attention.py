@@ -62,6 +62,11 @@ class QuantAttention(nn.Module):
             if key == "attn_drop":
                 self._add_quantizers(config, name)
             self.add_module(key, module)
+        if "attn_drop" not in attention._modules:
+            self._add_quantizers(config, name)
+
+    def tie(self) -> None:
+        """Join the quantizers that are one; called when the linear layers are quantized."""
 
     def _add_quantizers(self, config: QuantConfig | None, name: str) -> None:
         def per_head(operand: str, *, signed: bool = True) -> nn.Module:
@@ -83,6 +88,11 @@ class QuantAttention(nn.Module):
         B, N, _ = qkv.shape
         q, k, v = qkv.reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         return q, k, v
+
+    def with_bias(self, qkv: Tensor) -> Tensor:
+        """Return ``qkv (B, N, 3 H D)`` with the bias of queries and values, where they have parameters for it."""
+        q_bias, v_bias = (getattr(self, name, None) for name in ("q_bias", "v_bias"))
+        return qkv if q_bias is None or v_bias is None else qkv + torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | Tensor, bias: Tensor | None = None) -> Tensor:
         """Return what attention gives, ``(B, N, H D)``, for q, k and v ``(B, H, N, D)`` that are ready to be rectified.

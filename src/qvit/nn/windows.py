@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from typing import ClassVar
+
 import torch
-from timm.models import swin_transformer
+import torch.nn.functional as F
+from timm.models import swin_transformer, swin_transformer_v2
 from torch import Tensor
 
 from qvit.nn.attention import QuantAttention
@@ -21,6 +25,30 @@ class QuantWindowAttention(QuantAttention, swin_transformer.WindowAttention):
         """
         q, k, v = self.split(self.qkv(x))
         return self.project(self.attend(q, k, v, self.scale, masked(self._get_rel_pos_bias(), mask)))
+
+
+class QuantCosineAttention(QuantAttention, swin_transformer_v2.WindowAttention):
+    """Swin v2's ``WindowAttention``: queries and keys of length 1, a scale per head, a bias that a small MLP makes."""
+
+    CONSTANT: ClassVar[tuple[str, ...]] = ("cpb_mlp",)
+    COSINE: ClassVar[float] = 1e-12
+    relative_position_index: Tensor
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attend windows to themselves; arguments as in :class:`QuantWindowAttention`."""
+        q, k, v = self.split(self.with_bias(self.qkv(x)))
+        q, k = (F.normalize(operand, dim=-1, eps=self.COSINE) for operand in (q, k))
+        N = x.shape[1]
+        bias = self.bias_table()[self.relative_position_index.view(-1)].view(N, N, -1).permute(2, 0, 1).unsqueeze(0)
+        return self.project(self.attend(q, k, v, self.logit_factor(), masked(bias, mask)))
+
+    def logit_factor(self) -> Tensor:
+        """Return what the logits are multiplied with, ``(H, 1, 1)``."""
+        return torch.clamp(self.logit_scale, max=math.log(1 / 0.01)).exp()
+
+    def bias_table(self) -> Tensor:
+        """Return the bias of each relative position, ``(rows, H)``."""
+        return 16 * torch.sigmoid(self.cpb_mlp(self.relative_coords_table)).view(-1, self.num_heads)
 
 
 def masked(bias: Tensor, mask: Tensor | None) -> Tensor:

@@ -15,12 +15,13 @@ from torch import nn
 from qvit.config import QuantConfig
 from qvit.errors import ConfigError
 from qvit.models.families import family_of, image_size_of, lower
-from qvit.models.lowering import refuse
+from qvit.models.lowering import NORMS, refuse
+from qvit.nn.attention import QuantAttention
 from qvit.nn.linear import QuantConv2d, QuantLinear
 from qvit.nn.quantizer import Float32Module, Quantizer
 
 # Modules that own parameters and stay in floating point (method.md, section 1: LayerNorm and the residual stream do).
-_FLOAT = (nn.LayerNorm, nn.RMSNorm, LayerScale)
+_FLOAT = (*NORMS, LayerScale)
 
 
 def quantize(teacher: nn.Module, config: QuantConfig | None = None) -> Any:
@@ -58,6 +59,9 @@ def quantize(teacher: nn.Module, config: QuantConfig | None = None) -> Any:
             replacement = family.ATTENTIONS[type(module)](module, config, name)
         # An attention comes before its own linear layers, which are then replaced inside the quantized one.
         student.set_submodule(name, replacement.to(next(module.parameters()).device))
+    for module in student.modules():
+        if isinstance(module, QuantAttention):
+            module.tie()
     lower(student, image_size_of(student))
     _check_owners(teacher)
     check_overrides(teacher, config)
@@ -89,8 +93,8 @@ def layers_with_bits(model: nn.Module) -> list[str]:
 
 def _replaced(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules of a float model that quantized ones replace, and their names."""
-    kinds = family_of(model).ATTENTIONS
-    constants: tuple[str, ...] = ()
+    family = family_of(model)
+    kinds, constants = family.ATTENTIONS, tuple(f"{part}." for part in family.CONSTANT)
     for name, module in model.named_modules():
         if type(module) in kinds:
             constants += tuple(f"{name}.{part}." for part in kinds[type(module)].CONSTANT)
@@ -104,7 +108,9 @@ def _check_owners(model: nn.Module) -> None:
     family = family_of(model)
     known = (nn.Linear, nn.Conv2d, *_FLOAT, *family.MODELS, *family.ATTENTIONS, *family.OWNERS)
     for name, module in model.named_modules():
-        if next(module.parameters(recurse=False), None) is not None and not isinstance(module, known):
+        constant = f"{name}.".startswith(tuple(f"{part}." for part in family.CONSTANT))
+        owns = next(module.parameters(recurse=False), None) is not None
+        if owns and not constant and not isinstance(module, known):
             refuse(name, module, "its parameters are of a kind that qvit does not know")
 
 
@@ -126,7 +132,7 @@ def _keep_scales(module: nn.Module, state_dict: dict[str, Any], prefix: str, *ar
     """Let a float model's state dict, which has no scales at all, leave those of a student as they are."""
     own = {
         f"{prefix}{path}.{name}": value
-        for path, part in module.named_modules()
+        for path, part in module.named_modules(remove_duplicate=False)
         if isinstance(part, Float32Module)
         for name, value in part.state_dict().items()
     }

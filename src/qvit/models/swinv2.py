@@ -1,0 +1,73 @@
+"""timm's ``SwinTransformerV2``: cosine attention inside shifted windows, norms after the branches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from timm.models import swin_transformer_v2 as swinv2
+from torch import nn
+
+from qvit.format.branches import Residual
+from qvit.format.ops import Merge, Operation, Tokens
+from qvit.models import parts, swin
+from qvit.models.attention import attention
+from qvit.models.lowering import Lowering, refuse, wide
+from qvit.nn.attention import QuantAttention
+from qvit.nn.windows import QuantCosineAttention
+
+MODELS: tuple[type[nn.Module], ...] = (swinv2.SwinTransformerV2,)
+ATTENTIONS: dict[type[nn.Module], type[QuantAttention]] = {swinv2.WindowAttention: QuantCosineAttention}
+ENDS = swin.ENDS
+OWNERS: tuple[type[nn.Module], ...] = ()
+CONSTANT: tuple[str, ...] = ()
+blocks = swin.blocks
+
+
+def lower(to: Lowering) -> Iterator[Operation]:
+    """Yield the operations of a model, or refuse what a packed file cannot say.
+
+    Raises:
+        UnsupportedModelError: naming the module.
+        ConfigError: if the images have another size than the model.
+    """
+    model: Any = to.model
+    yield from parts.embed(to)
+    yield Tokens()
+    grid = parts.grid(to)
+    for index, stage in enumerate(model.layers):
+        name = f"layers.{index}"
+        if not isinstance(stage.downsample, nn.Identity):
+            yield from _merge(to, f"{name}.downsample", grid)
+            grid = grid[0] // 2, grid[1] // 2
+        for number, block in enumerate(stage.blocks):
+            yield from _block(to, f"{name}.blocks.{number}", block, grid)
+    yield from parts.norm(to, "norm")
+    yield from swin.head(to)
+
+
+def _merge(to: Lowering, name: str, grid: tuple[int, int]) -> Iterator[Operation]:
+    module = to.module(name)
+    if type(module) is not swinv2.PatchMerging:
+        refuse(name, module, "only timm's PatchMerging is supported")
+    swin.check_merge(name, module, grid)
+    yield Merge(to.layer(f"{name}.reduction"))
+    yield from parts.norm(to, f"{name}.norm")
+
+
+def _block(to: Lowering, name: str, block: Any, grid: tuple[int, int]) -> Iterator[Operation]:
+    if type(block) is not swinv2.SwinTransformerV2Block:
+        refuse(name, block, "a packed file knows SwinTransformerV2Block")
+    parts.need_norms(block, name)
+    window, shift = swin.windows(name, block, grid)
+    table: Any = block.attn.bias_table
+    branch = attention(
+        to,
+        f"{name}.attn",
+        f"{name}.norm1",
+        window=window,
+        shift=shift,
+        bias=lambda: wide(table()),
+    )
+    yield Residual((branch,), post=True)
+    yield Residual((to.mlp(f"{name}.mlp", f"{name}.norm2"),), post=True)
