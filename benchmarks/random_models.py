@@ -1,4 +1,4 @@
-"""Packed DeiT models with random codes, for benchmarks of speed and memory: those depend on the sizes alone.
+"""Packed models with random codes, for benchmarks of speed and memory: those depend on the sizes alone.
 
 Example: python benchmarks/random_models.py deit_small_patch16_224 --bits 4 --out small.safetensors
 """
@@ -22,7 +22,7 @@ from qvit.format.packed import PackedModel, write_packed
 from qvit.format.program import Program
 from qvit.models.families import lower
 
-MODELS = ("deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224")
+MODELS = ("deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224", "swin_tiny_patch4_window7_224")
 CLASSES = 1000
 
 

@@ -204,6 +204,12 @@ def _openvino(case: Case) -> Runner:
     )
 
 
+def _openvino_as_it_comes(case: Case) -> Runner:
+    import openvino
+
+    return _openvino_request(openvino.Core().read_model(export_onnx(case)), case.threads)
+
+
 def _openvino_int8(case: Case) -> Runner:
     import logging
 
@@ -242,6 +248,7 @@ PEERS = {
     "onnxruntime-dynamic": Peer("ONNX Runtime, int8 dynamic", ("onnxruntime", *_EXPORT), _onnxruntime_int8_dynamic),
     "onnxruntime-static": Peer("ONNX Runtime, int8 static QDQ", ("onnxruntime", *_EXPORT), _onnxruntime_int8_static),
     "openvino": Peer("OpenVINO, float32", ("openvino", *_EXPORT), _openvino),
+    "openvino-default": Peer("OpenVINO, as it comes", ("openvino", *_EXPORT), _openvino_as_it_comes),
     "openvino-int8": Peer("OpenVINO, int8 (NNCF)", ("openvino", "nncf", *_EXPORT), _openvino_int8),
 }
 """By the name that ``qvit bench --peers`` takes."""
