@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from members import CLASSES, FAMILIES, FAMILY_MEMBERS, SMALL_SWIN, SWIN, compare
 from qvit import DistillationLoss, QuantConfig, calibrate, quantize
 from qvit.analysis.statistics import attention_distance, query_key_statistics
 from qvit.errors import UnsupportedModelError
-from qvit.models.families import family_of
+from qvit.models.families import family_of, float_model, image_size_of, lower
 from qvit.models.queries import attention_layers, run_with_maps, run_with_queries
 from qvit.nn.attention import QuantAttention
 from qvit.nn.quantizer import Quantizer
@@ -192,3 +193,24 @@ def test_no_fused_attention_runs_in_a_student(member: str, monkeypatch: pytest.M
 def test_what_a_file_cannot_say_is_refused_by_name(name: str, kwargs: dict[str, Any], match: str) -> None:
     with pytest.raises(UnsupportedModelError, match=match):
         quantize(timm.create_model(name, **kwargs))
+
+
+@pytest.mark.parametrize("member", [*FAMILIES["swin"], *FAMILIES["swinv2"]])
+def test_float_model_of_a_program_is_timms(member: str) -> None:
+    model, images = family_member(member)
+    program, _ = lower(quantize(model), image_size_of(model))
+    built = float_model(program)
+    assert type(built) is type(model)
+    again, _ = lower(quantize(built), image_size_of(built))
+    assert again.operations == program.operations
+    with torch.no_grad():
+        assert built(images).shape == model(images).shape
+
+
+def test_float_model_of_another_family_is_the_one_called_so() -> None:
+    with torch.device("meta"):
+        program, _ = lower(quantize(timm.create_model("eva02_tiny_patch14_224")), (224, 224))
+        again, _ = lower(quantize(float_model(program)), (224, 224))
+    assert again == program
+    with pytest.raises(UnsupportedModelError, match="timm cannot build nothing"):
+        float_model(dataclasses.replace(program, name="nothing"))

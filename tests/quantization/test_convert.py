@@ -278,7 +278,7 @@ class OddLinear(nn.Module):
     ("kwargs", "named"),
     [
         ({"block_fn": ParallelScalingBlock}, r"blocks\.0 \(ParallelScalingBlock\)"),
-        ({"global_pool": "map"}, r"the model \(VisionTransformer\): it pools by 'map'"),
+        ({"global_pool": "map"}, r"attn_pool \(QuantAttentionPool\): .* before the patches"),
         ({"attn_layer": "diff"}, r"blocks\.0\.attn \(DiffAttention\)"),
         ({"attn_layer": OwnAttention}, r"blocks\.0\.attn \(OwnAttention\)"),
         ({"attn_layer": OwnForward}, r"blocks\.0\.attn \(OwnForward\)"),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from timm.models import swin_transformer as swin
 from torch import nn
 
-from qvit.format.branches import Residual
-from qvit.format.ops import Merge, Operation, Pool, Tokens
+from qvit.format.branches import Attention, Mlp, Residual
+from qvit.format.ops import Classify, Embed, Merge, Norm, Operation, Pool, Tokens
+from qvit.format.program import Program
 from qvit.models import parts
 from qvit.models.attention import attention
 from qvit.models.lowering import Lowering, refuse, wide
@@ -105,3 +108,49 @@ def head(to: Lowering) -> Iterator[Operation]:
         refuse("head", module, f"it pools by {pool!r}; a packed file knows {', '.join(POOLS)}")
     yield Pool(pool)
     yield from parts.classify(to, "head.fc")
+
+
+def float_model(program: Program, kind: Any = swin.SwinTransformer) -> nn.Module:
+    """Return timm's float model of a program with windows, with random weights, in evaluation mode.
+
+    Args:
+        program: of one of :data:`MODELS`, or of another class with the same arguments.
+        kind: the class.
+    """
+    steps = list(program.steps)
+    embed = next(operation for operation, _ in steps if isinstance(operation, Embed))
+    norm = next(operation for operation, _ in steps if isinstance(operation, Norm))
+    pool = next(operation for operation, _ in steps if isinstance(operation, Pool))
+    classify = next((operation for operation, _ in steps if isinstance(operation, Classify)), None)
+    stages: list[list[tuple[Attention, Mlp]]] = [[]]
+    attentions: list[Attention] = []
+    for operation, _ in steps:
+        if isinstance(operation, Merge):
+            stages.append([])
+        elif isinstance(operation, Residual):
+            (branch,) = operation.branches
+            if isinstance(branch, Attention):
+                attentions.append(branch)
+            else:
+                stages[-1].append((attentions[-1], branch))
+    firsts = [stage[0] for stage in stages]
+    head_dims = (
+        {} if kind is not swin.SwinTransformer else {"head_dim": [attention.head_dim for attention, _ in firsts]}
+    )
+    ratios = [(mlp.hidden + 0.5) / mlp.fc1.inputs for _, mlp in firsts]  # timm rounds dim * mlp_ratio down
+    torch.manual_seed(0)
+    model: nn.Module = kind(
+        img_size=program.input[1:],
+        patch_size=embed.patch,
+        in_chans=program.input[0],
+        num_classes=classify.heads[0].outputs if classify is not None else 0,
+        global_pool=pool.kind,
+        embed_dim=embed.layer.outputs,
+        depths=[len(stage) for stage in stages],
+        num_heads=[attention.heads for attention, _ in firsts],
+        window_size=[attention.window for attention, _ in firsts],
+        mlp_ratio=ratios if kind is swin.SwinTransformer else ratios[0],
+        norm_layer=functools.partial({"layer": nn.LayerNorm, "rms": nn.RMSNorm}[norm.kind], eps=norm.eps),
+        **head_dims,
+    )
+    return model.eval()

@@ -10,6 +10,7 @@ from torch import nn
 
 from qvit.format.branches import Residual
 from qvit.format.ops import Merge, Operation, Tokens
+from qvit.format.program import Program
 from qvit.models import parts, swin
 from qvit.models.attention import attention
 from qvit.models.lowering import Lowering, refuse, wide
@@ -71,3 +72,8 @@ def _block(to: Lowering, name: str, block: Any, grid: tuple[int, int]) -> Iterat
     )
     yield Residual((branch,), post=True)
     yield Residual((to.mlp(f"{name}.mlp", f"{name}.norm2"),), post=True)
+
+
+def float_model(program: Program) -> nn.Module:
+    """Return timm's float model of a program, with random weights, in evaluation mode."""
+    return swin.float_model(program, swinv2.SwinTransformerV2)
