@@ -134,9 +134,7 @@ def float_model(program: Program, kind: Any = swin.SwinTransformer) -> nn.Module
             else:
                 stages[-1].append((attentions[-1], branch))
     firsts = [stage[0] for stage in stages]
-    head_dims = (
-        {} if kind is not swin.SwinTransformer else {"head_dim": [attention.head_dim for attention, _ in firsts]}
-    )
+    first = kind is swin.SwinTransformer  # the second has one ratio, and heads that fill the width
     ratios = [(mlp.hidden + 0.5) / mlp.fc1.inputs for _, mlp in firsts]  # timm rounds dim * mlp_ratio down
     torch.manual_seed(0)
     model: nn.Module = kind(
@@ -149,8 +147,8 @@ def float_model(program: Program, kind: Any = swin.SwinTransformer) -> nn.Module
         depths=[len(stage) for stage in stages],
         num_heads=[attention.heads for attention, _ in firsts],
         window_size=[attention.window for attention, _ in firsts],
-        mlp_ratio=ratios if kind is swin.SwinTransformer else ratios[0],
+        mlp_ratio=ratios if first else ratios[-1],
         norm_layer=functools.partial({"layer": nn.LayerNorm, "rms": nn.RMSNorm}[norm.kind], eps=norm.eps),
-        **head_dims,
+        **({"head_dim": [attention.head_dim for attention, _ in firsts]} if first else {}),
     )
     return model.eval()
