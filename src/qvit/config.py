@@ -11,7 +11,7 @@ from qvit.errors import ConfigError
 
 MIN_BITS, MAX_BITS = 2, 8
 EDGE_BITS = 8
-"""Bits of the patch embedding and the classifier heads (method.md, section 1: "8 bits for weights and inputs")."""
+"""Bits of the patch embedding and the classifier heads (docs/method.md, section 1: "8 bits for weights and inputs")."""
 
 Rectify = Literal["head", "token"]
 
@@ -30,7 +30,7 @@ class QuantConfig:
     Args:
         weight_bits: bits of every linear layer's weights, 2..8.
         activation_bits: bits of every activation that enters a product, 2..8.
-        rectify: over what queries and keys are normalised before they are quantized (method.md, section 2):
+        rectify: over what queries and keys are normalised before they are quantized (docs/method.md, section 2):
             ``"head"`` (all values of one head), ``"token"`` (each token of each head), or ``None`` for none at all.
         overrides: bits by module-name pattern (:func:`fnmatch.fnmatchcase`), an integer for both or
             ``(weight, activation)``; the last matching pattern wins. The patch embedding and the heads have 8 bits

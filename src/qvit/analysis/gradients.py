@@ -1,4 +1,4 @@
-"""How the two terms of the loss pull at queries and keys (method.md, section 3): sizes and directions of gradients."""
+"""How both terms of the loss (docs/method.md, section 3) pull at queries and keys: size and direction of gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Size and operations of a model, as the paper's tables count them (method.md, section 6)."""
+"""Size and operations of a model, as the paper's tables count them (docs/method.md, section 6)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Statistics of queries, keys and attention maps: the paper's Figure 1 as numbers (method.md, sections 2 and 6)."""
+"""Statistics of queries, keys and maps: the paper's Figure 1 as numbers (docs/method.md, sections 2 and 6)."""
 
 from __future__ import annotations
 

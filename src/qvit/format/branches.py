@@ -44,7 +44,7 @@ class Rotary:
 
 @dataclasses.dataclass(frozen=True)
 class Attention(Operation):
-    """Multi-head self-attention on codes, over all tokens or inside windows (docs/method.md, section 1).
+    """Multi-head self-attention on codes, over all tokens or inside windows (docs/method.md, section 4).
 
     Queries and keys go through their norms, the rotation and the rectifier, in this order, before they are quantized.
     The logits are ``scale * q k^T``, plus the relative position bias, minus 100 between parts of a shifted window that

@@ -5,8 +5,8 @@ The metadata entry ``qvit`` is the header (:mod:`qvit.format.header`), the tenso
 is checked.
 
 Weights: ``w_hat = scale * code`` with one scale per output channel; inputs: ``x_hat = input_scale * code +
-input_offset`` (method.md, section 1). LayerScale and a ``head`` rectifier are folded in, so that scales may have either
-sign. A row of codes is a little-endian bit stream of ``code + 2^(b-1)``. No PyTorch here.
+input_offset`` (docs/method.md, section 1). LayerScale and a ``head`` rectifier are folded in, so that scales may have
+either sign. A row of codes is a little-endian bit stream of ``code + 2^(b-1)``. No PyTorch here.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """A quantized attention becomes an operation of the program, whatever kind it is.
 
-The order is always norm, rotation, rectifier, quantizer. A ``head`` rectifier is affine in evaluation: it is folded
-into the query and key norms, else into qkv, and stands in the file as it is only where a rotation lies between.
+The order is always norm, rotation, rectifier, quantizer (docs/method.md, section 4). A ``head`` rectifier is affine in
+evaluation: it is folded into the query and key norms, else into qkv, and stands in the file as it is only where a
+rotation lies between.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 A family (one file each beside this one) walks its model once and names modules; the tensors are functions that nobody
 calls where only the program is wanted. What evaluation applies to every image alike is folded into the layer before it,
 in float64 and rounded once: LayerScale into the projections, a ``head`` rectifier into queries and keys
-(docs/method.md, section 2). What a file means stands in :mod:`qvit.runtime.reference`.
+(docs/method.md, section 5). What a file means stands in :mod:`qvit.runtime.reference`.
 """
 
 from __future__ import annotations

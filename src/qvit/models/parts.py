@@ -16,7 +16,7 @@ from qvit.models.attention import attention_pool
 from qvit.models.lowering import Lowering, refuse, wide
 
 ENDS = ("patch_embed.*", "head", "head_dist")
-"""Names of the layers that keep 8 bits in most families: patch embedding and classifiers (method.md, section 1)."""
+"""Layers that keep 8 bits in most families, by name: patch embedding and classifiers (docs/method.md, section 1)."""
 POOLS = ("token", "avg", "avgmax", "max")
 
 

@@ -1,4 +1,4 @@
-"""Queries, keys and attention maps of a model while it runs (method.md, sections 3 and 6)."""
+"""Queries, keys and attention maps of a model while it runs (docs/method.md, sections 3 and 6)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Multi-head attention with both of its products on codes (method.md, sections 1 and 2)."""
+"""Multi-head attention with both of its products on codes (docs/method.md, sections 1 and 4)."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ class QuantLinear(nn.Linear):
     """``nn.Linear`` on codes: inputs with one scale and offset, weights with one scale an output channel.
 
     A scale an *input* channel would sit inside the sum of the dot product, and no integer product could compute it
-    (method.md, section 1). Takes over the float layer's weight and bias.
+    (docs/method.md, section 1). Takes over the float layer's weight and bias.
     """
 
     def __init__(self, linear: nn.Linear, bits: Bits) -> None:

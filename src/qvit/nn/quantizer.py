@@ -1,4 +1,4 @@
-"""The quantizer: LSQ/LSQ+ arithmetic (method.md, section 1), written once for weights and activations.
+"""The quantizer: LSQ/LSQ+ arithmetic (docs/method.md, section 1), written once for weights and activations.
 
 Sources: Esser et al., "Learned Step Size Quantization", ICLR 2020; Bhalgat et al., "LSQ+", 2020; for the scale kept as
 its logarithm, Jain et al., "Trained Quantization Thresholds", MLSys 2020.

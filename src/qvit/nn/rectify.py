@@ -1,4 +1,4 @@
-"""The information rectification module (IRM), both readings of it (method.md, section 2).
+"""The information rectification module (IRM), both readings of it (docs/method.md, section 2).
 
     q~ = (q - mu(q) + beta) / (gamma * sqrt(var(q) + eps))
 

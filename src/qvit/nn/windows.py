@@ -1,4 +1,4 @@
-"""Attention inside the windows of Swin, on codes."""
+"""Attention inside the windows of Swin, on codes (docs/method.md, section 4)."""
 
 from __future__ import annotations
 

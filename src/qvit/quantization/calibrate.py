@@ -1,4 +1,4 @@
-"""Scales, offsets and the rectifiers' start, from data (method.md, sections 1 and 2)."""
+"""Scales, offsets and the rectifiers' start, from data (docs/method.md, sections 1 and 2)."""
 
 from __future__ import annotations
 

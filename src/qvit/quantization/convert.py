@@ -20,7 +20,7 @@ from qvit.nn.attention import QuantAttention
 from qvit.nn.linear import QuantConv2d, QuantLinear
 from qvit.nn.quantizer import Float32Module, Quantizer
 
-# Modules that own parameters and stay in floating point (method.md, section 1: LayerNorm and the residual stream do).
+# Modules that own parameters and stay in floating point, as the residual stream does (docs/method.md, section 1).
 _FLOAT = (*NORMS, LayerScale)
 
 

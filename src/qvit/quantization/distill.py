@@ -1,4 +1,4 @@
-"""Distillation: DeiT's hard labels, and Q-ViT's distribution guided distillation (DGD; method.md, sections 1 and 3)."""
+"""Distillation: DeiT's hard labels, and Q-ViT's distribution guided one, DGD (docs/method.md, sections 1 and 3)."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _inverse_size(gram: Tensor) -> Tensor:
 
 
 class DistillationLoss(nn.Module):
-    """``L = L_dist + lambda * L_DGD`` (method.md, section 3).
+    """``L = L_dist + lambda * L_DGD`` (docs/method.md, section 3).
 
     ``L_dist`` is the mean of two cross-entropies: the class logits against the label, and the distillation logits (the
     same logits, if the student has no distillation token) against the class that the teacher chooses.
