@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from members import CLASSES, FAMILY_MEMBERS, family_member, packed, student_of
 from packed_models import random_packed
 from programs import programs
+from qvit import QuantConfig
 from qvit.format.packed import PackedModel
 from qvit.format.program import Program
 from qvit.runtime.engine import Engine, instruction_sets
@@ -65,3 +69,14 @@ def test_threads_and_batches_change_nothing(program: Program, seed: int) -> None
     np.testing.assert_array_equal(engine(images), whole)
     for index in range(IMAGES):
         np.testing.assert_array_equal(engine(images[index : index + 1])[0], whole[index])
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("member", FAMILY_MEMBERS)
+def test_every_familys_members_run(tmp_path: Path, member: str, bits: int) -> None:
+    model, images = family_member(member)
+    student = student_of(model, images, QuantConfig(bits, bits))
+    file = packed(student, tmp_path / "m.safetensors", images, classes=CLASSES[: model.num_classes])
+    for isa in instruction_sets():
+        engine = Engine(copy.deepcopy(file), threads=2, instruction_set=isa)
+        assert first_difference(file, engine, images.numpy()) is None, isa
