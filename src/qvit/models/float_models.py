@@ -59,7 +59,9 @@ def _from_folder(folder: Path, source: str, expected: ModelCard) -> tuple[Vision
             f"local-dir:{folder}", config["architecture"], config.get("model_args") or {}, source, expected
         )
     kind = config.get("model_type", "unknown")
-    raise UnsupportedModelError(f"{source} holds a model of type {kind!r}: qvit reads timm models, ViT and DeiT.")
+    raise UnsupportedModelError(
+        f"{source} holds a model of type {kind!r}: qvit reads timm models, ViT, DeiT, Swin, BEiT, DINOv2, CLIP, SigLIP."
+    )
 
 
 def _from_timm(

@@ -1,4 +1,4 @@
-"""Hugging Face transformers' ViT and DeiT classifiers as timm models: names, fused projections, settings.
+"""Hugging Face transformers' vision models as timm models: names, fused projections, settings.
 
 Only the folder that ``save_pretrained`` writes is read, by its names: transformers itself is not needed.
 """
@@ -20,6 +20,7 @@ from torch import Tensor
 from qvit.errors import CheckpointError, QvitError, UnsupportedModelError
 from qvit.files import first_line
 from qvit.models.checkpoint import ModelCard, build, describe, same_architecture
+from qvit.models.transformers_families import ACTIVATIONS, CONVERSIONS
 
 # What a transformers configuration means where it says nothing.
 _DEFAULTS: dict[str, Any] = {
@@ -33,15 +34,6 @@ _DEFAULTS: dict[str, Any] = {
     "patch_size": 16,
     "num_channels": 3,
     "qkv_bias": True,
-}
-_ACTIVATIONS: dict[str, str | None] = {
-    "gelu": None,  # timm's default
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "quick_gelu": "quick_gelu",
-    "silu": "silu",
-    "swish": "silu",
-    "relu": "relu",
 }
 _LARGEST_EPS = 1e-6
 """timm's LayerNorm adds 1e-6 to a variance. The published checkpoints were trained so, though transformers adds 1e-12
@@ -71,11 +63,14 @@ _UNNAMED = re.compile(r"^LABEL_\d+$")
 
 def is_transformers_config(config: Mapping[str, Any]) -> bool:
     """Return whether a ``config.json`` is of a model that :func:`load_transformers` takes."""
-    return config.get("model_type") in ("vit", "deit")
+    return config.get("model_type") in ("vit", "deit", *CONVERSIONS)
 
 
 def load_transformers(folder: Path, source: str, expected: ModelCard) -> tuple[VisionTransformer, ModelCard]:
-    """Return the timm model with the weights and the settings of a transformers ViT or DeiT classifier.
+    """Return the timm model with the weights and the settings of a transformers vision model.
+
+    ViT and DeiT classifiers, Swin, BEiT, DINOv2, and the vision towers of CLIP and SigLIP. What has no classifier is a
+    feature extractor.
 
     It has ``expected``'s name and arguments if that is the same architecture, so that a student can start from it.
 
@@ -88,10 +83,21 @@ def load_transformers(folder: Path, source: str, expected: ModelCard) -> tuple[V
         CheckpointError: if a file is absent or damaged, or weights do not fit the configuration.
         UnsupportedModelError: for what timm's vision transformer cannot represent.
     """
-    config = {**_DEFAULTS, **read_json(folder / "config.json", source)}
-    weights = _weights(folder / "model.safetensors", source)
-    classes = class_names(config, expected.classes)
-    card = _card(config, weights, classes, source)
+    config = read_json(folder / "config.json", source)
+    theirs = _stored(folder / "model.safetensors", source)
+    conversion = CONVERSIONS.get(config.get("model_type", ""))
+    if conversion is None:
+        config, weights = {**_DEFAULTS, **config}, _weights(theirs)
+        classes = class_names(config, expected.classes)
+        card = _card(config, weights, classes, source)
+    else:
+        try:
+            name, arguments, weights = conversion.convert(config, theirs)
+        except KeyError as error:
+            raise CheckpointError(f"{source} does not hold what its config.json says: {error} is absent.") from error
+        classifies = any(name.startswith("head.") for name in weights)
+        classes = class_names(config, expected.classes) if classifies else []
+        card = describe(name, arguments, classes, {})
     if same_architecture(card, expected):
         card = ModelCard(expected.name, dict(expected.model_args), classes, dict(expected.preprocessing))
     card.preprocessing |= _preprocessing(folder / "preprocessor_config.json", source)
@@ -135,11 +141,14 @@ def read_json(path: Path, source: str) -> dict[str, Any]:
     return content
 
 
-def _weights(path: Path, source: str) -> dict[str, Tensor]:
+def _stored(path: Path, source: str) -> dict[str, Tensor]:
     try:
-        theirs = safetensors.torch.load_file(path)
+        return safetensors.torch.load_file(path)
     except Exception as error:  # absent, cut short, or no safetensors file
         raise CheckpointError(f"{source} has no usable {path.name}: {first_line(error)}") from error
+
+
+def _weights(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for name, value in theirs.items():
         if _UNUSED.match(name):
@@ -158,7 +167,7 @@ def _card(config: Mapping[str, Any], weights: Mapping[str, Tensor], classes: lis
     """Return a card of the architecture by timm's general name and explicit arguments."""
     if "head.weight" not in weights:
         raise UnsupportedModelError(f"{source} has no classifier: give a ViT or DeiT for image classification.")
-    if config["hidden_act"] not in _ACTIVATIONS:
+    if config["hidden_act"] not in ACTIVATIONS:
         raise UnsupportedModelError(f"{source} has the activation {config['hidden_act']!r}, which qvit does not know.")
     if not 0 < config["layer_norm_eps"] <= _LARGEST_EPS:
         raise UnsupportedModelError(
@@ -174,8 +183,8 @@ def _card(config: Mapping[str, Any], weights: Mapping[str, Tensor], classes: lis
         "mlp_ratio": config["intermediate_size"] / config["hidden_size"],
         "qkv_bias": config["qkv_bias"],
     }
-    if _ACTIVATIONS[config["hidden_act"]] is not None:
-        arguments["act_layer"] = _ACTIVATIONS[config["hidden_act"]]
+    if config["hidden_act"] != "gelu":  # timm's default
+        arguments["act_layer"] = ACTIVATIONS[config["hidden_act"]]
     name = "vit_base_patch16_224"
     if "head_dist.weight" in weights:
         name = "deit_base_distilled_patch16_224"

@@ -1,0 +1,104 @@
+"""Teachers that transformers saved, of other families than the plain ViT, against transformers itself. No network."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+
+from qvit import QuantConfig, quantize
+from qvit.errors import CheckpointError, UnsupportedModelError
+from qvit.models.checkpoint import ModelCard, describe
+from qvit.models.float_models import load_float
+
+CLASSES = ["a", "b", "c"]
+PLAIN: dict[str, Any] = {
+    "image_size": 16,
+    "patch_size": 4,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_labels": 3,
+}
+MLP = {"intermediate_size": 60}
+SWIN = {"image_size": 32, "patch_size": 4, "embed_dim": 12, "depths": [2, 2], "num_heads": [1, 2], "window_size": 4}
+MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "swin": ("SwinForImageClassification", "SwinConfig", {**SWIN, "num_labels": 3}),
+    "swin_features": ("SwinModel", "SwinConfig", {**SWIN, "qkv_bias": False, "mlp_ratio": 2.5}),
+    "beit": ("BeitForImageClassification", "BeitConfig", {**PLAIN, **MLP, "use_relative_position_bias": True}),
+    "beit_shared_bias": (
+        "BeitForImageClassification",
+        "BeitConfig",
+        {**PLAIN, **MLP, "use_shared_relative_position_bias": True, "use_absolute_position_embeddings": True},
+    ),
+    "dinov2": ("Dinov2Model", "Dinov2Config", {**PLAIN, "mlp_ratio": 2}),
+    "dinov2_swiglu": ("Dinov2Model", "Dinov2Config", {**PLAIN, "use_swiglu_ffn": True}),
+    "dinov2_registers": (
+        "Dinov2WithRegistersModel",
+        "Dinov2WithRegistersConfig",
+        {**PLAIN, "mlp_ratio": 2, "num_register_tokens": 3},
+    ),
+    "clip": ("CLIPVisionModel", "CLIPVisionConfig", {**PLAIN, **MLP}),
+    "clip_projection": ("CLIPVisionModelWithProjection", "CLIPVisionConfig", {**PLAIN, **MLP, "hidden_act": "gelu"}),
+    "siglip": ("SiglipVisionModel", "SiglipVisionConfig", {**PLAIN, **MLP}),
+}
+
+
+@pytest.fixture
+def expected() -> ModelCard:
+    return describe("vit_tiny_patch16_224", {"img_size": 16, "patch_size": 4}, CLASSES, {})
+
+
+def saved(folder: Path, model: str) -> Any:
+    """Return a small model of weights that matter, saved in ``folder``."""
+    name, config, arguments = MODELS[model]
+    theirs = getattr(hf, name)(getattr(hf, config)(**arguments)).eval()
+    with torch.no_grad():
+        for key, parameter in theirs.named_parameters():
+            if "norm" not in key:
+                parameter.normal_(std=0.3)
+    theirs.save_pretrained(folder)
+    return theirs
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_transformers_model_gives_the_same_output(tmp_path: Path, expected: ModelCard, model: str) -> None:
+    theirs = saved(tmp_path, model)
+    ours, card = load_float(tmp_path, expected)
+    side = MODELS[model][2]["image_size"]
+    images = torch.randn(3, 3, side, side)
+    with torch.no_grad():
+        found, wanted = ours(images), theirs(pixel_values=images)
+        if model == "clip_projection":
+            wanted = theirs.vision_model(images)
+        wanted = wanted.logits if hasattr(wanted, "logits") else wanted.pooler_output
+    torch.testing.assert_close(found, wanted, atol=1e-5 * float(wanted.abs().max()), rtol=1e-4)
+    assert card.classes == (CLASSES if MODELS[model][0].endswith("Classification") else [])
+    quantize(ours, QuantConfig())
+
+
+def test_siglip_classifier_pools_by_the_mean(tmp_path: Path, expected: ModelCard) -> None:
+    text = {"vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    config = hf.SiglipConfig(vision_config={**PLAIN, **MLP}, text_config=text, num_labels=3)
+    theirs = hf.SiglipForImageClassification(config).eval()
+    theirs.save_pretrained(tmp_path)
+    ours, card = load_float(tmp_path, expected)
+    images = torch.randn(3, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), theirs(images).logits, atol=1e-5, rtol=1e-4)
+    assert card.classes == CLASSES
+
+
+def test_dinov2_that_classifies_by_both_is_refused(tmp_path: Path, expected: ModelCard) -> None:
+    hf.Dinov2ForImageClassification(hf.Dinov2Config(**PLAIN, mlp_ratio=2)).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="classifies by class token and patches"):
+        load_float(tmp_path, expected)
+
+
+def test_weights_that_are_not_what_the_configuration_says_are_refused(tmp_path: Path, expected: ModelCard) -> None:
+    saved(tmp_path, "siglip")
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace("siglip_vision_model", "clip_vision_model").replace("1e-06", "1e-05"))
+    with pytest.raises(CheckpointError, match="does not hold what its config.json says: 'cls_token' is absent"):
+        load_float(tmp_path, expected)
