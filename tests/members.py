@@ -129,10 +129,10 @@ FAMILIES: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
     },
     "eva": {
         "eva02": ("eva02_tiny_patch14_224", SMALL),
-        "eva02_inner_norms": ("eva02_base_patch14_224", {**SMALL, "num_classes": 0}),
+        "eva02_inner_norms": ("eva02_base_patch14_224", SMALL),
         "eva": ("eva_giant_patch14_224", {**SMALL, "init_values": 0.5}),
         "eva_post_norm": ("eva02_tiny_patch14_224", {**SMALL, "use_post_norm": True, "use_rot_pos_emb": False}),
-        "dinov3": ("vit_small_patch16_dinov3", SMALL),
+        "dinov3": ("vit_small_patch16_dinov3", {**SMALL, "num_classes": 0}),
         "dinov3_plus": ("vit_small_plus_patch16_dinov3", {**SMALL, "dynamic_img_size": False, "qk_norm": True}),
         "mixed_rotary": ("vit_small_patch16_rope_mixed_224", SMALL),
         "perception_encoder": ("vit_pe_core_tiny_patch16_384", SMALL),

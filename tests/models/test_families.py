@@ -11,6 +11,7 @@ from torch import nn
 
 from members import CLASSES, FAMILIES, FAMILY_MEMBERS, SMALL_SWIN, SWIN, compare, family_member, packed, student_of
 from qvit import DistillationLoss, QuantConfig, calibrate, quantize
+from qvit.analysis.gradients import loss_gradients
 from qvit.analysis.statistics import attention_distance, query_key_statistics
 from qvit.errors import UnsupportedModelError
 from qvit.models.families import family_of, float_model, image_size_of, lower
@@ -102,7 +103,7 @@ def test_queries_keys_and_maps_of_teacher_and_student_are_paired(member: str) ->
     assert list(model.modules()) == modules  # nothing is left in the teacher
 
 
-@pytest.mark.parametrize("member", FIRST)
+@pytest.mark.parametrize("member", [*FIRST, "eva02_inner_norms", "mixed_rotary"])
 def test_guided_distillation_trains_every_parameter(member: str) -> None:
     model, images = family_member(member)
     student = student_of(model, images, QuantConfig(4, 4)).train()
@@ -111,6 +112,15 @@ def test_guided_distillation_trains_every_parameter(member: str) -> None:
     for name, parameter in student.named_parameters():
         assert parameter.grad is not None, name
         assert bool(torch.isfinite(parameter.grad).all()), name
+
+
+@pytest.mark.parametrize("member", ["swin", "eva02_inner_norms"])
+def test_gradients_of_both_terms_are_told_apart(member: str) -> None:
+    model, images = family_member(member)
+    student = student_of(model, images, QuantConfig(4, 4))
+    found = loss_gradients(student, DistillationLoss(model), [(images, torch.arange(len(images)))])
+    assert len(found) == len(attention_layers(model))
+    assert all(layer.labels > 0 and layer.guided > 0 for layer in found)
 
 
 @pytest.mark.parametrize("member", FIRST)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ def loss_gradients(
         TeacherMismatchError: see :class:`DistillationLoss`.
     """
     model = copy.deepcopy(student).train()  # in training the rectifiers' running averages move
-    weights = [layer.qkv.weight for layer in attention_layers(model)]
+    weights = [_weights(layer) for layer in attention_layers(model)]
     weight = loss_fn.guided_weight
     labels, guided, cosine = (torch.zeros(len(weights), dtype=torch.float64) for _ in range(3))
     count = 0
@@ -67,10 +68,21 @@ def loss_gradients(
     return [LossGradients(layer, *values) for layer, values in enumerate(means.tolist())]
 
 
+def _weights(layer: Any) -> list[Tensor]:
+    """Return the weights that make queries and keys: of one projection, whose last third makes values, or of two."""
+    return [layer.qkv.weight] if layer.qkv is not None else [layer.q_proj.weight, layer.k_proj.weight]
+
+
 def _gradients(
-    model: nn.Module, loss_fn: DistillationLoss, images: Tensor, classes: Tensor, weights: list[Tensor], weight: float
+    model: nn.Module,
+    loss_fn: DistillationLoss,
+    images: Tensor,
+    classes: Tensor,
+    weights: list[list[Tensor]],
+    weight: float,
 ) -> list[Tensor]:
     loss_fn.guided_weight = weight
-    grads = torch.autograd.grad(loss_fn(model, images, classes), weights)
-    # Rows of qkv: queries, keys, values.
-    return [grad[: 2 * len(grad) // 3].double().flatten() for grad in grads]
+    grads = iter(torch.autograd.grad(loss_fn(model, images, classes), [part for parts in weights for part in parts]))
+    found = [[next(grads) for _ in parts] for parts in weights]
+    both = [parts[0][: 2 * len(parts[0]) // 3] if len(parts) == 1 else torch.cat(parts) for parts in found]
+    return [grad.double().flatten() for grad in both]

@@ -20,7 +20,12 @@ if TYPE_CHECKING:
     from qvit.train.methods import FloatModel
     from qvit.train.options import Options
     from qvit.train.recipe import Recipe
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="timm's name of a vision transformer (vit_*, deit_*).")]
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="timm's name of a vision transformer (vit_*, deit_*, swin_*, beit_*, eva*, ...)."
+    ),
+]
 Packed = Annotated[Path, typer.Argument(metavar="MODEL", help="What qvit export wrote: a .safetensors file.")]
 Data = Annotated[
     str,
