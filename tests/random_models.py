@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from packed_models import vit_program
 from qvit.config import Bits
+from qvit.format.ops import ACTIVATIONS
 
 NORMS = st.tuples(st.sampled_from(("layer", "rms")), st.sampled_from((1e-6, 1e-3)))
 MAYBE_NORM = st.none() | NORMS
@@ -53,7 +54,7 @@ def fields(draw: st.DrawFn) -> dict[str, Any]:
         "rectify": draw(st.sampled_from((None, "token"))),
         "mlp": draw(st.sampled_from(("plain", "glu", "glu_gate_last", "swiglu"))),
         "mlp_hidden": draw(st.integers(2, 150)),
-        "activation": draw(st.sampled_from(("gelu", "gelu_tanh", "quick_gelu", "silu", "relu"))),
+        "activation": draw(st.sampled_from(ACTIVATIONS)),
         "attention_scale": draw(st.sampled_from((0.1, 0.5))),
         "pool": pool,
         "pool_skip": 0 if pool == "token" else draw(st.sampled_from((0, prefix))),

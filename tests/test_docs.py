@@ -84,3 +84,37 @@ def test_every_file_of_the_repository_that_is_named_is_there(page: Path) -> None
     text = page.read_text(encoding="utf-8")
     for name in re.findall(r"(?<![\w/.-])((?:src|tests|benchmarks|docs)/[\w./-]*\w/?)", text):
         assert (ROOT / name).exists(), f"{page.name}: {name}"
+
+
+DIFFS = [
+    [(name, body.splitlines()) for name, body in re.findall(r"--- (.*)\n((?:[ +-](?!--).*\n)*)", block)]
+    for block in re.findall(r"```diff\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.DOTALL)
+]
+ACTIVATION, FAMILY = DIFFS
+"""Two diffs: of an activation function to come, and of a family that is there. ``...`` stands for what is left out."""
+
+
+def assert_in_order(name: str, lines: list[str]) -> None:
+    """Check that a file has ``lines``, in their order."""
+    place, given = 0, (ROOT / name).read_text(encoding="utf-8").splitlines()
+    for line in lines:
+        pattern = re.escape(line).replace(re.escape("..."), ".*")
+        found = next((n for n in range(place, len(given)) if re.fullmatch(pattern, given[n])), None)
+        assert found is not None, f"{name} has no line after {place}: {line}"
+        place = found + 1
+
+
+@pytest.mark.parametrize(("name", "lines"), ACTIVATION)
+def test_the_diff_of_an_activation_function_begins_at_what_is_there(name: str, lines: list[str]) -> None:
+    assert_in_order(name, [line[1:] for line in lines if not line.startswith("+")])
+    assert any(line.startswith("+") for line in lines)
+
+
+@pytest.mark.parametrize(("name", "lines"), FAMILY)
+def test_the_diff_of_a_family_ends_at_what_is_there(name: str, lines: list[str]) -> None:
+    assert_in_order(name, [line[1:] for line in lines if not line.startswith("-")])
+
+
+def test_both_diffs_are_read() -> None:
+    assert len(ACTIVATION) == 5
+    assert len(FAMILY) == 3

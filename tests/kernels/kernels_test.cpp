@@ -147,8 +147,11 @@ double activated(double x, Activation activation) {
     return x;
 }
 
-constexpr Activation kActivations[] = {Activation::gelu, Activation::gelu_tanh, Activation::quick_gelu,
-                                       Activation::silu, Activation::relu};
+constexpr Activation kActivations[] = {
+#define QVIT_LISTED(name) Activation::name,
+    QVIT_ACTIVATIONS(QVIT_LISTED)
+#undef QVIT_LISTED
+};
 
 // Operations on a tile of sums, in a row longer than the tile.
 void check_sums(const char* isa, const RowOps& ops) {

@@ -17,6 +17,7 @@ from members import DISTILLED, MEMBERS, SIZES, VIT, images_for, packed, student_
 from packed_models import TINY, make_packed
 from qvit import QuantConfig
 from qvit.errors import ConfigError, DataError
+from qvit.format.ops import ACTIVATIONS
 from qvit.runtime.engine import Engine, instruction_sets, load
 from qvit.runtime.reference import ReferenceEngine
 
@@ -168,7 +169,7 @@ def test_best_instruction_set_is_the_default(path: Path) -> None:
     assert engine.instruction_set == instruction_sets()[0]
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "quick_gelu", "silu", "relu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_few_codes_after_an_activation_are_the_references(activation: str) -> None:
     for offset in (0.0, -0.3, 0.4):
         for scale in (0.05, 0.3, 1.0):  # steps below the function's minimum, across it and above it
