@@ -172,14 +172,14 @@ def measure(steps: dict[str, Step], rounds: int, batch: int, device: torch.devic
     return records
 
 
-def cpu_steps(batch: int, config: QuantConfig, **model_args: Any) -> dict[str, Step]:
+def cpu_steps(name: str, batch: int, config: QuantConfig, **model_args: Any) -> dict[str, Step]:
     """Return the six steps that are compared on the CPU, float32 eager first."""
     data = _data(batch, torch.device("cpu"))
     steps: dict[str, Step] = {}
     for way, compiled in (("eager", False), ("compiled", True)):
-        steps[f"float32, {way}"] = float_step(*data, CPU_MODEL, compiled=compiled, **model_args)
-        steps[f"student, {way}"] = student_step(*data, CPU_MODEL, config, compiled=compiled, **model_args)
-        steps[f"Q-ViT, {way}"] = q_vit_step(*data, CPU_MODEL, config, compiled=compiled, **model_args)
+        steps[f"float32, {way}"] = float_step(*data, name, compiled=compiled, **model_args)
+        steps[f"student, {way}"] = student_step(*data, name, config, compiled=compiled, **model_args)
+        steps[f"Q-ViT, {way}"] = q_vit_step(*data, name, config, compiled=compiled, **model_args)
     return steps
 
 
@@ -234,7 +234,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="on the CPU")
     parser.add_argument("--gpu-batch", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--depth", type=int, default=12, help="blocks of the model on the CPU, for a quick look")
+    parser.add_argument("--model", default=CPU_MODEL, help="timm's name of the model on the CPU")
+    parser.add_argument("--depth", type=int, help="blocks of a ViT on the CPU, for a quick look")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -251,13 +252,15 @@ def main() -> None:
         "bits": arguments.bits,
         "batch": arguments.batch,
         "rounds": arguments.rounds,
+        "model": arguments.model,
         "depth": arguments.depth,
     }
     console = Console()
-    steps = cpu_steps(arguments.batch, config, depth=arguments.depth)
+    model_args = {} if arguments.depth is None else {"depth": arguments.depth}
+    steps = cpu_steps(arguments.model, arguments.batch, config, **model_args)
     results = {"cpu": measure(steps, arguments.rounds, arguments.batch, torch.device("cpu"))}
     title = (
-        f"{CPU_MODEL}, {arguments.depth} blocks, batch {arguments.batch}, {environment['cpu']}, {arguments.threads} "
+        f"{arguments.model}, batch {arguments.batch}, {environment['cpu']}, {arguments.threads} "
         f"threads, PyTorch {torch.__version__}, timm {timm.__version__}"
     )
     console.print(table(title, results["cpu"]))
