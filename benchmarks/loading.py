@@ -35,7 +35,7 @@ from qvit.train.recipe import Recipe, load_recipe
 def loading_rate(data: ImageSets, card: ModelCard, recipe: Recipe, workers: int, seconds: float) -> float:
     """Return images a second of the training loader, measured for at least ``seconds`` after its first batch."""
     transform = make_transform(card.preprocessing, recipe.augmentation)
-    schedule = recipe.quantized
+    schedule = recipe.schedule("quantized")
     loader = make_loader(
         data.train,
         transform,
@@ -59,7 +59,7 @@ def loading_rate(data: ImageSets, card: ModelCard, recipe: Recipe, workers: int,
 
 def training_rate(data: ImageSets, card: ModelCard, recipe: Recipe, steps: int, *, compiled: bool) -> float:
     """Return images a second of training without loading: the median of ``steps`` steps."""
-    device, schedule = _device(), recipe.quantized
+    device, schedule = _device(), recipe.schedule("quantized")
     transform = make_transform(card.preprocessing, recipe.augmentation)
     batch = next(iter(make_loader(data.train, transform, schedule.batch_size, shuffle=True)))
     images, labels = batch.images.to(device), batch.labels.to(device)

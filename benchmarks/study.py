@@ -36,9 +36,10 @@ from qvit.errors import TrainingStopped
 from qvit.files import printable, write_text
 from qvit.models.checkpoint import ModelCard, load_checkpoint, save_checkpoint, weights_checksum
 from qvit.study.ablation import ablate, read_results, rows_named, teacher_statistics
+from qvit.train.lock import alone_in
 from qvit.train.loop import read_metrics
 from qvit.train.methods import FloatModel, open_images, train_full_precision
-from qvit.train.options import Options
+from qvit.train.options import Options, make_accelerator
 from qvit.train.run import can_go_on
 from study_plan import Plan, read_plan
 from study_report import write_report
@@ -77,14 +78,16 @@ def run(plan: Plan, data: str, out: Path, only: Iterable[str], minutes: float | 
 def train_teacher(plan: Plan, card: ModelCard, sets: ImageSets, folder: Path, console: Console) -> FloatModel:
     """Return the teacher, trained first (or further) if it is not finished."""
     recipe = plan.recipe_of()
-    epochs = recipe.full_precision.epochs
+    epochs = recipe.schedule("full_precision").epochs
     finished = folder / "model.pt"
     if not finished.exists():
-        if not (can_go_on(folder) and len(read_metrics(folder)) == epochs):
-            console.rule("teacher")
-            train_full_precision(card, sets, recipe, Options(folder, resume=can_go_on(folder), **plan.teacher), console)
-        model, card = load_checkpoint(folder / "last.pt")
-        save_checkpoint(finished, card, model)  # without the optimizer: what the experiments need of it
+        with alone_in(folder, make_accelerator(Options(folder, **plan.teacher))):
+            if not (can_go_on(folder) and len(read_metrics(folder)) == epochs):
+                console.rule("teacher")
+                options = Options(folder, resume=can_go_on(folder), **plan.teacher)
+                train_full_precision(card, sets, recipe, options, console)
+            model, card = load_checkpoint(folder / "last.pt")
+            save_checkpoint(finished, card, model)  # without the optimizer: what the experiments need of it
     return FloatModel(*load_checkpoint(finished))
 
 

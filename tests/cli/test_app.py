@@ -10,17 +10,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from commands import Run, run, sentence
 from qvit._version import __version__
-from qvit.models.checkpoint import load_checkpoint, weights_checksum
+from qvit.models.checkpoint import load_checkpoint, save_checkpoint, weights_checksum
+from qvit.quantization.distill import DistillationLoss
 
 MODEL = "vit_tiny_patch16_224"
 RECIPE = """
 model_args: {img_size: 8, patch_size: 4, in_chans: 1, embed_dim: 24, depth: 2, num_heads: 2}
 preprocessing: {mean: [0.5], std: [0.5], crop_pct: 1.0, interpolation: bilinear}
-augmentation: {scale: [0.9, 1.0], ratio: [1.0, 1.0], hflip: 0.0, color_jitter: null}
+augmentation: {scale: [0.9, 1.0], ratio: [1.0, 1.0], hflip: 0.0, color_jitter: null, interpolation: bilinear}
 full_precision: {epochs: 6, batch_size: 64, lr: 4e-3, optimizer: adamw}
 quantized: {epochs: 1, batch_size: 128, lr: 2e-3, optimizer_args: {eps: 1e-8}, calibration_images: 128}
 """
@@ -143,11 +145,62 @@ def test_resume_goes_on_and_a_second_start_is_refused(
 ) -> None:
     arguments = [*student, "--teacher", str(teacher), "--method", "baseline"]
     assert qvit(*arguments, "--resume").status == 2
-    assert qvit(*arguments).status == 0
+    assert not (tmp_path / "run").exists()
+    first = qvit(*arguments)
+    assert first.status == 0, first.err
     assert "--resume" in sentence(qvit(*arguments))
-    done = qvit(*arguments, "--resume", "--set", "quantized.epochs=2")
+    again = qvit(*arguments, "--resume")
+    assert again.status == 0, again.err
+    assert again.out.splitlines()[-1] == first.out.splitlines()[-1]
+
+
+def test_post_training_quantization_is_not_overwritten(
+    qvit: Run, student: list[str], teacher: Path, tmp_path: Path
+) -> None:
+    arguments = [*student, "--teacher", str(teacher), "--method", "ptq"]
+    assert qvit(*arguments).status == 0
+    assert "run/best.pt is there already: give another --out" in sentence(qvit(*arguments, "--bits", "4"))
+
+
+OTHERS = {
+    "quantized.epochs 1, this one with quantized.epochs 2": ["--set", "quantized.epochs=2"],
+    "quantized.lr 0.002, this one with quantized.lr 0.001": ["--set", "quantized.lr=1e-3"],
+    "quantized.optimizer_args.betas not set, this one": ["--set", "quantized.optimizer_args.betas=[0.9, 0.99]"],
+    "augmentation.hflip 0.0, this one with augmentation.hflip 0.5": ["--set", "augmentation.hflip=0.5"],
+    "method q-vit, this one with method rectify": ["--method", "rectify"],
+    "precision no, this one with precision bf16": ["--precision", "bf16"],
+    "accumulate 1, this one with accumulate 2": ["--accumulate", "2"],
+    "decode_once False, this one with decode_once True": ["--decode-once"],
+    "seed 0, this one with seed 1": ["--seed", "1"],
+    "of another model or another run": ["--bits", "3"],
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, recipe: Path, teacher: Path) -> list[str]:
+    """The command of a run that is finished."""
+    out = tmp_path_factory.mktemp("finished")
+    arguments = ["train", MODEL, "--data", "digits", "--recipe", str(recipe), "--bits", "2"]
+    arguments += ["--teacher", str(teacher), "--out", str(out)]
+    done = run(*arguments)
     assert done.status == 0, done.err
-    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+    return arguments
+
+
+@pytest.mark.parametrize("named", OTHERS)
+def test_a_resumed_run_has_the_same_settings(qvit: Run, finished: list[str], named: str) -> None:
+    said = sentence(qvit(*finished, "--resume", *OTHERS[named]))
+    assert named in said
+    assert "another --out" in said
+
+
+def test_a_resumed_run_has_the_same_teacher(qvit: Run, finished: list[str], teacher: Path, tmp_path: Path) -> None:
+    model, card = load_checkpoint(teacher)
+    torch.nn.init.zeros_(model.norm.bias)
+    save_checkpoint(tmp_path / "other.pt", card, model)
+    said = sentence(qvit(*finished, "--resume", "--teacher", tmp_path / "other.pt"))
+    assert "last.pt is of a run with teacher " in said
+    assert qvit(*finished, "--resume", "--workers", "1", "--save-every", "7").status == 0
 
 
 def test_ablation_prints_a_table_and_keeps_finished_cells(
@@ -250,12 +303,15 @@ def test_bits_outside_two_to_eight_are_refused(
 
 
 def test_nan_loss_stops_and_the_last_good_checkpoint_evaluates(
-    qvit: Run, student: list[str], teacher: Path, tmp_path: Path
+    qvit: Run, student: list[str], teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = [*student, "--teacher", str(teacher), "--method", "baseline"]
-    assert qvit(*arguments).status == 0
-    diverging = ["--set", "quantized.lr=1e30", "--set", "quantized.epochs=3"]
-    message = sentence(qvit(*arguments, *diverging, "--resume"))
+    def poisoned(self: DistillationLoss, *args: object) -> torch.Tensor:
+        return original(self, *args) * (float("nan") if self.progress >= 0.6 else 1.0)
+
+    original = DistillationLoss.forward
+    monkeypatch.setattr(DistillationLoss, "forward", poisoned)
+    arguments = [*student, "--teacher", str(teacher), "--method", "baseline", "--set", "quantized.epochs=2"]
+    message = sentence(qvit(*arguments))
     assert "NaN" in message
     assert "epoch 2" in message
     assert "last.pt" in message
@@ -273,6 +329,9 @@ def test_nan_loss_stops_and_the_last_good_checkpoint_evaluates(
         (["--set", "quantized.epoch=3"], "did you mean 'epochs'"),
         (["--override", "head"], "PATTERN=BITS"),
         (["--override", "head=16"], "2 to 8, not 16"),
+        (["--override", "blokcs.*=8"], "'blokcs.*' matches no layer of the model: did you mean 'blocks.*'"),
+        (["--set", "quantized.optimizer=lmab"], "no optimizer 'lmab': did you mean lamb"),
+        (["--set", "quantized.optimizer_args.bettas=[0,1]"], "did you mean 'betas'"),
         (["--teacher", "absent.pt"], "no file absent.pt"),
         (["--full-precision"], "leave out --bits"),
     ],
@@ -291,6 +350,7 @@ def test_wrong_value_is_named(qvit: Run, student: list[str], teacher: Path, argu
         (["--rows", "baseline,best"], "no row 'best'"),
         (["--bits", ""], "--bits"),
         (["--rows", ""], "--rows"),
+        (["--override", "blokcs.*=8"], "'blokcs.*' matches no layer"),
     ],
 )
 def test_wrong_value_of_an_ablation_is_named(
@@ -299,6 +359,44 @@ def test_wrong_value_of_an_ablation_is_named(
     base = ["ablate", MODEL, "--data", "digits", "--recipe", recipe, "--teacher", teacher, "--out", tmp_path / "t"]
     assert named in sentence(qvit(*base, *arguments))
     assert not (tmp_path / "t").exists()
+
+
+def test_full_precision_takes_no_option_of_quantization(qvit: Run, recipe: Path, tmp_path: Path) -> None:
+    arguments = ["train", MODEL, "--full-precision", "--data", "digits", "--recipe", recipe, "--out", tmp_path / "run"]
+    done = qvit(*arguments, "--override", "blocks.*=8", "--activation-bits", "4")
+    assert "leave out --activation-bits and --override" in sentence(done)
+
+
+@pytest.mark.parametrize("section", ["full_precision", "quantized"])
+def test_a_recipe_needs_the_section_alone_that_the_run_uses(
+    qvit: Run, recipe: Path, teacher: Path, tmp_path: Path, section: str
+) -> None:
+    lines = [line for line in recipe.read_text().splitlines() if not line.startswith(("full", "quant"))]
+    lines.append(f"{section}: {{epochs: 1, batch_size: 256, lr: 4e-3}}")
+    (tmp_path / "one.yaml").write_text("\n".join(lines))
+    float_run = ["train", MODEL, "--full-precision", "--data", "digits", "--recipe", tmp_path / "one.yaml"]
+    few_bits = [
+        "train",
+        MODEL,
+        "--bits",
+        "4",
+        "--teacher",
+        teacher,
+        "--data",
+        "digits",
+        "--recipe",
+        tmp_path / "one.yaml",
+    ]
+    table = ["ablate", MODEL, "--teacher", teacher, "--data", "digits", "--recipe", tmp_path / "one.yaml"]
+    runs = {"full_precision": [float_run], "quantized": [few_bits, table]}
+    good = runs.pop(section)[0]
+    done = qvit(*good, "--out", tmp_path / "run")
+    assert done.status == 0, done.err
+    for other, commands in runs.items():
+        for command in commands:
+            said = sentence(qvit(*command, "--out", tmp_path / "none"))
+            assert f"no {other}, which this run uses: add it with epochs, batch_size and lr" in said
+    assert not (tmp_path / "none").exists()
 
 
 def test_student_without_a_float_model_says_how_to_make_one(qvit: Run, student: list[str]) -> None:

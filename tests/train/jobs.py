@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,7 @@ def _child(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], rank: int, world: int, port: int
 ) -> None:
     torch.set_num_threads(1)
+    warnings.simplefilter("error", FutureWarning)  # of something that a later PyTorch takes away
     if world > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
         os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}

@@ -106,7 +106,7 @@ def _resume_and_note(out: Path, said: Path) -> None:
 
 def test_resume_refuses_another_seed(tmp_path: Path, whole: Path) -> None:
     (tmp_path / "last.pt").write_bytes((whole / "last.pt").read_bytes())
-    with pytest.raises(CheckpointError, match="seed 0, this one has 1"):
+    with pytest.raises(CheckpointError, match="seed 0, this one with seed 1"):
         jobs.quantized(tmp_path, CHANGES, resume=True, seed=1)
 
 

@@ -93,21 +93,18 @@ def test_resumed_run_equals_the_uninterrupted_one(
 
 def test_killed_run_resumes_from_its_last_epoch(tmp_path: Path, teacher_file: Path) -> None:
     command = [sys.executable, "-m", "qvit.cli", "train", "vit_tiny_patch16_224", "--bits", "2", "--data", "digits"]
-    command += ["--teacher", str(teacher_file), "--out", str(tmp_path / "run"), "--set", "quantized.epochs=200"]
+    command += ["--teacher", str(teacher_file), "--out", str(tmp_path / "run"), "--set", "quantized.epochs=4"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
     metrics = tmp_path / "run" / "metrics.jsonl"  # written after the checkpoint of the same epoch
-    while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
+    while not (metrics.exists() and metrics.read_text()):
+        assert process.poll() is None
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    finished = len(read_metrics(tmp_path / "run"))
-    assert finished >= 1
     load_checkpoint(tmp_path / "run" / "last.pt")
-    shorter = [*command[:-1], f"quantized.epochs={finished + 2}", "--resume"]
-    done = subprocess.run(shorter, capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert [r["epoch"] for r in read_metrics(tmp_path / "run")] == list(range(1, finished + 3))
+    assert [r["epoch"] for r in read_metrics(tmp_path / "run")] == [1, 2, 3, 4]
 
 
 def test_nan_stops_and_keeps_the_last_good_checkpoint(

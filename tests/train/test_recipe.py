@@ -50,6 +50,10 @@ def test_set_changes_and_adds_entries(file: Path) -> None:
         ("quantized.guided_layers=[]", "guided_layers must be a list"),
         ("quantized.weight_start=max", "weight_start must be minimum_error or lsq"),
         ("quantized.rectify_start=keep", "rectify_start must be teacher or unit"),
+        ("quantized.optimizer=adamm", "no optimizer 'adamm': did you mean adam"),
+        ("quantized.optimizer_args.epps=1", "Unknown entry 'epps' in optimizer_args: did you mean 'eps'"),
+        ("quantized.optimizer_args=3", "optimizer_args must be a mapping"),
+        ("quantized.repeated_augmentation=1.5", "repeated_augmentation must be a whole number from 0 up"),
         ("quantized.epochs=0", "epochs must be a whole number above 0"),
         ("quantized.epochs", "NAME=VALUE"),
         ("quantized.lr.x=1", "lr is a single value"),
@@ -71,3 +75,31 @@ def test_broken_yaml_is_named(file: Path) -> None:
     file.write_text("full_precision: {epochs: [1}")
     with pytest.raises(ConfigError, match="not valid YAML"):
         load_recipe(str(file))
+
+
+@pytest.mark.parametrize("section", ["full_precision", "quantized"])
+def test_one_section_is_enough(file: Path, section: str) -> None:
+    lines = dict(zip(("full_precision", "quantized"), MINIMAL.splitlines(), strict=True))
+    file.write_text(lines.pop(section))
+    recipe = load_recipe(str(file))
+    assert recipe.schedule(section).epochs == 1  # type: ignore[arg-type]
+    (other,) = lines
+    with pytest.raises(ConfigError, match=f"The recipe has no {other}, which this run uses"):
+        recipe.schedule(other)  # type: ignore[arg-type]
+    assert load_recipe(str(file), [f"{other}.{entry}" for entry in ("epochs=2", "batch_size=4", "lr=1")]).to_dict()
+    file.write_text("model_args: {depth: 2}")
+    assert load_recipe(str(file)).model_args == {"depth": 2}
+
+
+def test_two_entries_of_one_name_are_refused(file: Path) -> None:
+    file.write_text(MINIMAL + "full_precision: {epochs: 9, batch_size: 2, lr: 1e-3}\n")
+    with pytest.raises(ConfigError, match="there are two entries 'full_precision'"):
+        load_recipe(str(file))
+    file.write_text("quantized: {epochs: 1, batch_size: 2, lr: 1e-3, epochs: 3}")
+    with pytest.raises(ConfigError, match="there are two entries 'epochs'"):
+        load_recipe(str(file))
+
+
+@pytest.mark.parametrize("optimizer", ["lamb", "AdamW", "lookahead_adam", "sgd", "muon"])
+def test_every_optimizer_of_timm_is_known(file: Path, optimizer: str) -> None:
+    assert load_recipe(str(file), [f"quantized.optimizer={optimizer}"]).quantized.optimizer == optimizer

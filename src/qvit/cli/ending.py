@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import sys
@@ -30,6 +31,15 @@ TRAINING_PACKAGES = (
     "jinja2",
     "huggingface_hub",
 )
+_SIGNS = (
+    "can't allocate memory",  # PyTorch's allocator
+    "annot allocate memory",  # the system
+    "std::bad_alloc",
+    "failed to map segment",  # the loader of shared libraries
+    "can't start new thread",
+    "out of memory",  # CUDA
+)
+_LESS_MEMORY = "Raise the limit, or ask for less at once (a smaller batch, --accumulate, fewer --workers or --threads)."
 _Command = TypeVar("_Command", bound=Callable[..., None])
 
 
@@ -57,10 +67,27 @@ def ends_in_a_sentence(command: _Command) -> _Command:
             if (missing.name or "").partition(".")[0] not in TRAINING_PACKAGES:
                 raise
             end(f"This command needs {missing.name}: pip install 'qvit[train]' brings it.", REFUSED)
-        except OSError as error:
+        except (MemoryError, ImportError, RuntimeError, OSError) as error:
+            shortage = memory_shortage(error)
+            if shortage is not None:
+                end(f"There is not enough memory: {shortage} {_LESS_MEMORY}", REFUSED, everywhere=True)
+            if not isinstance(error, OSError):
+                raise
             end(f"{error.strerror or first_line(error)}: {error.filename or 'the output'}.", REFUSED, everywhere=True)
 
     return run  # type: ignore[return-value]
+
+
+def memory_shortage(error: BaseException) -> str | None:
+    """Return the sentence in which an error tells of a want of memory, or ``None`` if it is about something else.
+
+    Such an error has another class in every library, and in some a page of advice around that sentence.
+    """
+    for line in str(error).splitlines():
+        if any(sign in line for sign in _SIGNS):
+            return f"{line.strip()[:200].rstrip('.')}."
+    known = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    return first_line(error) if known else None
 
 
 def end(sentence: str, status: int, *, everywhere: bool = False) -> NoReturn:

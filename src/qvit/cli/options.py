@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -152,11 +154,25 @@ def check_out(options: Options) -> None:
     """Refuse to overwrite a run, or to resume none."""
     from qvit.train.run import can_go_on
 
-    exists = can_go_on(options.out)
+    exists, best = can_go_on(options.out), options.out / "best.pt"
     if options.resume and not exists:
         raise ConfigError(f"There is no {options.out / 'last.pt'} to resume: leave out --resume to start.")
     if exists and not options.resume:
         raise ConfigError(f"{options.out} holds a run already: give --resume to go on with it, or another --out.")
+    if best.exists() and not options.resume:  # of post-training quantization, which has nothing to go on with
+        raise ConfigError(f"{best} is there already: give another --out, or remove it.")
+
+
+@contextmanager
+def own_folder(options: Options) -> Iterator[None]:
+    """Keep a run's folder from being overwritten: by this command, and by others until the block ends."""
+    from qvit.train.lock import alone_in
+    from qvit.train.options import make_accelerator
+
+    check_out(options)  # before the folder is made
+    with alone_in(options.out, make_accelerator(options)):
+        check_out(options)  # another command may have filled it since
+        yield
 
 
 def check_bits(bits: int, activation_bits: int | None) -> tuple[int, int]:

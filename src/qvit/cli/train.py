@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,11 +29,11 @@ from qvit.cli.options import (
     Splits,
     Workers,
     check_bits,
-    check_out,
     console,
     decoded,
     float_model,
     options_of,
+    own_folder,
     parse_numbers,
     parse_overrides,
     recipe_of,
@@ -106,13 +107,14 @@ def train(
     )
     settings = recipe_of(recipe, data, change)
     if full_precision:
-        if bits is not None or teacher is not None or start is not None:
-            raise ConfigError("--full-precision makes a float model: leave out --bits, --teacher and --start.")
+        names = ("--bits", "--activation-bits", "--teacher", "--start", "--override")
+        values = (bits, activation_bits, teacher, start, override)
+        given = [name for name, value in zip(names, values, strict=True) if value is not None]
+        if given:
+            raise ConfigError(f"--full-precision makes a float model: leave out {' and '.join(given)}.")
+        settings.schedule("full_precision")
         sets, card = methods.open_images(model, settings, data, root=data_root, splits=splits)
-        check_out(options)
-        if decode_once:
-            sets = decoded(sets, card, options)
-        result = methods.train_full_precision(card, sets, settings, options, console())
+        run = functools.partial(methods.train_full_precision, card)
         title = "full precision"
     else:
         if bits is None:
@@ -128,6 +130,7 @@ def train(
             )
         widths = check_bits(bits, activation_bits)
         overrides = parse_overrides(override)
+        settings.schedule("quantized")
         sets, card = methods.open_images(model, settings, data, root=data_root, splits=splits)
         guide = None if teacher is None else float_model(teacher, card, "teacher")
         first = guide if start is None else float_model(start, card, "start")
@@ -137,14 +140,15 @@ def train(
                 f"The student starts from {start or teacher}, a {first.card.name} with {first.card.model_args}, and is "
                 f"to be a {card.name} with {card.model_args}: give a fitting --start, or that model."
             )
-        check_out(options)
+        reading: Any = rectify
+        student = (first, guide, method, widths, reading)
+        methods.make_student(*student, overrides)  # what is refused is refused before images are decoded
+        run = functools.partial(methods.train_quantized, *student, overrides=overrides)
+        title = f"{bits} bits, {methods.METHODS[method].title}"
+    with own_folder(options):
         if decode_once:
             sets = decoded(sets, card, options)
-        reading: Any = rectify
-        result = methods.train_quantized(
-            first, guide, method, widths, reading, sets, settings, options, console(), overrides
-        )
-        title = f"{bits} bits, {methods.METHODS[method].title}"
+        result = run(sets, settings, options, console())
     say_skipped(result.accuracy)
     if rank() == 0:
         console().print(printable(result_sentence(title, out, result)), soft_wrap=True)
@@ -273,6 +277,7 @@ def ablate(
         out, 0, workers, precision, compile_models, skip_corrupt, False, cpu, data, save_every, accumulate, fsdp
     )
     settings = recipe_of(recipe, data, change)
+    settings.schedule("quantized")
     widths, chosen = parse_numbers("--bits", bits), rows_named(rows)
     for width in widths:
         check_bits(width, None)

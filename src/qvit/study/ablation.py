@@ -7,18 +7,14 @@ cells that no other is at. Tables are made from the files.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
-from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -32,7 +28,8 @@ from qvit.errors import CheckpointError, ConfigError
 from qvit.files import write_text
 from qvit.models.checkpoint import ModelCard, load_checkpoint, weights_checksum
 from qvit.quantization.distill import DistillationLoss
-from qvit.train.methods import METHODS, FloatModel, Overrides, Result, train_quantized, training_batches
+from qvit.train.lock import locked
+from qvit.train.methods import METHODS, FloatModel, Overrides, Result, make_student, train_quantized, training_batches
 from qvit.train.options import Options, make_accelerator
 from qvit.train.recipe import Recipe
 from qvit.train.run import can_go_on
@@ -116,7 +113,11 @@ def ablate(
 
     Raises:
         CheckpointError: if the folder holds results of another recipe, teacher, ladder or overrides.
+        ConfigError: if a run would be refused (:func:`qvit.train.methods.make_student`), before anything is written.
     """
+    recipe.schedule("quantized")
+    for row in rows:
+        make_student(teacher, teacher, row.method, (bits[0], bits[0]), row.rectify or "head", overrides)
     cells = [(b, row, seed) for seed in seeds for b in bits for row in rows]
     rungs: dict[int, int] = dict(zip(bits[1:], bits[:-1], strict=True)) if ladder else {}
     accelerator = make_accelerator(options)
@@ -125,7 +126,7 @@ def ablate(
     accelerator.wait_for_everyone()
     for number, (b, row, seed) in enumerate(cells, 1):
         folder = _folder(options.out, b, row, seed)
-        with _mine(folder) as mine:
+        with locked(folder, accelerator) as mine:
             if not mine or (folder / "result.json").exists():
                 continue
             start = teacher
@@ -242,24 +243,6 @@ def _folder(out: Path, bits: int, row: Row, seed: int) -> Path:
     return out / f"{bits}-bit" / row.name / f"seed-{seed}"
 
 
-@contextlib.contextmanager
-def _mine(folder: Path) -> Iterator[bool]:
-    """Say whether this command may work on a cell. Of its processes the main one holds the lock."""
-    accelerator = PartialState()
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / "lock")  # released when the process ends, however it ends
-    mine = [True]
-    if accelerator.is_main_process:
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            mine = [False]
-    try:
-        yield broadcast_object_list(mine)[0] if accelerator.num_processes > 1 else mine[0]
-    finally:
-        lock.release()
-
-
 def _analyse(teacher: FloatModel, result: Result, data: ImageSets, recipe: Recipe, options: Options) -> dict[str, Any]:
     """Return what is measured of a finished run beside its accuracy."""
     batches = _analysed_batches(result.card, data, options)
@@ -270,7 +253,7 @@ def _analyse(teacher: FloatModel, result: Result, data: ImageSets, recipe: Recip
         {**layer.to_dict(), "attention_distance": far} for layer, far in zip(layers, distance, strict=True)
     ]
     if result.history:
-        loss_fn = DistillationLoss(teacher.model, guided_weight=recipe.quantized.guided_weight)
+        loss_fn = DistillationLoss(teacher.model, guided_weight=recipe.schedule("quantized").guided_weight)
         for record, gradients in zip(by_layer, loss_gradients(result.model, loss_fn, batches), strict=True):
             record["gradients"] = dataclasses.asdict(gradients)
     means = {name: statistics.fmean(layer[name] for layer in by_layer) for name in _MEANS}

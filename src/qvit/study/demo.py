@@ -33,8 +33,9 @@ from qvit.data.sources import open_data
 from qvit.exporting.packed import origin_of
 from qvit.files import printable
 from qvit.models.checkpoint import describe
+from qvit.train.lock import alone_in
 from qvit.train.methods import METHODS, FloatModel, Result, train_full_precision, train_quantized
-from qvit.train.options import Options
+from qvit.train.options import Options, make_accelerator
 from qvit.train.recipe import Recipe, load_recipe
 
 MODEL = "vit_tiny_patch16_224"
@@ -109,6 +110,9 @@ def run_demo(out: Path, console: Console, seed: int = 0, changes: Sequence[str] 
 
     Returns:
         The report's path.
+
+    Raises:
+        ConfigError: if another command is writing to the folder.
     """
     started = time.perf_counter()
     recipe, data = load_recipe("digits", changes), open_data("digits", mode="L")
@@ -116,7 +120,7 @@ def run_demo(out: Path, console: Console, seed: int = 0, changes: Sequence[str] 
     loader = make_loader(data.val, make_transform(card.preprocessing), 128, shuffle=False)
     batches = list(loader)
 
-    with _one_thread():
+    with _one_thread(), alone_in(out, make_accelerator(Options(out, cpu=True))):
         console.rule("full precision")
         made = train_full_precision(card, data, recipe, Options(out / "float", seed=seed, cpu=True), console)
         teacher = FloatModel(made.model, made.card)
@@ -221,7 +225,7 @@ def _sections(
 ) -> list[Section]:
     float_row, quantized = rows[0], rows[1:]
     arguments = ", ".join(f"{name} {value}" for name, value in recipe.model_args.items())
-    full, half = recipe.full_precision, recipe.quantized
+    full, half = recipe.schedule("full_precision"), recipe.schedule("quantized")
     result = Section(
         "Result",
         [

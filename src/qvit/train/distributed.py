@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,13 @@ from torch.nn.parallel import DistributedDataParallel
 from qvit.models.families import family_of
 from qvit.nn.quantizer import Float32Module
 
+_ARGUMENTS = inspect.signature(DistributedDataParallel).parameters
+# No broadcast of buffers at every step: the rectifiers compute their statistics over all processes. A PyTorch that
+# knows the first name warns of the second one.
+_NO_BROADCAST: dict[str, Any] = {
+    "forward_sync_buffers" if "forward_sync_buffers" in _ARGUMENTS else "broadcast_buffers": False
+}
+
 
 def spread(model: VisionTransformer, accelerator: Accelerator, *, fsdp: bool) -> nn.Module:
     """Return ``model`` as the processes train it together: itself, wrapped for DDP, or sharded in place by FSDP2.
@@ -34,8 +42,7 @@ def spread(model: VisionTransformer, accelerator: Accelerator, *, fsdp: bool) ->
         shard(model)
         return model
     devices = None if accelerator.device.type == "cpu" else [accelerator.device]
-    # No broadcast of buffers at every step: the rectifiers compute their statistics over all processes.
-    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+    return DistributedDataParallel(model, device_ids=devices, **_NO_BROADCAST)
 
 
 def shard(model: VisionTransformer) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from qvit.data.loader import Batches, readable
 from qvit.data.order import TrainOrder
+from qvit.data.resident import ResidentLoader
 from qvit.errors import NonFiniteLossError, TrainingStopped
 from qvit.files import write_text
 from qvit.models.checkpoint import ModelCard
@@ -37,6 +38,7 @@ from qvit.train.oscillation import Oscillation
 from qvit.train.preemption import Sigterm
 from qvit.train.recipe import Schedule
 from qvit.train.run import Run, non_finite_message, read_last, says_what_is_kept, stopped_message, tidy
+from qvit.train.settings import settings_of
 
 
 class Loss(Protocol):
@@ -102,7 +104,10 @@ def fit(
     accelerator = make_accelerator(options)
     device, is_main = accelerator.device, accelerator.is_main_process
     console = console if is_main else Console(quiet=True)
-    saved = read_last(options.out, card, console) if options.resume else None
+    order, teacher = train.batch_sampler, getattr(loss_fn, "teacher", None)
+    assert isinstance(order, TrainOrder)
+    settings = settings_of(schedule, card, options, order, teacher, resident=isinstance(train, ResidentLoader))
+    saved = read_last(options.out, card, settings, console) if options.resume else None
     if saved is not None:
         model.load_state_dict(saved.training["trained"] or saved.weights)
     model.to(device)
@@ -115,7 +120,7 @@ def fit(
     if options.compile:
         # Of an earlier run in this process nothing is left: a class is compiled for so many models and no more.
         torch.compiler.reset()
-        for part in (model, getattr(loss_fn, "teacher", None)):
+        for part in (model, teacher):
             if part is not None:
                 part.compile()
     if options.fsdp and accelerator.num_processes > 1:
@@ -126,8 +131,6 @@ def fit(
     optimizer, clip = make_optimizer(model, schedule)
 
     # Where it stands: from the start, or from a checkpoint.
-    order = train.batch_sampler
-    assert isinstance(order, TrainOrder)
     steps = order.steps
     scheduler = CosineLRScheduler(
         optimizer,
@@ -138,7 +141,7 @@ def fit(
         t_in_epochs=False,
     )
     oscillation = Oscillation(model, schedule.freeze_oscillating) if card.quant_config is not None else None
-    run = Run(options.out, card, student, optimizer, order, accelerator, oscillation, ema)
+    run = Run(options.out, card, student, optimizer, order, settings, accelerator, oscillation, ema)
     set_seed(options.seed * 100_003 + accelerator.process_index)
     if saved is not None:
         run.restore(saved)

@@ -106,7 +106,7 @@ def train_full_precision(
     """Train a float model from scratch with the recipe's ``full_precision`` schedule."""
     set_seed(options.seed)
     model = create_model(card)
-    schedule = recipe.full_precision
+    schedule = recipe.schedule("full_precision")
     card = dataclasses.replace(card, recipe=recipe.to_dict())
     return _fit(model, LabelLoss(schedule.label_smoothing), data, schedule, recipe, card, options, console)
 
@@ -138,26 +138,17 @@ def train_quantized(
         overrides: see :class:`QuantConfig`.
 
     Raises:
-        ConfigError: for a guided method without a teacher.
-        TeacherMismatchError: for a teacher of other classes, or of other depth or heads if the method is guided.
+        ConfigError: see :func:`make_student`; or if the recipe has no ``quantized``.
+        TeacherMismatchError: see :func:`make_student`, as UnsupportedModelError.
     """
     chosen = METHODS[method]
-    if chosen.guided and teacher is None:
-        raise ConfigError(f"Method {method} is guided by a teacher: give --teacher, or use baseline or rectify.")
-    if teacher is not None and len(teacher.card.classes) != len(start.card.classes):
-        raise TeacherMismatchError(
-            f"The teacher has {len(teacher.card.classes)} classes, the student {len(start.card.classes)}."
-        )
-    if chosen.guided and teacher is not None:
-        check_guidance(teacher.model, start.model)
-
-    schedule, device = recipe.quantized, make_accelerator(options).device
-    config = QuantConfig(*bits, rectify=rectify if chosen.rectify else None, overrides=dict(overrides or {}))
+    schedule, device = recipe.schedule("quantized"), make_accelerator(options).device
+    set_seed(options.seed)
+    student, config = make_student(start, teacher, method, bits, rectify, overrides)
+    student = student.to(device)
     card = dataclasses.replace(
         start.card, quant_config=config.to_dict(), method=method, metrics={}, recipe=recipe.to_dict()
     )
-    set_seed(options.seed)
-    student = _student(start, config).to(device)
     if isinstance(student, VisionTransformerDistilled):
         student.set_distilled_training(teacher is not None)
     keep = chosen.rectify and (start.card.quant_config or {}).get("rectify") == rectify
@@ -185,6 +176,34 @@ def train_quantized(
             guided_layers=schedule.guided_layers,
         )
     return _fit(student, loss, data, schedule, recipe, card, options, console)
+
+
+def make_student(
+    start: FloatModel,
+    teacher: FloatModel | None,
+    method: str,
+    bits: tuple[int, int],
+    rectify: Rectify,
+    overrides: Overrides | None = None,
+) -> tuple[VisionTransformer, QuantConfig]:
+    """Return the student that :func:`train_quantized` trains, not calibrated, and how it is quantized.
+
+    Raises:
+        ConfigError: for a guided method without a teacher, bits outside 2..8, or an override that matches no layer.
+        TeacherMismatchError: for a teacher of other classes, or of other depth or heads if the method is guided.
+        UnsupportedModelError: for a model that cannot be quantized.
+    """
+    chosen = METHODS[method]
+    if chosen.guided and teacher is None:
+        raise ConfigError(f"Method {method} is guided by a teacher: give --teacher, or use baseline or rectify.")
+    if teacher is not None and len(teacher.card.classes) != len(start.card.classes):
+        raise TeacherMismatchError(
+            f"The teacher has {len(teacher.card.classes)} classes, the student {len(start.card.classes)}."
+        )
+    if chosen.guided and teacher is not None:
+        check_guidance(teacher.model, start.model)
+    config = QuantConfig(*bits, rectify=rectify if chosen.rectify else None, overrides=dict(overrides or {}))
+    return _student(start, config), config
 
 
 def _student(start: FloatModel, config: QuantConfig) -> VisionTransformer:

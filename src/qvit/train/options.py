@@ -16,7 +16,7 @@ from qvit.train.run import TEN_MINUTES, SaveEvery
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How a run is carried out, beside its recipe; the same recipe gives the same training whatever stands here.
+    """How a run is carried out, beside its recipe.
 
     Args:
         out: folder for ``metrics.jsonl``, TensorBoard's files, ``last.pt``, ``previous.pt`` and ``best.pt``.

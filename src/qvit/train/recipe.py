@@ -6,12 +6,14 @@ import dataclasses
 import difflib
 import inspect
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import timm.data
+import timm.optim
 import yaml
 
 from qvit.errors import ConfigError
@@ -19,9 +21,23 @@ from qvit.nn.rectify import Start
 from qvit.quantization.calibrate import WeightStart
 from qvit.quantization.distill import GUIDED_WEIGHT
 
+Section = Literal["full_precision", "quantized"]
+
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 takes ``2e-3`` for a text; people who write learning rates do not."""
+    """YAML 1.1 takes ``2e-3`` for a text, and the second of two entries of one name; people do not expect it."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return a mapping.
+
+        Raises:
+            yaml.constructor.ConstructorError: if it has two entries of one name.
+        """
+        names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for name, number in names.items():
+            if number > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"there are two entries {name!r}", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -87,6 +103,10 @@ class Schedule:
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < float("inf"):
                 raise ConfigError(f"{name} must be a number from 0 up, not {value!r}.")
+        copies = self.repeated_augmentation
+        if not isinstance(copies, int) or isinstance(copies, bool) or copies < 0:
+            raise ConfigError(f"repeated_augmentation must be a whole number from 0 up, not {copies!r}.")
+        self._check_optimizer()
         if not isinstance(self.guided_decay, bool):
             raise ConfigError(f"guided_decay must be true or false, not {self.guided_decay!r}.")
         layers = self.guided_layers
@@ -100,10 +120,22 @@ class Schedule:
             if getattr(self, name) >= 1:
                 raise ConfigError(f"{name} must be below 1, not {getattr(self, name)!r}.")
 
+    def _check_optimizer(self) -> None:
+        name = str(self.optimizer).lower().removeprefix("lookahead_")
+        known = [str(known) for known in timm.optim.list_optimizers()]
+        if name not in known:
+            near = " or ".join(difflib.get_close_matches(name, known, 3))
+            raise ConfigError(
+                f"timm has no optimizer {self.optimizer!r}" + (f": did you mean {near}?" if near else ".")
+            )
+        parameters = inspect.signature(timm.optim.get_optimizer_class(name, bind_defaults=False)).parameters
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            _check_keys("optimizer_args", self.optimizer_args, set(parameters) - {"params", "lr", "weight_decay"})
+
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """A model's arguments, the images' preparation, and two schedules.
+    """A model's arguments, the images' preparation, and the schedules of one or both kinds of training.
 
     Args:
         full_precision: schedule of a float teacher.
@@ -113,8 +145,8 @@ class Recipe:
         augmentation: arguments of ``timm.data.create_transform`` for training images.
     """
 
-    full_precision: Schedule
-    quantized: Schedule
+    full_precision: Schedule | None = None
+    quantized: Schedule | None = None
     model_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     preprocessing: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     augmentation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -123,6 +155,19 @@ class Recipe:
         known = set(inspect.signature(timm.data.create_transform).parameters)
         _check_keys("augmentation", self.augmentation, known)
         _check_keys("preprocessing", self.preprocessing, {"mean", "std", "crop_pct", "crop_mode", "interpolation"})
+
+    def schedule(self, section: Section) -> Schedule:
+        """Return the schedule of one kind of training.
+
+        Raises:
+            ConfigError: if the recipe has none.
+        """
+        schedule = self.full_precision if section == "full_precision" else self.quantized
+        if schedule is None:
+            raise ConfigError(
+                f"The recipe has no {section}, which this run uses: add it with epochs, batch_size and lr."
+            )
+        return schedule
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, to be kept beside a result."""
@@ -159,13 +204,14 @@ def load_recipe(source: str, changes: Iterable[str] = ()) -> Recipe:
     except yaml.YAMLError as error:
         raise ConfigError(f"Recipe {source} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(data, dict):
-        raise ConfigError(f"Recipe {source} must be a mapping with full_precision and quantized.")
+        raise ConfigError(f"Recipe {source} must be a mapping with full_precision or quantized or both.")
     for change in changes:
         _apply(data, change)
     _check_keys(f"recipe {source}", data, {field.name for field in dataclasses.fields(Recipe)})
     try:
-        for name in ("full_precision", "quantized"):
-            data[name] = _schedule(name, data.get(name))
+        for name in get_args(Section):
+            if name in data:
+                data[name] = _schedule(name, data[name])
         return Recipe(**data)
     except ConfigError as error:
         raise ConfigError(f"Recipe {source}: {error}") from error
@@ -173,7 +219,7 @@ def load_recipe(source: str, changes: Iterable[str] = ()) -> Recipe:
 
 def _schedule(name: str, data: Any) -> Schedule:
     if not isinstance(data, dict):
-        raise ConfigError(f"{name} must be a mapping with epochs, batch_size and lr.")
+        raise ConfigError(f"{name} must be a mapping with epochs, batch_size and lr, not {data!r}.")
     _check_keys(name, data, {field.name for field in dataclasses.fields(Schedule)})
     absent = {"epochs", "batch_size", "lr"} - set(data)
     if absent:

@@ -11,7 +11,7 @@ import dataclasses
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +35,7 @@ from qvit.files import first_line, printable
 from qvit.models.checkpoint import ModelCard, build, read_checkpoint, save_checkpoint
 from qvit.train.distributed import whole_weights
 from qvit.train.oscillation import Oscillation
+from qvit.train.settings import differences
 
 LAST, PREVIOUS, DAMAGED = "last.pt", "previous.pt", "damaged.pt"
 
@@ -113,6 +114,7 @@ class Run:
         model: as it is trained, maybe in several processes.
         optimizer: its optimizer.
         order: of the training images.
+        settings: what the result depends on (:func:`qvit.train.settings.settings_of`).
         accelerator: the processes.
         oscillation: of the quantized weights, if there are any.
         ema: averaged weights, if there are any.
@@ -124,6 +126,7 @@ class Run:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     order: TrainOrder
+    settings: dict[str, Any]
     accelerator: Accelerator
     oscillation: Oscillation | None
     ema: ModelEmaV3 | None
@@ -162,7 +165,7 @@ class Run:
             ),
             "oscillation": None if self.oscillation is None else self.oscillation.state_dict(),
             "random": gather_object([random_state()]),
-            "order": self._order(),
+            "order": self.settings,
             "progress": dataclasses.asdict(self.progress),
         }
         if self.accelerator.is_main_process:
@@ -175,15 +178,9 @@ class Run:
         """Put all but the model's weights, which are set before it is spread over processes, where ``saved`` has it.
 
         Raises:
-            CheckpointError: if it is of another recipe, seed or data set.
+            CheckpointError: if something of it is absent or does not fit.
         """
         training = saved.training
-        for name, value in training["order"].items():
-            if value != self._order()[name]:
-                raise CheckpointError(
-                    f"{saved.path} is of a run with {name.replace('_', ' ')} {value}, this one has "
-                    f"{self._order()[name]}: give the same data and arguments, or another --out."
-                )
         try:
             set_optimizer_state_dict(
                 self.model, self.optimizer, training["optimizer"], options=StateDictOptions(full_state_dict=True)
@@ -196,26 +193,17 @@ class Run:
         if len(training["random"]) == self.accelerator.num_processes:
             set_random_state(training["random"][self.accelerator.process_index])
 
-    def _order(self) -> dict[str, int]:
-        order = self.order
-        return {
-            "seed": order.seed,
-            "images": order.images,
-            "batch_size": order.batch_size,
-            "repeated_augmentation": order.repeats,
-        }
-
 
 def can_go_on(folder: Path) -> bool:
     """Say whether a folder holds a run's checkpoint."""
     return (folder / LAST).exists() or (folder / PREVIOUS).exists()
 
 
-def read_last(folder: Path, card: ModelCard, console: Console) -> Saved:
+def read_last(folder: Path, card: ModelCard, settings: Mapping[str, Any], console: Console) -> Saved:
     """Return the newest checkpoint of a run that can be read: ``last.pt``, or the one before it, and say so.
 
     Raises:
-        CheckpointError: if neither can be read, or it is of another model.
+        CheckpointError: if neither can be read, or it is of another model, or of a run with other ``settings``.
     """
     path = folder / LAST
     try:
@@ -231,6 +219,12 @@ def read_last(folder: Path, card: ModelCard, console: Console) -> Saved:
     same = ("name", "quant_config", "model_args", "classes")
     if training is None or any(getattr(its, field) != getattr(card, field) for field in same):
         raise CheckpointError(f"{path} is of another model or another run: give the same arguments, or another --out.")
+    other = differences(training["order"], settings)
+    if other:
+        raise CheckpointError(
+            f"{path} is of a run with {other}: a resumed run is the same run, so give it the same settings, or start "
+            "another one with another --out (a quantized one maybe from that checkpoint, with --start)."
+        )
     build(its, weights, str(path))
     return Saved(path, weights, training)
 

@@ -1,0 +1,47 @@
+"""A folder that one command at a time writes to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
+
+from qvit.errors import ConfigError
+
+
+@contextmanager
+def locked(folder: Path, accelerator: Accelerator) -> Iterator[bool]:
+    """Say whether this command, and no other, writes to ``folder`` until the block ends; all its processes must ask.
+
+    The main process holds the lock. The system takes it away when that process ends, however it ends, so what a killed
+    command leaves behind keeps nobody out; its loaders' processes, which may live on for seconds, do not inherit it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / "lock")
+    answer = [True]
+    if accelerator.is_main_process:
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            answer = [False]
+    try:
+        yield broadcast_object_list(answer)[0] if accelerator.num_processes > 1 else answer[0]
+    finally:
+        lock.release()
+
+
+@contextmanager
+def alone_in(folder: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Let no other command write to ``folder`` until the block ends.
+
+    Raises:
+        ConfigError: if another one does at present.
+    """
+    with locked(folder, accelerator) as free:
+        if not free:
+            raise ConfigError(f"Another command is writing to {folder} at present: give another --out, or wait for it.")
+        yield

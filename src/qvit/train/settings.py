@@ -1,0 +1,81 @@
+"""What makes a training the one it is, beside the model: a run that goes on must have the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from qvit.data.order import TrainOrder
+from qvit.models.checkpoint import ModelCard, weights_checksum
+from qvit.train.recipe import Schedule
+
+if TYPE_CHECKING:
+    from qvit.train.options import Options  # which knows how often a run saves itself
+
+_SHOWN = 3
+
+
+def settings_of(
+    schedule: Schedule,
+    card: ModelCard,
+    options: Options,
+    order: TrainOrder,
+    teacher: nn.Module | None,
+    *,
+    resident: bool,
+) -> dict[str, Any]:
+    """Return all that the result of a training depends on, as plain data, under the names that ``--set`` takes.
+
+    What changes no more than rounding is not among it: the number of processes, how they share the model, compilation.
+
+    Args:
+        schedule: of the recipe.
+        card: of the model, with method, recipe and preprocessing.
+        options: of the run.
+        order: of the training images.
+        teacher: what the model is distilled from.
+        resident: whether images are decoded once and augmented on the device.
+    """
+    quantized = card.quant_config is not None
+    settings: dict[str, Any] = {
+        "quantized" if quantized else "full_precision": dataclasses.asdict(schedule),
+        "augmentation": card.recipe["augmentation"],
+        "preprocessing": card.preprocessing,
+        "method": card.method,
+        "teacher": None if teacher is None else f"{weights_checksum(teacher)[:16]}...",
+        "seed": options.seed,
+        "images": order.images,
+        "precision": options.precision,
+        "decode_once": resident,
+    }
+    if card.quant_config is not None and card.quant_config["rectify"] == "head":
+        settings["accumulate"] = options.accumulate  # in training, this reading takes its statistics part by part
+    return dict(json.loads(json.dumps(settings)))
+
+
+def differences(saved: Mapping[str, Any], present: Mapping[str, Any]) -> str:
+    """Return what differs between two runs' settings, in words; nothing if nothing does.
+
+    Only what both of them tell is compared.
+    """
+    found = list(_differing(saved, present, saved.keys() & present.keys()))
+    if not found:
+        return ""
+    more = f", and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    first, second = (", ".join(f"{name} {pair[side]}" for name, *pair in found[:_SHOWN]) for side in (0, 1))
+    return f"{first}, this one with {second}{more}"
+
+
+def _differing(
+    saved: Mapping[str, Any], present: Mapping[str, Any], names: Any, prefix: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    for name in sorted(names):
+        one, other = saved.get(name, "not set"), present.get(name, "not set")
+        if isinstance(one, dict) and isinstance(other, dict):
+            yield from _differing(one, other, one.keys() | other.keys(), f"{prefix}{name}.")
+        elif one != other:
+            yield f"{prefix}{name}", one, other
