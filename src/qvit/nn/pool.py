@@ -1,4 +1,4 @@
-"""Pooling by attention, on codes: the tokens are attended to by one learned query per head."""
+"""Pooling by attention (docs/method.md, section 4): the tokens are attended to by one learned query per head."""
 
 from __future__ import annotations
 

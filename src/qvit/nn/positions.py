@@ -1,4 +1,4 @@
-"""Attention with a bias by relative position, on codes: BEiT's, and that of timm's ``vit_relpos``."""
+"""Attention with a bias by relative position (docs/method.md, section 4): BEiT's, and that of timm's ``vit_relpos``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention with rotated queries and keys, on codes: EVA-02's, DINOv3's and others'."""
+"""Attention with rotated queries and keys (docs/method.md, section 4): EVA-02's, DINOv3's and others'."""
 
 from __future__ import annotations
 
