@@ -109,6 +109,10 @@ FAMILIES: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
             {**SMALL_SWIN, "pretrained_window_sizes": (12, 6), "qkv_bias": False, "img_size": (16, 32)},
         ),
     },
+    "swinv2_cr": {
+        "swinv2_cr": ("swinv2_cr_tiny_224", SMALL_SWIN),
+        "swinv2_cr_stage_norms": ("swinv2_cr_tiny_ns_224", {**SMALL_SWIN, "img_size": (32, 16), "num_classes": 0}),
+    },
     "beit": {
         "beit": ("beit_base_patch16_224", {**SMALL, "init_values": 0.5}),
         "beit_shared_bias": (

@@ -17,7 +17,7 @@ LEVELS = (
     ("qvit.runtime", "qvit._kernels"),
     ("qvit.nn",),
     ("qvit.models.lowering", "qvit.models.attention", "qvit.models.parts"),
-    ("qvit.models.vit", "qvit.models.swin", "qvit.models.swinv2"),
+    ("qvit.models.vit", "qvit.models.swin", "qvit.models.swinv2", "qvit.models.swinv2_cr"),
     ("qvit.models.beit", "qvit.models.relpos", "qvit.models.eva"),
     ("qvit.models.families", "qvit.models.queries"),
     ("qvit.quantization",),

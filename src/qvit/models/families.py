@@ -13,11 +13,11 @@ from qvit.errors import PackedFileError, UnsupportedModelError
 from qvit.files import first_line
 from qvit.format.branches import Attention, AttentionPool
 from qvit.format.program import Program
-from qvit.models import beit, eva, relpos, swin, swinv2, vit
+from qvit.models import beit, eva, relpos, swin, swinv2, swinv2_cr, vit
 from qvit.models.lowering import Lowering
 from qvit.nn.attention import QuantAttention
 
-FAMILIES: tuple[ModuleType, ...] = (vit, swin, swinv2, beit, relpos, eva)
+FAMILIES: tuple[ModuleType, ...] = (vit, swin, swinv2, swinv2_cr, beit, relpos, eva)
 """Each has
 
 - ``MODELS``: the classes of timm that it knows,

@@ -20,15 +20,15 @@ ENDS = ("patch_embed.*", "head", "head_dist")
 POOLS = ("token", "avg", "avgmax", "max")
 
 
-def embed(to: Lowering) -> Iterator[Operation]:
-    """Yield timm's patch embedding and its norm.
+def embed(to: Lowering, kind: type[nn.Module] = PatchEmbed) -> Iterator[Operation]:
+    """Yield a patch embedding of class ``kind`` and its norm.
 
     Raises:
         UnsupportedModelError: if its patches overlap or are padded.
         ConfigError: if the images have another size than the model.
     """
     module: Any = to.module("patch_embed")
-    if type(module) is not PatchEmbed:
+    if kind not in (type(module),):  # not of a subclass
         refuse("patch_embed", module, "only timm's plain PatchEmbed is supported")
     proj = module.proj
     plain = (proj.stride, proj.padding, proj.dilation, proj.groups) == (proj.kernel_size, (0, 0), (1, 1), 1)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from timm.models import swin_transformer, swin_transformer_v2
+from timm.models import swin_transformer, swin_transformer_v2, swin_transformer_v2_cr
 from torch import Tensor
 
 from qvit.nn.attention import QuantAttention
@@ -49,6 +49,31 @@ class QuantCosineAttention(QuantAttention, swin_transformer_v2.WindowAttention):
     def bias_table(self) -> Tensor:
         """Return the bias of each relative position, ``(rows, H)``."""
         return 16 * torch.sigmoid(self.cpb_mlp(self.relative_coords_table)).view(-1, self.num_heads)
+
+
+class QuantLogCosineAttention(QuantAttention, swin_transformer_v2_cr.WindowMultiHeadAttention):
+    """The attention of ``SwinTransformerV2Cr``: as :class:`QuantCosineAttention`, with a bias of another MLP."""
+
+    CONSTANT: ClassVar[tuple[str, ...]] = ("meta_mlp",)
+    COSINE: ClassVar[float] = 1e-12
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attend windows to themselves; arguments as in :class:`QuantWindowAttention`."""
+        q, k, v = self.split(self.qkv(x))
+        q, k = (F.normalize(operand, dim=-1, eps=self.COSINE) for operand in (q, k))
+        bias = masked(self._relative_positional_encodings(), mask)
+        return self.project(self.attend(q, k, v, self.logit_factor(), bias))
+
+    def logit_factor(self) -> Tensor:
+        """Return what the logits are multiplied with, ``(H, 1, 1)``."""
+        return torch.clamp(self.logit_scale, max=math.log(1 / 0.01)).exp()[:, None, None]
+
+    def bias_table(self) -> Tensor:
+        """Return the bias of each relative position, ``(rows, H)``."""
+        sides = [torch.arange(1 - side, side, device=self.logit_scale.device) for side in self.window_size]
+        offsets = torch.cartesian_prod(*sides).to(self.logit_scale.dtype)
+        table: Tensor = self.meta_mlp(torch.sign(offsets) * torch.log(1 + offsets.abs()))
+        return table
 
 
 def masked(bias: Tensor, mask: Tensor | None) -> Tensor:

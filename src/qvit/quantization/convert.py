@@ -71,7 +71,7 @@ def quantize(teacher: nn.Module, config: QuantConfig | None = None) -> Any:
         if isinstance(module, Float32Module)
         for name, _ in module.named_parameters(recurse=False)
     ]
-    kept = [*student.no_weight_decay(), *own]
+    kept = [*getattr(student, "no_weight_decay", set)(), *own]
     # torch.compile's wrapper hands the question on, and calls its parameters otherwise.
     kept += [f"_orig_mod.{name}" for name in kept]
     # Of this one model, not of its class; a partial of plain data, that copies and pickles of the student take along.
