@@ -2,7 +2,7 @@
 
 Models are made without memory for their weights (the meta device), so that all of them take about a minute:
 
-    python benchmarks/families.py                 # the table, in Markdown
+    python benchmarks/families.py > docs/families.md
     python benchmarks/families.py --patterns 'swin*'
 """
 
@@ -22,7 +22,7 @@ from qvit.errors import QvitError
 from qvit.models.families import family_of
 
 PATTERNS = ("vit_*", "deit*", "swin*", "beit*", "eva*", "flexivit*")
-HYBRID = re.compile(r"HybridEmbed|ConvStem|HieraDet|patch_embed \((?!PatchEmbed)|\bstem\b")
+HYBRID = re.compile(r"patch_embed \((?!PatchEmbed)")
 """Of a refusal: the model begins with convolutions, so it is no transformer alone."""
 
 
@@ -66,7 +66,8 @@ def report(names: Iterable[str]) -> str:
         for (family, reason), those in sorted(reasons.items())
     ]
     share = f"{total} of {transformers} transformers ({total / transformers:.1%}), and {hybrids} hybrids beside them."
-    return "\n".join(["| family | names covered | refused |", "|---|---|---|", *rows, "", share, "", *why])
+    title = ["# Which of timm's models qvit covers", "", "Made by `python benchmarks/families.py`.", ""]
+    return "\n".join([*title, "| family | names covered | refused |", "|---|---|---|", *rows, "", share, "", *why])
 
 
 def main() -> None:

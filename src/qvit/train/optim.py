@@ -41,7 +41,7 @@ def parameter_groups(model: VisionTransformer, schedule: Schedule) -> list[dict[
         if isinstance(module, Float32Module)
         for name, parameter in module.named_parameters(recurse=False)
     }
-    kept_out = getattr(model, "no_weight_decay", set)()
+    kept_out: set[str] = getattr(model, "no_weight_decay", set)()
     groups = param_groups_weight_decay(model, schedule.weight_decay, no_weight_decay_list=kept_out)
     mine = {id(parameter) for parameter in own.values()}
     for group in groups:
