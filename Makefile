@@ -41,4 +41,4 @@ test-sanitize: install
 	QVIT_SANITIZED_KERNELS=$$(ls $(SANITIZE)/_kernels*.so) ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=tests \
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so.6)" \
 	$(BIN)/python -m pytest -p sanitized tests/kernels/test_kernels.py tests/runtime/test_engine.py \
-	tests/runtime/test_random_models.py tests/format/test_hostile_files.py
+	tests/runtime/test_programs.py tests/format/test_hostile_files.py

@@ -17,8 +17,11 @@ from qvit.format.branches import Attention, AttentionPool, Mlp, Residual, Rotary
 from qvit.format.ops import ACTIVATIONS, OPERANDS, Classify, Embed, Layer, Merge, Norm, Operation, Pool, Stream, Tokens
 from qvit.format.program import Program
 
-WIDTHS, HEADS, HEAD_DIMS = st.integers(1, 12), st.integers(1, 3), st.integers(1, 5)
-BITS = st.integers(MIN_BITS, MAX_BITS)
+HEADS, HEAD_DIMS = st.integers(1, 3), st.integers(1, 5) | st.integers(1, 40)
+WIDTHS, HIDDEN = st.integers(1, 12) | st.integers(1, 70), st.integers(1, 20) | st.integers(1, 150)
+"""Small, or beyond what kernels pad to: they take channels in groups of 16, 32 and 64."""
+BITS = st.integers(MIN_BITS, MAX_BITS) | st.just(MIN_BITS)
+PAIRS = st.builds(Bits, BITS, BITS) | BITS.map(lambda bits: Bits(bits, bits))
 SCALES = st.floats(0.01, 4.0)
 NORM_KINDS = st.sampled_from(("layer", "rms"))
 EPSILONS = st.sampled_from((1e-5, 1e-6, 1e-12))
@@ -28,7 +31,7 @@ SIDES = st.sampled_from((1, 2, 3, 4, 6, 8))
 
 @st.composite
 def layers(draw: st.DrawFn, name: str, inputs: int, outputs: int) -> Layer:
-    return Layer(name, inputs, outputs, Bits(draw(BITS), draw(BITS)))
+    return Layer(name, inputs, outputs, draw(PAIRS))
 
 
 @st.composite
@@ -42,14 +45,14 @@ def maybe(strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 
 @st.composite
 def embeds(draw: st.DrawFn, x: Stream) -> Embed:
-    patch = tuple(draw(st.integers(1, side)) for side in x.grid)
+    patch = tuple(draw(st.integers(1, side) | st.just(1)) for side in x.grid)
     width = draw(WIDTHS)
     return Embed(patch, draw(layers("patch_embed", x.width * patch[0] * patch[1], width)))
 
 
 @st.composite
 def tokens(draw: st.DrawFn, x: Stream) -> Tokens:
-    return Tokens(draw(st.integers(0, 3)), draw(st.booleans()))
+    return Tokens(draw(st.sampled_from((0, 1, 2, 3, 13))), draw(st.booleans()))
 
 
 @st.composite
@@ -88,7 +91,7 @@ def attentions(draw: st.DrawFn, x: Stream, name: str, *, windows: bool | None = 
 
 @st.composite
 def mlps(draw: st.DrawFn, x: Stream, name: str) -> Mlp:
-    kind, hidden = draw(st.sampled_from(MLP_KINDS)), draw(WIDTHS)
+    kind, hidden = draw(st.sampled_from(MLP_KINDS)), draw(HIDDEN)
     halves = 2 if kind in ("glu", "glu_gate_last") else 1
     return Mlp(
         name=name,
@@ -148,7 +151,7 @@ def pools(draw: st.DrawFn, x: Stream) -> Pool:
 
 @st.composite
 def classifiers(draw: st.DrawFn, x: Stream) -> Classify:
-    classes = draw(st.integers(1, 6))
+    classes = draw(WIDTHS)
     return Classify(tuple(draw(layers(f"head.{index}", x.width, classes)) for index in range(x.tokens)))
 
 
@@ -173,7 +176,7 @@ def vit_programs(draw: st.DrawFn) -> Program:
     """Plain vision transformers: equal blocks, every layer and operand with bits of its own."""
     pool = draw(st.sampled_from(("token", "avg", "max", "avgmax")))
     class_token, distilled = pool == "token" or draw(st.booleans()), pool == "token" and draw(st.booleans())
-    registers = draw(st.integers(0, 2))
+    registers = draw(st.sampled_from((0, 1, 2, 13)))
     kinds = maybe(st.tuples(NORM_KINDS, EPSILONS))
     fields: dict[str, Any] = {
         "image_size": (draw(SIDES), draw(SIDES)),
@@ -193,19 +196,16 @@ def vit_programs(draw: st.DrawFn) -> Program:
         "parallel": draw(st.integers(1, 3)),
         "rectify": draw(st.sampled_from((None, "token"))),
         "mlp": draw(st.sampled_from(MLP_KINDS)),
-        "mlp_hidden": draw(st.integers(1, 20)),
+        "mlp_hidden": draw(HIDDEN),
         "activation": draw(st.sampled_from(ACTIVATIONS)),
         "attention_scale": draw(SCALES),
         "pool": pool,
         "pool_skip": 0 if pool == "token" else draw(st.sampled_from((0, class_token + registers))),
-        "class_count": draw(st.integers(1, 6)),
+        "class_count": draw(WIDTHS),
     }
     fields["patch_size"] = tuple(draw(st.integers(1, side)) for side in fields["image_size"])
     program = vit_program(3, **fields)
-    bits = {
-        name: Bits(draw(BITS), draw(BITS)) if name in program.layers() else Bits(*[draw(BITS)] * 2)
-        for name in program.bits()
-    }
+    bits = {name: draw(PAIRS) if name in program.layers() else Bits(*[draw(BITS)] * 2) for name in program.bits()}
     return vit_program(bits, **fields)
 
 
@@ -261,7 +261,8 @@ def programs(draw: st.DrawFn, families: Collection[str] = tuple(FAMILIES)) -> Pr
 def _start(draw: st.DrawFn, prefix: bool) -> _Line:
     line = _Line((draw(st.integers(1, 3)), draw(SIDES), draw(SIDES)))
     line.add(draw(embeds(line.x)))
-    line.add(draw(maybe(norms("patch_embed.norm"))))
+    for index in range(draw(st.sampled_from(12 * (0,) + 12 * (1,) + (2,)))):
+        line.add(draw(norms(f"patch_embed.norm.{index}")))
     position = draw(st.booleans())
     line.add(draw(tokens(line.x)) if prefix else Tokens(position=position))
     line.add(draw(maybe(norms("norm_pre"))))

@@ -210,7 +210,7 @@ void add_residual(Plan& plan, const nb::dict& part) {
         const auto given = nb::cast<nb::dict>(each);
         if (get<std::string>(given, "op") == "attention") {
             const Window own = window_of(plan.stage(), given);
-            need(attentions.empty() || own == window, "attentions side by side with windows of their own");
+            need(attentions.empty() || own == window, "it has attentions side by side with windows of their own");
             window = own;
             attentions.push_back(attention(plan, given, branch++));
         } else {

@@ -16,8 +16,8 @@ void Plan::add(Step::Kind kind, size_t index) {
         case Step::Kind::embed:
         case Step::Kind::merge: joins = false; break;  // reads rows of another stream
         case Step::Kind::project:
-            // Inside windows it has to come with its attention; else every row stands for itself.
-            if (group != 0) joins = joins && phases.back().windows == group;
+            // Inside windows it has to come with its attention; else its rows have to be in the image's order.
+            joins = joins && phases.back().windows == group;
             break;
         case Step::Kind::attend:
             if (group == 0) joins = false;  // reads keys and values of a whole image

@@ -69,8 +69,11 @@ class Engine:
         if self.instruction_set not in known:
             raise ConfigError(f"This machine has no instruction set {instruction_set!r}, it has {', '.join(known)}.")
         self._model = _kernels.Model(self.instruction_set, *self.program.input, self.threads)
-        for part in program_parts(self.program, packed.tensors):
-            self._model.add(part)
+        try:
+            for part in program_parts(self.program, packed.tensors):
+                self._model.add(part)
+        except ValueError as error:
+            raise ConfigError(f"The engine cannot run {self.program.name}: {error}.") from error
 
     def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return logits ``(B, classes)`` of preprocessed images ``(B, C, H, W)``, both float32.
