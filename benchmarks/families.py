@@ -2,7 +2,7 @@
 
 Models are made without memory for their weights (the meta device), so that all of them take about a minute:
 
-    python benchmarks/families.py > docs/families.md
+    python benchmarks/families.py                 # the table, in Markdown
     python benchmarks/families.py --patterns 'swin*'
 """
 
@@ -66,8 +66,7 @@ def report(names: Iterable[str]) -> str:
         for (family, reason), those in sorted(reasons.items())
     ]
     share = f"{total} of {transformers} transformers ({total / transformers:.1%}), and {hybrids} hybrids beside them."
-    title = ["# Which of timm's models qvit covers", "", "Made by `python benchmarks/families.py`.", ""]
-    return "\n".join([*title, "| family | names covered | refused |", "|---|---|---|", *rows, "", share, "", *why])
+    return "\n".join(["| family | names covered | refused |", "|---|---|---|", *rows, "", share, "", *why])
 
 
 def main() -> None:
