@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from qvit.data.order import ALONE, EvaluationOrder, Sample, Share, TrainOrder
+from qvit.data.posterize import allow_no_bits
 from qvit.data.randomness import seeded
 from qvit.data.sources import Unreadable
 from qvit.errors import CorruptImageError
@@ -53,7 +54,7 @@ def make_transform(preprocessing: Mapping[str, Any], augmentation: Mapping[str, 
         transform: Transform = timm.data.create_transform(**preprocessing, is_training=False)
         return transform
     kept = {name: preprocessing[name] for name in ("input_size", "mean", "std")}
-    training: Transform = timm.data.create_transform(**{**kept, **augmentation}, is_training=True)
+    training: Transform = allow_no_bits(timm.data.create_transform(**{**kept, **augmentation}, is_training=True))
     return training
 
 
