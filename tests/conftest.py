@@ -24,7 +24,10 @@ from qvit.train.methods import FloatModel, train_full_precision
 from qvit.train.options import Options
 from qvit.train.recipe import Recipe, load_recipe
 
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+# One thread per process: two workers run the tests, and processes of two threads each on two cores slow one another
+# tenfold. What a test starts inherits it.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 TINY = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 10}
 

@@ -99,3 +99,8 @@ def test_no_module_imports_itself_through_others() -> None:
 )
 def test_no_file_is_longer_than_400_lines(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 400
+
+
+def test_no_two_test_files_have_the_same_name() -> None:
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert sorted({name for name in names if names.count(name) > 1}) == []  # pytest would not collect the second
