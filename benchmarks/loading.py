@@ -27,7 +27,7 @@ from torch import nn
 from qvit import DistillationLoss, QuantConfig, calibrate, quantize
 from qvit.data.loader import make_loader, make_transform
 from qvit.data.sources import ImageSets
-from qvit.models.checkpoint import ModelCard, create_model
+from qvit.models.card import ModelCard, create_model
 from qvit.train.methods import open_images
 from qvit.train.recipe import Recipe, load_recipe
 

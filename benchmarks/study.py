@@ -34,7 +34,8 @@ from qvit.data.resident import decode_once
 from qvit.data.sources import ImageSets
 from qvit.errors import TrainingStopped
 from qvit.files import printable, write_text
-from qvit.models.checkpoint import ModelCard, load_checkpoint, save_checkpoint, weights_checksum
+from qvit.models.card import ModelCard
+from qvit.models.checkpoint import load_checkpoint, save_checkpoint, weights_checksum
 from qvit.study.ablation import ablate, read_results, rows_named, teacher_statistics
 from qvit.train.lock import alone_in
 from qvit.train.loop import read_metrics

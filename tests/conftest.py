@@ -19,7 +19,7 @@ from torch import nn
 import qvit
 from members import vary
 from qvit.data.sources import ImageSets, open_data
-from qvit.models.checkpoint import describe
+from qvit.models.card import describe
 from qvit.train.methods import FloatModel, train_full_precision
 from qvit.train.options import Options
 from qvit.train.recipe import Recipe, load_recipe

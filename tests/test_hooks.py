@@ -19,7 +19,7 @@ from qvit.analysis.size import model_size, operations
 from qvit.analysis.statistics import attention_distance, query_key_statistics
 from qvit.data.sources import ImageSets
 from qvit.errors import DataError, TeacherMismatchError
-from qvit.models.checkpoint import create_model, describe
+from qvit.models.card import create_model, describe
 from qvit.models.queries import run_with_queries
 from qvit.study.ablation import ablate, rows_named, teacher_statistics
 from qvit.train.methods import FloatModel, train_full_precision, train_quantized

@@ -22,7 +22,8 @@ import qvit
 from commands import run
 from qvit import QuantConfig, calibrate, hub, quantize
 from qvit.errors import CheckpointError, HubError
-from qvit.models.checkpoint import describe, read_checkpoint, save_checkpoint
+from qvit.models.card import describe
+from qvit.models.checkpoint import read_checkpoint, save_checkpoint
 from qvit.train.recipe import load_recipe
 
 ARGS = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
@@ -144,7 +145,7 @@ def test_float_checkpoint_has_a_card_and_is_a_teacher(
     save_checkpoint(tmp_path / "float.pt", card, float_model)
     hub.push_to_hub(tmp_path / "float.pt", "me/teacher")
     assert "in full precision" in (remote / "me/teacher/README.md").read_text()
-    teacher, its = load_float("hf-hub:me/teacher", card)
+    teacher, its = load_float("hf-hub:me/teacher", card, print)
     assert torch.equal(teacher(images), float_model(images))
     assert its.classes == card.classes
 
@@ -154,7 +155,7 @@ def test_quantized_checkpoint_of_the_hub_is_no_teacher(remote: Path, checkpoint:
 
     hub.push_to_hub(checkpoint, "me/small")
     with pytest.raises(CheckpointError, match="quantized model"):
-        load_float("hf-hub:me/small", read_checkpoint(checkpoint)[0])
+        load_float("hf-hub:me/small", read_checkpoint(checkpoint)[0], print)
 
 
 def test_absent_file_and_absent_repository_are_named(remote: Path, checkpoint: Path) -> None:

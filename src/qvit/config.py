@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple
 
 from qvit.errors import ConfigError
+from qvit.files import shown
 
 MIN_BITS, MAX_BITS = 2, 8
 EDGE_BITS = 8
@@ -49,10 +50,12 @@ class QuantConfig:
         _check_bits("weight_bits", self.weight_bits)
         _check_bits("activation_bits", self.activation_bits)
         if self.rectify not in ("head", "token", None):
-            raise ConfigError(f'rectify must be "head", "token" or None, not {self.rectify!r}.')
+            raise ConfigError(f'rectify must be "head", "token" or None, not {shown(self.rectify)}.')
+        if not isinstance(self.overrides, Mapping) or not all(isinstance(name, str) for name in self.overrides):
+            raise ConfigError(f"overrides must be bits by the names of modules, not {shown(self.overrides)}.")
         for pattern, bits in self.overrides.items():
             for value in _pair(bits):
-                _check_bits(f"overrides[{pattern!r}]", value)
+                _check_bits(f"overrides[{shown(pattern)}]", value)
 
     def bits(self, name: str, ends: Sequence[str] = ()) -> Bits:
         """Return the bits of the module called ``name`` (its dotted name inside the model).
@@ -87,7 +90,7 @@ class QuantConfig:
         """
         unknown = set(data) - {field.name for field in dataclasses.fields(cls)}
         if unknown:
-            raise ConfigError(f"Unknown field {sorted(unknown)[0]!r} in the quantization config.")
+            raise ConfigError(f"Unknown field {shown(min(unknown, key=str))} in the quantization config.")
         return cls(**data)
 
 
@@ -97,10 +100,12 @@ def _pair(bits: Any) -> Bits:
     try:
         weight, activation = bits
     except (TypeError, ValueError):
-        raise ConfigError(f"An override is a number of bits or (weight bits, activation bits), not {bits!r}.") from None
+        raise ConfigError(
+            f"An override is a number of bits or (weight bits, activation bits), not {shown(bits)}."
+        ) from None
     return Bits(weight, activation)
 
 
 def _check_bits(what: str, bits: Any) -> None:
     if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
-        raise ConfigError(f"{what} must be a whole number from {MIN_BITS} to {MAX_BITS}, not {bits!r}.")
+        raise ConfigError(f"{what} must be a whole number from {MIN_BITS} to {MAX_BITS}, not {shown(bits)}.")

@@ -54,6 +54,17 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
+def shown(value: object) -> str:
+    """Return a value from a file for an error message, in one line of a readable length."""
+    if not isinstance(value, (str, bytes, int, float, list, tuple, dict, set, type(None))):
+        return f"a {type(value).__name__}"
+    try:
+        text = printable(repr(value))
+    except ValueError:  # Python refuses to print whole numbers of thousands of digits
+        text = f"a {type(value).__name__} too long to print"
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of a library's error, closed by a full stop."""
     lines = str(error).strip().splitlines()

@@ -23,7 +23,7 @@ from qvit.runtime.engine import Engine, load
 if TYPE_CHECKING:
     from timm.models import VisionTransformer
 
-    from qvit.models.checkpoint import ModelCard
+    from qvit.models.card import ModelCard
 
 PACKED = "model.safetensors"
 

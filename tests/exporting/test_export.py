@@ -33,7 +33,8 @@ from qvit.errors import CheckpointError, ConfigError, PackedFileError, Uncalibra
 from qvit.exporting.packed import export_checkpoint
 from qvit.format.branches import Residual
 from qvit.format.packed import PackedModel, read_packed
-from qvit.models.checkpoint import describe, save_checkpoint
+from qvit.models.card import describe
+from qvit.models.checkpoint import save_checkpoint
 from qvit.nn.quantizer import Quantizer
 from qvit.runtime.reference import ReferenceEngine
 

@@ -9,15 +9,10 @@ import torch
 
 from qvit.config import QuantConfig
 from qvit.errors import CheckpointError, ConfigError, OutputError
-from qvit.models.checkpoint import (
-    create_model,
-    describe,
-    load_checkpoint,
-    load_float_model,
-    read_checkpoint,
-    save_checkpoint,
-    write_atomically,
-)
+from qvit.files import write_atomically
+from qvit.models.card import create_model, describe
+from qvit.models.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
+from qvit.models.float_models import load_float
 from qvit.quantization.calibrate import calibrate
 from qvit.quantization.convert import quantize
 from qvit.train.methods import FloatModel
@@ -46,7 +41,7 @@ def test_uncalibrated_checkpoint_is_refused(tmp_path: Path) -> None:
     card = describe("vit_tiny_patch16_224", ARGS, ["a", "b"], {})
     student = quantize(create_model(card), QuantConfig())
     save_checkpoint(tmp_path / "q.pt", dataclasses.replace(card, quant_config=QuantConfig().to_dict()), student)
-    with pytest.raises(CheckpointError, match="no usable scale for patch_embed"):
+    with pytest.raises(CheckpointError, match="input_quantizer.log_scale is no usable scale"):
         load_checkpoint(tmp_path / "q.pt")
 
 
@@ -58,15 +53,15 @@ def test_plain_timm_weights_are_a_float_model(tmp_path: Path, images: torch.Tens
         torch.save({"state_dict": model.state_dict()}, path)
     else:
         safetensors.torch.save_file(model.state_dict(), path)
-    loaded, _ = load_float_model(path, describe("vit_tiny_patch16_224", ARGS, ["a", "b"], {}))
+    loaded, _ = load_float(path, describe("vit_tiny_patch16_224", ARGS, ["a", "b"], {}), print)
     assert torch.equal(loaded(images), model(images))
 
 
 def test_weights_of_another_shape_are_named(tmp_path: Path) -> None:
     model = timm.create_model("vit_tiny_patch16_224", num_classes=3, **ARGS)
     torch.save(model.state_dict(), tmp_path / "weights.pth")
-    with pytest.raises(CheckpointError, match=r"head.weight has shape \(3, 24\), the model needs \(2, 24\)"):
-        load_float_model(tmp_path / "weights.pth", describe("vit_tiny_patch16_224", ARGS, ["a", "b"], {}))
+    with pytest.raises(CheckpointError, match="tells 3 classes apart and the data has 2"):
+        load_float(tmp_path / "weights.pth", describe("vit_tiny_patch16_224", ARGS, ["a", "b"], {}), print)
 
 
 def test_quantized_model_is_no_teacher(tmp_path: Path, images: torch.Tensor) -> None:
@@ -76,7 +71,7 @@ def test_quantized_model_is_no_teacher(tmp_path: Path, images: torch.Tensor) -> 
     card.quant_config = QuantConfig().to_dict()
     save_checkpoint(tmp_path / "q.pt", card, student)
     with pytest.raises(CheckpointError, match="quantized model"):
-        load_float_model(tmp_path / "q.pt", card)
+        load_float(tmp_path / "q.pt", card, print)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.7, 0.99])

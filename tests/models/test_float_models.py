@@ -14,8 +14,7 @@ from timm.models import save_for_hf
 
 from qvit.errors import CheckpointError, ConfigError, HubError, QvitError, UnsupportedModelError
 from qvit.models import float_models
-from qvit.models.checkpoint import ModelCard, describe
-from qvit.models.float_models import load_float
+from qvit.models.card import ModelCard, describe
 from qvit.models.transformers_vit import class_names
 
 CLASSES = ["a", "b", "c", "d", "e"]
@@ -35,6 +34,14 @@ ARGS = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads
 @pytest.fixture
 def images() -> torch.Tensor:
     return torch.randn(3, 3, 16, 16)
+
+
+def load(source: Any, expected: ModelCard, *, quantized: bool = False) -> tuple[Any, ModelCard]:
+    """Return a model and its card, of which there is nothing to tell."""
+    said: list[str] = []
+    model, card = float_models.load_float(source, expected, said.append, quantized=quantized)
+    assert not said
+    return model, card
 
 
 @pytest.fixture
@@ -72,13 +79,12 @@ def saved(folder: Path, kind: str = "ViT", **changes: Any) -> Any:
         {"num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 24},
     ],
 )
-def test_transformers_model_gives_the_same_logits(
-    tmp_path: Path, expected: ModelCard, kind: str, changes: dict[str, Any]
-) -> None:
+def test_transformers_model_gives_the_same_logits(tmp_path: Path, kind: str, changes: dict[str, Any]) -> None:
     theirs = saved(tmp_path, kind, **changes)
     side = changes.get("image_size", 16)
     images = torch.randn(3, 3, side, side)
-    ours, card = load_float(tmp_path, expected)
+    expected = describe("vit_tiny_patch16_224", {**ARGS, "img_size": side}, CLASSES, {})
+    ours, card = load(tmp_path, expected)
     with torch.no_grad():
         torch.testing.assert_close(ours(images), theirs(images).logits, atol=2e-4, rtol=1e-4)
     assert card.classes == CLASSES  # it does not name its own
@@ -87,13 +93,13 @@ def test_transformers_model_gives_the_same_logits(
 
 def test_a_student_can_start_from_the_same_architecture(tmp_path: Path, expected: ModelCard) -> None:
     saved(tmp_path / "same")
-    _, card = load_float(tmp_path / "same", expected)
+    _, card = load(tmp_path / "same", expected)
     assert (card.name, card.model_args) == (expected.name, expected.model_args)
     saved(tmp_path / "deeper", num_hidden_layers=3)
-    _, card = load_float(tmp_path / "deeper", expected)
+    _, card = load(tmp_path / "deeper", expected)
     assert card.model_args["depth"] == 3
     saved(tmp_path / "heads", num_attention_heads=4)
-    _, card = load_float(tmp_path / "heads", expected)
+    _, card = load(tmp_path / "heads", expected)
     assert card.model_args["num_heads"] == 4
 
 
@@ -101,7 +107,7 @@ def test_card_builds_the_same_model_again(tmp_path: Path, expected: ModelCard, i
     from qvit.models.checkpoint import load_checkpoint, save_checkpoint
 
     saved(tmp_path, "DeiT", num_attention_heads=4, hidden_act="gelu_new")
-    model, card = load_float(tmp_path, expected)
+    model, card = load(tmp_path, expected)
     save_checkpoint(tmp_path / "float.pt", card, model)
     again, _ = load_checkpoint(tmp_path / "float.pt")
     assert torch.equal(again(images), model(images))
@@ -125,7 +131,7 @@ def test_preprocessing_is_its_own(
 ) -> None:
     saved(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
-    _, card = load_float(tmp_path, expected)
+    _, card = load(tmp_path, expected)
     assert {name: card.preprocessing[name] for name in found} == found
 
 
@@ -145,19 +151,19 @@ def test_what_timm_cannot_represent_is_refused(
 ) -> None:
     saved(tmp_path, **changes)
     with pytest.raises(UnsupportedModelError, match=named):
-        load_float(tmp_path, expected)
+        load(tmp_path, expected)
 
 
 def test_model_without_a_classifier_is_refused(tmp_path: Path, expected: ModelCard) -> None:
     transformers.ViTModel(transformers.ViTConfig(**SMALL)).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match="no classifier"):
-        load_float(tmp_path, expected)
+        load(tmp_path, expected)
 
 
 def test_another_kind_of_model_is_refused(tmp_path: Path, expected: ModelCard) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(UnsupportedModelError, match="'bert'"):
-        load_float(tmp_path, expected)
+        load(tmp_path, expected)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +188,7 @@ def test_damaged_folder_is_named(tmp_path: Path, expected: ModelCard, damage: st
         del tensors["vit.encoder.layer.1.attention.attention.key.weight"]
         save_file(tensors, weights)
     with pytest.raises(CheckpointError, match=str(folder)):
-        load_float(folder, expected)
+        load(folder, expected)
 
 
 def hub_model(folder: Path, **config: Any) -> torch.nn.Module:
@@ -206,7 +212,7 @@ def test_timm_model_of_the_hub(
         return str(tmp_path / "snapshot")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    ours, card = load_float(source, expected)
+    ours, card = load(source, expected)
     assert asked == [("someone/small", "v1" if "@" in source else None)]
     assert torch.equal(ours(images), theirs(images))
     assert card.preprocessing["mean"] == [0.1, 0.2, 0.3]
@@ -228,15 +234,21 @@ def test_pretrained_timm_model_by_its_name(
         return create(name, num_classes=5, pretrained_cfg_overlay=overlay, **kwargs)
 
     monkeypatch.setattr(float_models.timm, "create_model", from_file)
-    ours, card = load_float("vit_tiny_patch16_224.augreg_in21k_ft_in1k", expected)
+    said: list[str] = []
+    ours, card = float_models.load_float("vit_tiny_patch16_224.augreg_in21k_ft_in1k", expected, said.append)
     assert torch.equal(ours(images), theirs(images))
+    assert said == [
+        "vit_tiny_patch16_224.augreg_in21k_ft_in1k: the position embedding was resampled from 224 x 224 to 16 x 16 "
+        "pixels.",
+        "vit_tiny_patch16_224.augreg_in21k_ft_in1k: the patch embedding was resampled from 16 x 16 to 4 x 4 pixels.",
+    ]
     assert (card.name, card.model_args) == (expected.name, expected.model_args)
 
 
 def test_timm_model_without_pretrained_weights_says_so(expected: ModelCard) -> None:
     name = next(name for name in timm.list_models("vit_*") if not timm.is_model_pretrained(name))
     with pytest.raises(ConfigError, match=f"no pretrained weights for {name}"):
-        load_float(name, expected)
+        load(name, expected)
 
 
 def test_unreachable_hub_is_one_sentence(expected: ModelCard, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,15 +257,15 @@ def test_unreachable_hub_is_one_sentence(expected: ModelCard, monkeypatch: pytes
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
     with pytest.raises(HubError, match=r"does not hand out someone/small: cannot connect\.$"):
-        load_float("hf-hub:someone/small", expected)
+        load("hf-hub:someone/small", expected)
 
 
 @pytest.mark.parametrize("name", ["hf-hub:", "hf-hub:a/b/c", "hf-hub:../../etc"])
 def test_name_that_is_none_of_the_hubs_is_refused(expected: ModelCard, name: str) -> None:
     with pytest.raises(HubError):
-        load_float(name, expected)
+        load(name, expected)
 
 
 def test_neither_file_nor_model_is_named(expected: ModelCard) -> None:
     with pytest.raises(QvitError, match="no file nothing-of-the-kind"):
-        load_float("nothing-of-the-kind", expected)
+        load("nothing-of-the-kind", expected)

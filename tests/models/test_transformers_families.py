@@ -9,7 +9,7 @@ import transformers as hf
 
 from qvit import QuantConfig, quantize
 from qvit.errors import CheckpointError, UnsupportedModelError
-from qvit.models.checkpoint import ModelCard, describe
+from qvit.models.card import ModelCard, describe
 from qvit.models.float_models import load_float
 
 CLASSES = ["a", "b", "c"]
@@ -65,8 +65,9 @@ def saved(folder: Path, model: str) -> Any:
 @pytest.mark.parametrize("model", MODELS)
 def test_transformers_model_gives_the_same_output(tmp_path: Path, expected: ModelCard, model: str) -> None:
     theirs = saved(tmp_path, model)
-    ours, card = load_float(tmp_path, expected)
     side = MODELS[model][2]["image_size"]
+    expected.preprocessing["input_size"] = [3, side, side]
+    ours, card = load_float(tmp_path, expected, print)
     images = torch.randn(3, 3, side, side)
     with torch.no_grad():
         found, wanted = ours(images), theirs(pixel_values=images)
@@ -83,7 +84,7 @@ def test_siglip_classifier_pools_by_the_mean(tmp_path: Path, expected: ModelCard
     config = hf.SiglipConfig(vision_config={**PLAIN, **MLP}, text_config=text, num_labels=3)
     theirs = hf.SiglipForImageClassification(config).eval()
     theirs.save_pretrained(tmp_path)
-    ours, card = load_float(tmp_path, expected)
+    ours, card = load_float(tmp_path, expected, print)
     images = torch.randn(3, 3, 16, 16)
     with torch.no_grad():
         torch.testing.assert_close(ours(images), theirs(images).logits, atol=1e-5, rtol=1e-4)
@@ -93,7 +94,7 @@ def test_siglip_classifier_pools_by_the_mean(tmp_path: Path, expected: ModelCard
 def test_dinov2_that_classifies_by_both_is_refused(tmp_path: Path, expected: ModelCard) -> None:
     hf.Dinov2ForImageClassification(hf.Dinov2Config(**PLAIN, mlp_ratio=2)).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match="classifies by class token and patches"):
-        load_float(tmp_path, expected)
+        load_float(tmp_path, expected, print)
 
 
 def test_weights_that_are_not_what_the_configuration_says_are_refused(tmp_path: Path, expected: ModelCard) -> None:
@@ -101,4 +102,4 @@ def test_weights_that_are_not_what_the_configuration_says_are_refused(tmp_path: 
     config = tmp_path / "config.json"
     config.write_text(config.read_text().replace("siglip_vision_model", "clip_vision_model").replace("1e-06", "1e-05"))
     with pytest.raises(CheckpointError, match="does not hold what its config.json says: 'cls_token' is absent"):
-        load_float(tmp_path, expected)
+        load_float(tmp_path, expected, print)

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from qvit.data.sources import ImageSets, open_data
-from qvit.models.checkpoint import create_model, describe
+from qvit.models.card import create_model, describe
 from qvit.train.methods import FloatModel, train_full_precision, train_quantized
 from qvit.train.options import Options
 from qvit.train.recipe import Recipe, load_recipe

@@ -18,7 +18,8 @@ from qvit.analysis.statistics import query_key_statistics
 from qvit.data.loader import make_loader, make_transform
 from qvit.data.sources import ImageSets
 from qvit.errors import CheckpointError, ConfigError, NonFiniteLossError
-from qvit.models.checkpoint import create_model, describe, load_checkpoint, read_checkpoint
+from qvit.models.card import create_model, describe
+from qvit.models.checkpoint import load_checkpoint, read_checkpoint
 from qvit.train.evaluate import evaluate
 from qvit.train.loop import LabelLoss, read_metrics
 from qvit.train.methods import FloatModel, train_full_precision, train_quantized

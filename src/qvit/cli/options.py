@@ -12,12 +12,13 @@ import typer
 
 from qvit.cli.ending import rank
 from qvit.errors import ConfigError, QvitError
+from qvit.files import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from qvit.data.sources import ImageSets
-    from qvit.models.checkpoint import ModelCard
+    from qvit.models.card import ModelCard
     from qvit.train.evaluate import Accuracy
     from qvit.train.methods import FloatModel
     from qvit.train.options import Options
@@ -98,7 +99,9 @@ def float_model(source: str, card: ModelCard, role: str) -> FloatModel:
     from qvit.models.float_models import load_float
     from qvit.train.methods import FloatModel
 
-    model, its = load_float(source, card, quantized=role == "start")
+    model, its = load_float(
+        source, card, lambda sentence: console().print(printable(sentence), soft_wrap=True), quantized=role == "start"
+    )
     try:
         check_classes(f"the {role} {source}", its.classes, "the data", card.classes)
     except QvitError as error:

@@ -13,7 +13,8 @@ from qvit._version import __version__
 from qvit.errors import CheckpointError, ConfigError, PackedFileError, UncalibratedError
 from qvit.format.header import check_classes, check_preprocessing
 from qvit.format.packed import PackedModel, write_packed
-from qvit.models.checkpoint import ModelCard, load_checkpoint
+from qvit.models.card import ModelCard
+from qvit.models.checkpoint import load_checkpoint
 from qvit.models.families import lower
 from qvit.models.lowering import refuse
 from qvit.nn.quantizer import Quantizer

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from qvit.config import MAX_BITS, MIN_BITS, Bits
 from qvit.errors import PackedFileError
+from qvit.files import shown
 
 MAX_SIZE = 2**16
 """Largest number of any kind. As the length of a dot product of 8-bit codes it keeps the sum within int32:
@@ -25,15 +26,6 @@ SMALLEST_EPS = 2.0**-126
 Reader = Callable[[str, Any], Any]
 """Takes the place of a value in the file, for messages, and the value; returns what it means."""
 Record = TypeVar("Record")
-
-
-def shown(value: Any) -> str:
-    """Return ``value`` for an error message, cut to a readable length."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python refuses to print whole numbers of thousands of digits
-        text = f"a {type(value).__name__} too long to print"
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def need(condition: bool, place: str, reason: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 from pathlib import Path
 from typing import Any
 
@@ -9,84 +11,180 @@ import timm
 import timm.data
 from timm.models import VisionTransformer
 
-from qvit.errors import ConfigError, HubError, UnsupportedModelError
-from qvit.files import first_line
-from qvit.models.checkpoint import ModelCard, describe, load_float_model, same_architecture
+from qvit.errors import CheckpointError, ConfigError, HubError, QvitError, UnsupportedModelError
+from qvit.files import first_line, shown
+from qvit.models.card import ModelCard, describe, same_architecture, shape_of
+from qvit.models.checkpoint import build, is_checkpoint, parts_of, rebuilt
 from qvit.models.families import family_of
 from qvit.models.fetch import CHECKPOINT, PREFIX, fetch
-from qvit.models.transformers_vit import class_names, is_transformers_config, load_transformers, read_json
+from qvit.models.foreign import Report, adapted
+from qvit.models.reading import INDEX, WEIGHTS, find_weights, read_file, read_json
+from qvit.models.transformers_vit import class_names, is_transformers_config, load_transformers
+from qvit.models.weights import fitting
 
-_FILES = ["config.json", "preprocessor_config.json", "model.safetensors", CHECKPOINT]
+_SETTINGS = ["config.json", "preprocessor_config.json", CHECKPOINT]
+_PREPROCESSING = ("mean", "std", "crop_pct", "crop_mode", "interpolation")
 
 
 def load_float(
-    source: str | Path, expected: ModelCard, *, quantized: bool = False
+    source: str | Path, expected: ModelCard, report: Report, *, quantized: bool = False
 ) -> tuple[VisionTransformer, ModelCard]:
-    """Return a float model and its card, wherever it is.
+    """Return a float model and its card, wherever it is, for images of the size that ``expected`` has.
 
     Args:
         source: ``hf-hub:OWNER/NAME`` (``@REVISION`` may follow) or a folder with the same files: a timm model, a
             transformers ViT or DeiT, or a float checkpoint of qvit's; the name of a timm model that has pretrained
-            weights; or a file, as :func:`qvit.models.checkpoint.load_float_model` takes it.
+            weights, with or without their tag; or a file: a checkpoint of qvit's, or weights of ``expected``'s model
+            that timm, DeiT, Lightning or others wrote (:func:`qvit.models.foreign.adapted`).
         expected: the model and the classes that the user works with.
+        report: takes a sentence about each decision that is made on the way, such as which of two sets of weights is
+            taken, or that a position embedding was resampled.
         quantized: whether a file may also be a checkpoint of a quantized model.
 
     Raises:
         HubError: if the Hub or timm cannot hand it out.
-        CheckpointError: if it is absent, damaged or quantized.
+        CheckpointError: if it is absent, damaged, quantized, or of another model.
         UnsupportedModelError: if it is no vision transformer, or one that cannot be represented.
+        ConfigError: for a name of weights that timm does not have.
     """
     source = str(source)
     if source.startswith(PREFIX):
-        return _from_folder(fetch(source.removeprefix(PREFIX), _FILES), source, expected)
-    if Path(source).is_dir():
-        return _from_folder(Path(source), source, expected)
-    if not Path(source).exists() and timm.is_model(source.partition(".")[0]):
-        if not timm.is_model_pretrained(source):
-            raise ConfigError(f"timm has no pretrained weights for {source}: give a checkpoint.")
-        return _from_timm(source, source.partition(".")[0], {}, source, expected)
-    return load_float_model(source, expected, quantized=quantized)
+        model, card = _from_folder(_fetched(source.removeprefix(PREFIX)), source, expected, report)
+    elif Path(source).is_dir():
+        model, card = _from_folder(Path(source), source, expected, report)
+    elif not Path(source).exists() and timm.is_model(source):
+        model, card = _from_timm(source, expected, report)
+    else:
+        model, card = _from_file(Path(source), expected, report, quantized=quantized)
+    _fit_images(model, card, source, expected, report)
+    if same_architecture(card, expected):
+        card = dataclasses.replace(card, name=expected.name, model_args=dict(expected.model_args))
+    return model, card
 
 
-def _from_folder(folder: Path, source: str, expected: ModelCard) -> tuple[VisionTransformer, ModelCard]:
+def _from_file(
+    path: Path, expected: ModelCard, report: Report, *, quantized: bool
+) -> tuple[VisionTransformer, ModelCard]:
+    content = read_file(path)
+    if not is_checkpoint(content):
+        return build(expected, adapted(content, expected, str(path), report), str(path)), dataclasses.replace(expected)
+    card, weights, _ = parts_of(content, path)
+    if card.quant_config is not None and not quantized:
+        raise CheckpointError(f"{path} holds a quantized model; a teacher must be a float one.")
+    return rebuilt(card, weights, path), card
+
+
+def _fetched(repository: str) -> Path:
+    """Return the folder of a repository of the Hub; PyTorch's files are fetched only where there is no safetensors."""
+    safe, pickled = ([name, name.replace(".", "-*-of-*."), f"{name}{INDEX}"] for name in (WEIGHTS[0], WEIGHTS[2]))
+    folder = fetch(repository, [*_SETTINGS, *safe])
+    if any((folder / name).exists() for name in (CHECKPOINT, *WEIGHTS)):
+        return folder
+    return fetch(repository, [*_SETTINGS, *pickled])
+
+
+def _from_folder(folder: Path, source: str, expected: ModelCard, report: Report) -> tuple[VisionTransformer, ModelCard]:
     if (folder / CHECKPOINT).exists():
-        return load_float_model(folder / CHECKPOINT, expected)
+        return _from_file(folder / CHECKPOINT, expected, report, quantized=False)
+    if not (folder / "config.json").is_file():
+        find_weights(folder, source)  # which may know better what is meant
     config = read_json(folder / "config.json", source)
     if is_transformers_config(config):
         return load_transformers(folder, source, expected)
-    if isinstance(config.get("architecture"), str):
-        return _from_timm(
-            f"local-dir:{folder}", config["architecture"], config.get("model_args") or {}, source, expected
+    if not isinstance(config.get("architecture"), str):
+        kind = shown(config.get("model_type", "unknown"))
+        raise UnsupportedModelError(
+            f"{source} holds a model of type {kind}: qvit reads timm models, ViT, DeiT, Swin, BEiT, DINOv2, CLIP and "
+            "SigLIP."
         )
-    kind = config.get("model_type", "unknown")
-    raise UnsupportedModelError(
-        f"{source} holds a model of type {kind!r}: qvit reads timm models, ViT, DeiT, Swin, BEiT, DINOv2, CLIP, SigLIP."
-    )
-
-
-def _from_timm(
-    address: str, name: str, arguments: dict[str, Any], source: str, expected: ModelCard
-) -> tuple[VisionTransformer, ModelCard]:
-    """Let timm build a model with its pretrained weights; with ``expected``'s arguments if it is called the same."""
-    arguments = {key: value for key, value in arguments.items() if key != "num_classes"}
-    if name == expected.name and not arguments:
-        arguments = dict(expected.model_args)
     try:
-        model: Any = timm.create_model(address, pretrained=True, **arguments)
+        card = _timm_card(config, expected)
+    except QvitError as error:
+        raise UnsupportedModelError(f"{source} cannot be used as its config.json describes it: {error}") from error
+    content = read_file(find_weights(folder, source))
+    return build(card, adapted(content, card, source, report), source), card
+
+
+def _timm_card(config: dict[str, Any], expected: ModelCard) -> ModelCard:
+    """Return the card that timm's ``config.json`` describes; of all that it says only what a card has is looked at."""
+    settings = config.get("pretrained_cfg")
+    settings = {**settings, **config} if isinstance(settings, dict) else config
+    arguments = config.get("model_args") or {}
+    if not isinstance(arguments, dict):
+        raise ConfigError(f"model_args must be names and values, not {shown(arguments)}.")
+    arguments = {name: value for name, value in arguments.items() if name != "num_classes"}
+    size = settings.get("input_size")
+    if isinstance(size, list) and len(size) == 3:
+        arguments = {"in_chans": size[0], "img_size": size[1:], **arguments}
+    if settings.get("global_pool"):
+        arguments = {"global_pool": settings["global_pool"], **arguments}
+    count = settings.get("num_classes", 1000)
+    if type(count) is not int or not 1 <= count <= 10**6:
+        raise ConfigError(f"num_classes must be a whole number from 1 up, not {shown(count)}.")
+    named = settings.get("label_names")
+    if named and not (isinstance(named, list) and len(named) == count and all(isinstance(name, str) for name in named)):
+        raise ConfigError(f"label_names must be {count} names, not {shown(named)}.")
+    classes = _classes(named, count, expected)
+    preprocessing = {name: settings[name] for name in _PREPROCESSING if settings.get(name)}
+    return describe(config["architecture"], arguments, classes, preprocessing)
+
+
+def _from_timm(source: str, expected: ModelCard, report: Report) -> tuple[VisionTransformer, ModelCard]:
+    """Let timm build a model with its pretrained weights; with ``expected``'s arguments if it is called the same."""
+    name, _, tag = source.partition(".")
+    if not timm.is_model_pretrained(source):
+        tags = [known for known in timm.list_models(f"{name}.*", pretrained=True) if known != source]
+        near = difflib.get_close_matches(source, tags, 3) or tags[:3]
+        hint = f"it has {', '.join(near)}." if tag and near else "give a checkpoint."
+        raise ConfigError(f"timm has no pretrained weights for {source}: {hint}")
+    arguments = dict(expected.model_args) if name == expected.name else {}
+    card = describe(name, arguments, ["a", "b"], {})
+    native, made = shape_of(describe(name, {}, ["a", "b"], {})), shape_of(card)
+    try:
+        model: Any = timm.create_model(source, pretrained=True, **arguments)
     except Exception as error:  # timm's download and every check of the weights in it
         raise HubError(f"timm cannot load {source} with its weights: {first_line(error)}") from error
     family_of(model)
-    card = describe(name, arguments, _timm_classes(model, expected), timm.data.resolve_model_data_config(model))
-    if same_architecture(card, expected):
-        card.name, card.model_args = expected.name, dict(expected.model_args)
-    return model.eval(), card
-
-
-def _timm_classes(model: VisionTransformer, expected: ModelCard) -> list[str]:
+    fitting(model.state_dict(), made if made.num_classes == model.num_classes else model, source)
+    for what, old, new in (
+        ("position embedding", native.patch_embed.img_size, made.patch_embed.img_size),
+        ("patch embedding", native.patch_embed.patch_size, made.patch_embed.patch_size),
+    ):
+        if old != new:
+            pixels = " to ".join(" x ".join(map(str, side)) for side in (old, new))
+            report(f"{source}: the {what} was resampled from {pixels} pixels.")
     settings: Any = model.pretrained_cfg
-    names = settings.get("label_names")
-    subset = timm.data.infer_imagenet_subset(model)
-    if not names and subset:
-        names = timm.data.ImageNetInfo(subset).label_names()
-    unnamed = {"id2label": {str(i): f"LABEL_{i}" for i in range(int(model.num_classes))}}
-    return [str(name) for name in names] if names else class_names(unnamed, expected.classes)
+    classes = _classes(settings.get("label_names"), int(model.num_classes), expected)
+    return model.eval(), describe(name, arguments, classes, timm.data.resolve_model_data_config(model))
+
+
+def _classes(named: list[str] | None, count: int, expected: ModelCard) -> list[str]:
+    """Return the classes of a model of timm's: its own names, ImageNet's by their number, or else those expected."""
+    subset = timm.data.infer_imagenet_subset({"num_classes": count})
+    if not named and subset:
+        named = timm.data.ImageNetInfo(subset).label_names()
+    unnamed = {"id2label": {str(i): f"LABEL_{i}" for i in range(count)}}
+    return [str(name) for name in named] if named else class_names(unnamed, expected.classes)
+
+
+def _fit_images(model: VisionTransformer, card: ModelCard, source: str, expected: ModelCard, report: Report) -> None:
+    """Make a model take the images that are expected: the student's are what it will get."""
+    (channels, *size), (needed, *wanted) = card.preprocessing["input_size"], expected.preprocessing["input_size"]
+    if channels != needed:
+        raise CheckpointError(
+            f"{source} takes images of {channels} channels, the images have {needed}: give a model of as many."
+        )
+    if size == wanted:
+        return
+    before, after = (" x ".join(map(str, sides)) for sides in (size, wanted))
+    dynamic = getattr(model, "dynamic_img_size", False)
+    if not dynamic and not isinstance(model, VisionTransformer):
+        raise CheckpointError(
+            f"{source} is a {type(model).__name__} for images of {before} pixels, the images have {after}: give one "
+            "for images of that size."
+        )
+    if not dynamic:
+        model.set_input_size(img_size=(wanted[0], wanted[1]))
+        card.model_args = {**card.model_args, "img_size": wanted}
+        report(f"{source}: the position embedding was resampled from images of {before} pixels to {after}.")
+    card.preprocessing = {**card.preprocessing, "input_size": [channels, *wanted]}

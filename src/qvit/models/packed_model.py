@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qvit.models.checkpoint import ModelCard
+from qvit.models.card import ModelCard
 from qvit.runtime.engine import Engine, load
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qvit.errors import UnsupportedModelError
+from qvit.files import shown
 
 Weights = dict[str, Tensor]
 ACTIVATIONS: dict[str, str] = {
@@ -49,14 +50,14 @@ class Conversion:
         Raises:
             UnsupportedModelError: for what timm's model cannot represent.
         """
-        config = {**self.defaults, **config, **config.get("vision_config", {})}
+        config = {**self.defaults, **config, **(config.get("vision_config") or {})}
         weights: Weights = {}
         for name, value in theirs.items():
             if re.match(self.unused, name):
                 continue
             for pattern, replacement in self.renames:
                 name = re.sub(pattern, replacement, name)
-            weights[name] = value.float()
+            weights[name] = value
         for name in [name for name in weights if ".attn.query." in name]:
             parts = [weights.pop(name.replace("query", part), None) for part in ("query", "key", "value")]
             if parts[1] is None:  # BEiT's keys have no bias
@@ -118,7 +119,7 @@ def _need_eps(config: Mapping[str, Any], eps: float) -> None:
     # Where the variance is near 1, 1e-6 and what is below it are lost in float32 alike.
     found = config["layer_norm_eps"]
     if found != eps and not (eps == 1e-6 and 0 < found < eps):
-        raise UnsupportedModelError(f"The model has layer_norm_eps {found}, timm's of this kind have {eps}.")
+        raise UnsupportedModelError(f"it has layer_norm_eps {shown(found)}, timm's of this kind have {eps}.")
 
 
 def activation(config: Mapping[str, Any]) -> str:
@@ -128,7 +129,7 @@ def activation(config: Mapping[str, Any]) -> str:
         UnsupportedModelError: if qvit does not know it.
     """
     if config["hidden_act"] not in ACTIVATIONS:
-        raise UnsupportedModelError(f"The model has the activation {config['hidden_act']!r}, which qvit does not know.")
+        raise UnsupportedModelError(f"it has the activation {shown(config['hidden_act'])}, which qvit does not know.")
     return ACTIVATIONS[config["hidden_act"]]
 
 
@@ -150,7 +151,7 @@ def _ratio(hidden: int, width: int) -> float:
 def _swin(config: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
     _need_eps(config, 1e-5)
     if activation(config) != "gelu":
-        raise UnsupportedModelError(f"The model has the activation {config['hidden_act']!r}, timm's Swin has gelu.")
+        raise UnsupportedModelError(f"it has the activation {shown(config['hidden_act'])}, timm's Swin has gelu.")
     # The patches are merged at the end of a stage there, and at the beginning of the next one here.
     for name in [name for name in weights if ".downsample." in name]:
         number = re.sub(r"^layers\.(\d+)", lambda found: f"layers.{int(found[1]) + 1}", name)

@@ -5,22 +5,24 @@ Only the folder that ``save_pretrained`` writes is read, by its names: transform
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import timm.data
 import torch
 from timm.models import VisionTransformer
 from torch import Tensor
 
-from qvit.errors import CheckpointError, QvitError, UnsupportedModelError
-from qvit.files import first_line
-from qvit.models.checkpoint import ModelCard, build, describe, same_architecture
-from qvit.models.transformers_families import ACTIVATIONS, CONVERSIONS
+from qvit.errors import CheckpointError, ConfigError, QvitError, UnsupportedModelError
+from qvit.files import shown
+from qvit.format.fields import is_whole
+from qvit.models.arguments import MAX_CHANNELS, MAX_SIDE
+from qvit.models.card import ModelCard, describe, same_architecture
+from qvit.models.checkpoint import build
+from qvit.models.reading import find_weights, read_file, read_json
+from qvit.models.transformers_families import CONVERSIONS, Weights, activation
 
 # What a transformers configuration means where it says nothing.
 _DEFAULTS: dict[str, Any] = {
@@ -72,10 +74,9 @@ def load_transformers(folder: Path, source: str, expected: ModelCard) -> tuple[V
     ViT and DeiT classifiers, Swin, BEiT, DINOv2, and the vision towers of CLIP and SigLIP. What has no classifier is a
     feature extractor.
 
-    It has ``expected``'s name and arguments if that is the same architecture, so that a student can start from it.
-
     Args:
-        folder: with ``config.json``, ``model.safetensors`` and, if there is one, ``preprocessor_config.json``.
+        folder: with ``config.json``, the weights as ``save_pretrained`` writes them and, if there is one,
+            ``preprocessor_config.json``.
         source: where it comes from, for messages.
         expected: the model and the classes that the user works with.
 
@@ -84,30 +85,31 @@ def load_transformers(folder: Path, source: str, expected: ModelCard) -> tuple[V
         UnsupportedModelError: for what timm's vision transformer cannot represent.
     """
     config = read_json(folder / "config.json", source)
-    theirs = _stored(folder / "model.safetensors", source)
-    conversion = CONVERSIONS.get(config.get("model_type", ""))
-    if conversion is None:
-        config, weights = {**_DEFAULTS, **config}, _weights(theirs)
-        classes = class_names(config, expected.classes)
-        card = _card(config, weights, classes, source)
-    else:
-        try:
-            name, arguments, weights = conversion.convert(config, theirs)
-        except KeyError as error:
-            raise CheckpointError(f"{source} does not hold what its config.json says: {error} is absent.") from error
-        classifies = any(name.startswith("head.") for name in weights)
-        classes = class_names(config, expected.classes) if classifies else []
-        card = describe(name, arguments, classes, {})
-    if same_architecture(card, expected):
-        card = ModelCard(expected.name, dict(expected.model_args), classes, dict(expected.preprocessing))
-    card.preprocessing |= _preprocessing(folder / "preprocessor_config.json", source)
-    if "embeddings.distillation_token" in weights:
-        token = "dist_token" if "head_dist.weight" in weights else "reg_token"
-        weights[token] = weights.pop("embeddings.distillation_token")
+    theirs = _stored(folder, source)
     try:
+        said = _preprocessing(folder / "preprocessor_config.json", source)
+        conversion = CONVERSIONS.get(str(config.get("model_type")))
+        if conversion is None:
+            name, arguments, weights = _vit({**_DEFAULTS, **config}, _weights(theirs))
+            half = [0.5] * arguments["in_chans"]
+            said = {"mean": half, "std": half, **said}
+        else:
+            name, arguments, weights = conversion.convert(config, theirs)
+        head = weights.get("head.weight", weights.get("head.fc.weight"))
+        unnamed = {str(index): f"LABEL_{index}" for index in range(0 if head is None else len(head))}
+        classes = [] if head is None else class_names({"id2label": unnamed, **config}, expected.classes)
+        card = describe(name, arguments, classes, said)
+        if same_architecture(card, expected):
+            card.preprocessing = {**expected.preprocessing, **said}
         return build(card, weights, source), card
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{source} cannot be used: {error}") from error
     except QvitError as error:
         raise CheckpointError(f"{source} does not hold what its config.json says: {error}") from error
+    except KeyError as error:
+        raise CheckpointError(f"{source} does not hold what its config.json says: {error} is absent.") from error
+    except (ArithmeticError, AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{source} has weights and a config.json that do not fit together.") from error
 
 
 def class_names(config: Mapping[str, Any], ours: list[str]) -> list[str]:
@@ -115,8 +117,13 @@ def class_names(config: Mapping[str, Any], ours: list[str]) -> list[str]:
 
     ImageNet's are returned as the WordNet numbers that its folders are called by. A model that does not name its
     classes is taken to have ``ours``, if there are as many.
+
+    Raises:
+        ConfigError: if ``id2label`` is not names by number.
     """
     labels = config.get("id2label") or {}
+    if not isinstance(labels, dict) or not all(re.fullmatch(r"\d{1,9}", str(number)) for number in labels):
+        raise ConfigError(f"id2label must be names by number, not {shown(labels)}.")
     names = [str(name) for _, name in sorted(labels.items(), key=lambda item: int(item[0]))]
     imagenet = timm.data.ImageNetInfo("imagenet-1k")
     if len(names) == 1000 and names == imagenet.label_descriptions():
@@ -126,26 +133,11 @@ def class_names(config: Mapping[str, Any], ours: list[str]) -> list[str]:
     return names
 
 
-def read_json(path: Path, source: str) -> dict[str, Any]:
-    """Return the object in a JSON file.
-
-    Raises:
-        CheckpointError: if it is absent or no JSON object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{source} has no usable {path.name}: {first_line(error)}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{source} has no usable {path.name}: it holds no JSON object.")
-    return content
-
-
-def _stored(path: Path, source: str) -> dict[str, Tensor]:
-    try:
-        return safetensors.torch.load_file(path)
-    except Exception as error:  # absent, cut short, or no safetensors file
-        raise CheckpointError(f"{source} has no usable {path.name}: {first_line(error)}") from error
+def _stored(folder: Path, source: str) -> dict[str, Tensor]:
+    theirs = read_file(find_weights(folder, source))
+    if not isinstance(theirs, dict) or not all(isinstance(value, Tensor) for value in theirs.values()):
+        raise CheckpointError(f"{source} has a file of weights that holds other things than tensors by name.")
+    return {str(name): value.float() if value.is_floating_point() else value for name, value in theirs.items()}
 
 
 def _weights(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -155,7 +147,7 @@ def _weights(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
             continue
         for pattern, replacement in _RENAMES:
             name = pattern.sub(replacement, name)
-        weights[name] = value.float()
+        weights[name] = value
     for name in [name for name in weights if ".attn.query." in name]:
         parts = [weights.pop(name.replace("query", part), None) for part in ("query", "key", "value")]
         present = [part for part in parts if part is not None]
@@ -163,16 +155,15 @@ def _weights(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return weights
 
 
-def _card(config: Mapping[str, Any], weights: Mapping[str, Tensor], classes: list[str], source: str) -> ModelCard:
-    """Return a card of the architecture by timm's general name and explicit arguments."""
+def _vit(config: Mapping[str, Any], weights: Weights) -> tuple[str, dict[str, Any], Weights]:
+    """Return timm's general name and explicit arguments of a ViT or DeiT, and its weights."""
     if "head.weight" not in weights:
-        raise UnsupportedModelError(f"{source} has no classifier: give a ViT or DeiT for image classification.")
-    if config["hidden_act"] not in ACTIVATIONS:
-        raise UnsupportedModelError(f"{source} has the activation {config['hidden_act']!r}, which qvit does not know.")
-    if not 0 < config["layer_norm_eps"] <= _LARGEST_EPS:
-        raise UnsupportedModelError(
-            f"{source} has layer_norm_eps {config['layer_norm_eps']}, timm's vision transformers have {_LARGEST_EPS}."
-        )
+        raise UnsupportedModelError("it has no classifier: give a ViT or DeiT for image classification.")
+    eps = config["layer_norm_eps"]
+    if not 0 < eps <= _LARGEST_EPS:
+        raise UnsupportedModelError(f"it has layer_norm_eps {eps}, timm's vision transformers have {_LARGEST_EPS}.")
+    if not is_whole(config["num_channels"], 1, MAX_CHANNELS):
+        raise ConfigError(f"num_channels is {shown(config['num_channels'])}.")
     arguments = {
         "img_size": config["image_size"],
         "patch_size": config["patch_size"],
@@ -183,15 +174,17 @@ def _card(config: Mapping[str, Any], weights: Mapping[str, Tensor], classes: lis
         "mlp_ratio": config["intermediate_size"] / config["hidden_size"],
         "qkv_bias": config["qkv_bias"],
     }
-    if config["hidden_act"] != "gelu":  # timm's default
-        arguments["act_layer"] = ACTIVATIONS[config["hidden_act"]]
-    name = "vit_base_patch16_224"
-    if "head_dist.weight" in weights:
-        name = "deit_base_distilled_patch16_224"
-    elif "embeddings.distillation_token" in weights:
-        arguments["reg_tokens"] = 1  # a token beside the class token that no head reads
-    channels = config["num_channels"]
-    return describe(name, arguments, classes, {"mean": [0.5] * channels, "std": [0.5] * channels})
+    if activation(config) != "gelu":  # timm's default
+        arguments["act_layer"] = activation(config)
+    name = "deit_base_distilled_patch16_224" if "head_dist.weight" in weights else "vit_base_patch16_224"
+    if "embeddings.distillation_token" in weights:
+        token = weights.pop("embeddings.distillation_token")
+        if "head_dist.weight" in weights:
+            weights["dist_token"] = token
+        else:  # a token beside the class token that no head reads
+            weights["reg_token"] = token
+            arguments["reg_tokens"] = 1
+    return name, arguments, weights
 
 
 def _preprocessing(path: Path, source: str) -> dict[str, Any]:
@@ -201,17 +194,20 @@ def _preprocessing(path: Path, source: str) -> dict[str, Any]:
     config = read_json(path, source)
     found: dict[str, Any] = {}
     if config.get("do_normalize", True) and {"image_mean", "image_std"} <= set(config):
-        found = {"mean": list(config["image_mean"]), "std": list(config["image_std"])}
+        found = {"mean": config["image_mean"], "std": config["image_std"]}
     if config.get("do_center_crop") and "crop_size" in config:
-        size, crop = (_side(config[name]) for name in ("size", "crop_size"))
+        size, crop = (_side(config.get(name), name) for name in ("size", "crop_size"))
         found |= {"crop_pct": crop / size, "crop_mode": "center"}
     else:
         found |= {"crop_pct": 1.0, "crop_mode": "squash"}
     names = {2: "bilinear", 3: "bicubic"}
-    if config.get("resample") in names:
+    if type(config.get("resample")) is int and config["resample"] in names:
         found["interpolation"] = names[config["resample"]]
     return found
 
 
-def _side(size: Any) -> int:
-    return int(next(iter(size.values())) if isinstance(size, dict) else size)
+def _side(size: Any, name: str) -> int:
+    side: Any = next(iter(size.values()), None) if isinstance(size, dict) else size
+    if not is_whole(side, 1, MAX_SIDE):
+        raise ConfigError(f"{name} of preprocessor_config.json must be a number of pixels, not {shown(size)}.")
+    return int(side)

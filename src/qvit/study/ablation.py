@@ -26,7 +26,8 @@ from qvit.data.loader import readable
 from qvit.data.sources import ImageSets
 from qvit.errors import CheckpointError, ConfigError
 from qvit.files import write_text
-from qvit.models.checkpoint import ModelCard, load_checkpoint, weights_checksum
+from qvit.models.card import ModelCard
+from qvit.models.checkpoint import load_checkpoint, weights_checksum
 from qvit.quantization.distill import DistillationLoss
 from qvit.train.lock import locked
 from qvit.train.methods import METHODS, FloatModel, Overrides, Result, make_student, train_quantized, training_batches

@@ -32,7 +32,7 @@ from qvit.data.loader import Batch, make_loader, make_transform
 from qvit.data.sources import open_data
 from qvit.exporting.packed import origin_of
 from qvit.files import printable
-from qvit.models.checkpoint import describe
+from qvit.models.card import describe
 from qvit.train.lock import alone_in
 from qvit.train.methods import METHODS, FloatModel, Result, train_full_precision, train_quantized
 from qvit.train.options import Options, make_accelerator

@@ -26,7 +26,7 @@ from qvit.data.order import TrainOrder
 from qvit.data.resident import ResidentLoader
 from qvit.errors import NonFiniteLossError, TrainingStopped
 from qvit.files import write_text
-from qvit.models.checkpoint import ModelCard
+from qvit.models.card import ModelCard
 from qvit.train.display import epoch_line, progress_bar, step_line, tensorboard
 from qvit.train.distributed import gradient_norm, scale_gradients, shard, spread, sum_over_processes
 from qvit.train.evaluate import evaluate

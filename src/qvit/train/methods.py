@@ -21,7 +21,8 @@ from qvit.data.order import ALONE, EvaluationOrder, Share, TrainOrder
 from qvit.data.resident import ResidentImages, ResidentLoader
 from qvit.data.sources import ImageSets, open_data
 from qvit.errors import ConfigError, TeacherMismatchError
-from qvit.models.checkpoint import ModelCard, create_model, describe, save_checkpoint
+from qvit.models.card import ModelCard, create_model, describe
+from qvit.models.checkpoint import save_checkpoint
 from qvit.nn.quantizer import Quantizer
 from qvit.quantization.calibrate import calibrate
 from qvit.quantization.convert import quantize

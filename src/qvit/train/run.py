@@ -32,7 +32,8 @@ from qvit.data.order import TrainOrder
 from qvit.data.randomness import random_state, set_random_state
 from qvit.errors import CheckpointError, ConfigError, NonFiniteLossError
 from qvit.files import first_line, printable
-from qvit.models.checkpoint import ModelCard, build, read_checkpoint, save_checkpoint
+from qvit.models.card import ModelCard
+from qvit.models.checkpoint import build, read_checkpoint, save_checkpoint
 from qvit.train.distributed import whole_weights
 from qvit.train.oscillation import Oscillation
 from qvit.train.settings import differences

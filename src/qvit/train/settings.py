@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from qvit.data.order import TrainOrder
-from qvit.models.checkpoint import ModelCard, weights_checksum
+from qvit.models.card import ModelCard
+from qvit.models.checkpoint import weights_checksum
 from qvit.train.recipe import Schedule
 
 if TYPE_CHECKING:

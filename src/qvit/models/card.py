@@ -1,0 +1,239 @@
+"""Cards: what a model is beside its weights, and the model that a card describes.
+
+A card may come from anyone's file: it is checked field by field, and a model is built without memory first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+import timm
+import timm.data
+import torch
+from timm.layers import DropPath
+from timm.models import VisionTransformer
+from torch import nn
+
+from qvit.config import QuantConfig
+from qvit.errors import ConfigError, PackedFileError, UnsupportedModelError
+from qvit.files import first_line, shown
+from qvit.format.fields import is_number, is_whole
+from qvit.format.header import check_preprocessing
+from qvit.images import Mode
+from qvit.models.arguments import MAX_SIDE, check_arguments
+from qvit.models.families import family_of
+
+MAX_WEIGHTS = 4 * 10**9
+"""Weights of the largest model that is built; of timm's vision transformers the largest has 2.7e9."""
+MAX_TOKENS = 2**16
+"""Patches of the largest image that a model may be made for."""
+MAX_NESTING = 8
+"""Levels of the plain data in a card."""
+_Plain = (str, int, float, bool, type(None))
+_SETTING = (str, int, float, bool, tuple, type(None))
+_TRAINING = ("training", "weight_init_mode", "fix_init")
+
+
+@dataclasses.dataclass
+class ModelCard:
+    """What a model is, beside its weights: enough to build it again and to feed it.
+
+    Args:
+        name: timm's name of the architecture.
+        model_args: arguments of ``timm.create_model`` beside the name and the number of classes, see
+            :data:`qvit.models.arguments.ARGUMENTS`.
+        classes: class names in the order of the logits; none of a feature extractor.
+        preprocessing: input_size, mean, std, crop_pct, crop_mode, interpolation.
+        quant_config: of a quantized model, :meth:`QuantConfig.to_dict`; ``None`` of a float one.
+        method: how it was made, for people.
+        metrics: measured on the validation images, for people.
+        recipe: it was trained with, :meth:`qvit.train.recipe.Recipe.to_dict`, for people.
+    """
+
+    name: str
+    model_args: dict[str, Any]
+    classes: list[str]
+    preprocessing: dict[str, Any]
+    quant_config: dict[str, Any] | None = None
+    method: str = "full-precision"
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    recipe: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def mode(self) -> Mode:
+        """The image mode that the model takes: grey for one input channel."""
+        return "L" if self.preprocessing["input_size"][0] == 1 else "RGB"
+
+    @classmethod
+    def read(cls, data: Any) -> ModelCard:
+        """Return the card whose fields are ``data``, all of which is checked.
+
+        Raises:
+            ConfigError: naming the field that is absent, unknown or cannot be meant.
+        """
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        if not isinstance(data, dict):
+            raise ConfigError(f"the card must have names and values, it is {shown(data)}.")
+        for name in data:
+            if name not in fields:
+                raise ConfigError(f"the card has an unknown field {shown(name)}.")
+        for name, field in fields.items():
+            if name in data:
+                _check_plain(f"card.{name}", data[name])
+            elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+                raise ConfigError(f"card.{name} is absent.")
+        card = cls(**data)
+        for name in ("name", "method"):
+            _check_type(name, getattr(card, name), str, "a name")
+        for name in ("model_args", "preprocessing", "metrics", "recipe"):
+            _check_type(name, getattr(card, name), dict, "names and values")
+        _check_type("classes", card.classes, list, "a list of names")
+        if not all(isinstance(name, str) for name in card.classes):
+            raise ConfigError(f"card.classes must be a list of names, not {shown(card.classes)}.")
+        if not all(isinstance(name, str) and is_number(value) for name, value in card.metrics.items()):
+            raise ConfigError(f"card.metrics must be numbers by name, not {shown(card.metrics)}.")
+        _check_images(card.preprocessing)
+        check_arguments(card.model_args)
+        if card.quant_config is not None:
+            _check_type("quant_config", card.quant_config, dict, "names and values")
+            QuantConfig.from_dict(card.quant_config)
+        return card
+
+
+def create_model(card: ModelCard) -> VisionTransformer:
+    """Return the float model of a card with fresh weights.
+
+    Raises:
+        ConfigError: for a name or arguments that timm does not know or that qvit does not take, for a model too large
+            to be meant, or one that is no vision transformer.
+    """
+    shape_of(card)
+    return _build(card)
+
+
+def shape_of(card: ModelCard) -> VisionTransformer:
+    """Return the float model of a card on PyTorch's ``meta`` device: every shape, and no memory.
+
+    Raises:
+        ConfigError: as :func:`create_model`.
+    """
+    if not isinstance(card.name, str) or not timm.is_model(card.name):
+        near = difflib.get_close_matches(str(card.name)[:100], timm.list_models(["vit_*", "deit*", "swin*"]), 3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models('vit_*') lists them."
+        raise ConfigError(f"timm has no model called {shown(card.name)}: {hint}")
+    name, dot, tag = card.name.partition(".")
+    if dot:
+        raise ConfigError(
+            f"{card.name} names weights, by the tag {tag}, and not only a model: call the model {name}, and give "
+            f"--teacher {card.name} to start from these weights."
+        )
+    check_arguments(card.model_args)
+    with torch.device("meta"):
+        model = _build(card)
+    patches = model.patch_embed.num_patches
+    if not 1 <= patches <= MAX_TOKENS:
+        raise ConfigError(
+            f"{card.name} with {shown(card.model_args)} cuts images of {model.patch_embed.img_size} pixels into "
+            f"{patches} patches: it must be from 1 to {MAX_TOKENS}."
+        )
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    if weights > MAX_WEIGHTS:
+        raise ConfigError(
+            f"{card.name} with {shown(card.model_args)} would have {weights} weights, the limit is {MAX_WEIGHTS}."
+        )
+    return model
+
+
+def describe(
+    name: str, model_args: Mapping[str, Any], classes: list[str], preprocessing: Mapping[str, Any]
+) -> ModelCard:
+    """Return the card of a new float model: timm's own preprocessing for it with ``preprocessing`` over it.
+
+    Raises:
+        ConfigError: as :func:`create_model`.
+    """
+    card = ModelCard(name, dict(model_args), classes, {})
+    model = shape_of(card)
+    data = {**timm.data.resolve_model_data_config(model), **preprocessing}
+    card.preprocessing = {name: list(value) if isinstance(value, tuple) else value for name, value in data.items()}
+    channels, size = model.in_chans, model.patch_embed.img_size
+    card.preprocessing["input_size"] = [channels, *(size or card.preprocessing["input_size"][1:])]
+    for statistic in ("mean", "std"):
+        values = card.preprocessing[statistic]
+        if isinstance(values, list) and len(values) != channels:
+            raise ConfigError(
+                f"{name} takes {channels} channels and preprocessing.{statistic} has {len(values)}: give one value per "
+                "channel."
+            )
+    _check_images(card.preprocessing)
+    return card
+
+
+def same_architecture(one: ModelCard, other: ModelCard) -> bool:
+    """Return whether two cards are of the same computation, however their names and arguments say it.
+
+    Raises:
+        ConfigError: as :func:`create_model`.
+    """
+    return _computation(shape_of(one)) == _computation(shape_of(other))
+
+
+def _computation(model: VisionTransformer) -> tuple[object, ...]:
+    """Return what a model computes in evaluation, to be compared."""
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    layers = [
+        (name, type(module), {k: v for k, v in vars(module).items() if type(v) in _SETTING and k not in _TRAINING})
+        for name, module in model.named_modules()
+        if not isinstance(module, (nn.Identity, nn.Dropout, DropPath))
+    ]
+    return shapes, layers
+
+
+def _build(card: ModelCard) -> VisionTransformer:
+    try:
+        model: Any = timm.create_model(card.name, num_classes=len(card.classes), **card.model_args)
+    except (TypeError, ValueError, AssertionError, RuntimeError, KeyError) as error:
+        raise ConfigError(
+            f"timm cannot build {card.name} with {shown(card.model_args)}: {first_line(error)}"
+        ) from error
+    try:
+        family_of(model)
+    except UnsupportedModelError as error:
+        raise ConfigError(f"{card.name} is no model for qvit. {error}") from error
+    return model
+
+
+def _check_type(name: str, value: Any, kind: type, meaning: str) -> None:
+    if not isinstance(value, kind):
+        raise ConfigError(f"card.{name} must be {meaning}, not {shown(value)}.")
+
+
+def _check_images(preprocessing: dict[str, Any]) -> None:
+    size = preprocessing.get("input_size")
+    if not isinstance(size, list) or len(size) != 3 or not all(is_whole(side, 1, MAX_SIDE) for side in size):
+        raise ConfigError(f"preprocessing.input_size must be channels, height and width, not {shown(size)}.")
+    try:
+        check_preprocessing(preprocessing, (size[0], size[1], size[2]))
+    except PackedFileError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _check_plain(place: str, value: Any, level: int = 0) -> None:
+    """Refuse all but numbers, texts, truth values, and lists and dictionaries of them."""
+    if level > MAX_NESTING:
+        raise ConfigError(f"{place} is nested too deeply.")
+    if isinstance(value, dict):
+        if not all(isinstance(key, str) for key in value):
+            raise ConfigError(f"{place} has a name that is no text.")
+        inside = value.values()
+    elif isinstance(value, (list, tuple)):
+        inside = value  # type: ignore[assignment]
+    elif isinstance(value, _Plain):
+        return
+    else:
+        raise ConfigError(f"{place} must be plain data, and holds {shown(value)}.")
+    for one in inside:
+        _check_plain(place, one, level + 1)
