@@ -5,7 +5,7 @@ INSTALLED := $(VENV)/.installed
 
 CXX_FOLDERS := src/qvit/kernels src/qvit/kernels/steps tests/kernels benchmarks
 
-.PHONY: install demo test test-sanitize lint
+.PHONY: install demo test test-fast test-sanitize lint
 
 install: $(INSTALLED)
 
@@ -27,8 +27,13 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(wildcard $(addsuffix /*.h,$(CXX_FOLDERS)) $(addsuffix /*.cpp,$(CXX_FOLDERS)))
 
+# Two workers with a thread each.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# What tells most in under a minute: no training, no other process, no compiler.
+test-fast: install
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 # The kernels under AddressSanitizer and UndefinedBehaviorSanitizer: their own program, then the engine from Python.
 SANITIZE := build/sanitize

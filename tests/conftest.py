@@ -29,6 +29,20 @@ from qvit.train.recipe import Recipe, load_recipe
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
+FAST = ("format", "nn", "runtime")
+"""Folders whose tests neither train nor start processes; with the tests beside this file they are the fast part."""
+SLOW = ("test_hooks.py", "test_hub.py", "test_import.py", "test_readme.py", "test_recompute.py", "test_rectify.py")
+"""Files of these that do."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what ``make test-fast`` leaves out."""
+    for item in items:
+        folder = item.path.relative_to(Path(__file__).parent).parts[0]
+        if item.path.name in SLOW or (folder not in FAST and folder != item.path.name):
+            item.add_marker(pytest.mark.slow)
+
+
 TINY = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 10}
 
 
