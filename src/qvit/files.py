@@ -72,6 +72,12 @@ def first_line(error: BaseException) -> str:
     return text if text.endswith(".") else f"{text}."
 
 
+def cut(text: str, length: int = 300) -> str:
+    """Return ``text`` for an error message, what is beyond ``length`` characters left out of its middle."""
+    half = length // 2
+    return text if len(text) <= length else f"{text[:half]}...{text[-half:]}"
+
+
 def _flush_folder(folder: Path) -> None:
     """Flush the names in a folder to disk, without which a crash of the machine could undo a rename."""
     try:

@@ -9,6 +9,7 @@ from timm.data.auto_augment import AugmentOp
 
 from qvit.data.loader import make_transform
 from qvit.data.posterize import _operations, allow_no_bits
+from qvit.images import open_picture
 from qvit.train.recipe import builtin_recipes, load_recipe
 
 PREPROCESSING = {"input_size": [3, 16, 16], "mean": [0.5] * 3, "std": [0.5] * 3}
@@ -19,7 +20,7 @@ POLICIES = ["rand-m10-inc1", "rand-m9-mstd0.5-inc1", "v0", "original", "3a", "au
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_policy_works_at_its_strongest(policy: str) -> None:
     transform = make_transform(PREPROCESSING, {"auto_augment": policy})
-    operations = list(_operations(transform))
+    operations = list(_operations(transform.args[0]))  # timm's, in what makes an image of a picture
     assert operations
     for operation in operations:
         operation.prob, operation.magnitude = 1.0, 10.0
@@ -30,7 +31,7 @@ def test_every_policy_works_at_its_strongest(policy: str) -> None:
 def test_every_recipe_augments(name: str) -> None:
     transform = make_transform(PREPROCESSING, load_recipe(name).augmentation)
     for _ in range(20):
-        assert transform(IMAGE).shape == (3, 16, 16)
+        assert transform(open_picture(IMAGE)).shape == (3, 16, 16)
 
 
 def test_no_bits_are_a_black_image_and_some_bits_are_pillows() -> None:

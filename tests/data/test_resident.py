@@ -20,6 +20,7 @@ from qvit.train.options import Options
 from qvit.train.recipe import Recipe
 
 PREPROCESSING: dict[str, Any] = {"input_size": (3, 8, 8), "mean": (0.5, 0.4, 0.3), "std": (0.5, 0.2, 0.1)}
+PREPROCESSING |= {"crop_pct": 0.875, "crop_mode": "center", "interpolation": "bilinear"}
 WHOLE: dict[str, Any] = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "hflip": 0.0}
 
 

@@ -7,12 +7,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from qvit.data.datasets import Images
 from qvit.data.loader import make_loader, make_transform, readable
 from qvit.data.order import Share
-from qvit.data.sources import Images, open_data, open_validation
+from qvit.data.shards import read_shards
+from qvit.data.sources import open_data, open_validation
 from qvit.errors import CorruptImageError, DataError
+from qvit.images import suffixes
 
-PREPROCESSING = {"input_size": (3, 8, 8), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0}
+PREPROCESSING = {
+    "input_size": (3, 8, 8),
+    "mean": (0.5,) * 3,
+    "std": (0.5,) * 3,
+    "crop_pct": 1.0,
+    "crop_mode": "center",
+    "interpolation": "bilinear",
+}
 MakeShard = Callable[..., Path]
 
 
@@ -80,7 +90,7 @@ def test_shard_that_is_no_tar_is_named(tmp_path: Path) -> None:
         open_data(str(tmp_path))
 
 
-@pytest.mark.parametrize("content", [b"", b"cat"])
+@pytest.mark.parametrize("content", [b"", b"cat", b"1000000", b"-1"])
 def test_image_without_class_number_is_named(tmp_path: Path, shard: MakeShard, content: bytes) -> None:
     shard("a.tar", range(2), {"x/0001.cls": content})
     with pytest.raises(DataError, match=r"a.tar has no class number for x/0001"):
@@ -102,3 +112,65 @@ def test_unreadable_training_image_is_replaced_and_counted(tmp_path: Path, shard
     batches = list(readable(make_loader(train, make_transform(PREPROCESSING), 9, shuffle=True), skip_corrupt=True))
     assert [len(batch.labels) for batch in batches] == [9, 9]
     assert sum(len(batch.unreadable) for batch in batches) == 2
+
+
+def test_every_suffix_that_the_decoder_reads_is_taken(tmp_path: Path, shard: MakeShard) -> None:
+    wanted = sorted(suffixes())
+    extra = {f"y/{n}{suffix.upper()}": b"x" for n, suffix in enumerate(wanted)}
+    shard("a.tar", range(2), extra | {f"y/{n}.cls": b"1" for n in range(len(wanted))})
+    _, labels, left_out = read_shards([tmp_path / "a.tar"])
+    assert labels == [0, 1] + [1] * len(wanted)
+    assert not left_out
+
+
+def test_what_a_shard_leaves_out_is_said_once(
+    tmp_path: Path, shard: MakeShard, capsys: pytest.CaptureFixture[str]
+) -> None:
+    extra = dict.fromkeys(
+        ("x/._0001.png", "__MACOSX/x/0001.png", "x/0001.json", "y/1.heif", "x/0001.txt", "README"), b"x"
+    )
+    shard("train/a.tar", range(4), {**extra, "y/1.cls": b"1"})
+    shard("val/a.tar", range(4))
+    (tmp_path / "val" / "._a.tar").write_bytes(b"no tar")
+    (tmp_path / "val" / "classes.txt").write_text("cat\ndog\n")
+    sets = open_data(str(tmp_path))
+    assert len(sets.train) == len(sets.val) == 4  # type: ignore[arg-type]
+    assert capsys.readouterr().err.splitlines() == [
+        f"qvit: {tmp_path}/train: left out 2 hidden files and litter, 1 .json files, 1 .heif files, 1 .txt files, "
+        "1 files without a suffix and 1 more.",
+        f"qvit: {tmp_path}/val: left out 1 hidden files and litter.",
+    ]
+
+
+def test_two_images_of_one_name_are_refused(tmp_path: Path, shard: MakeShard) -> None:
+    shard("a.tar", range(2), {"x/0001.tif": b"x"})
+    with pytest.raises(DataError, match=r"a.tar has two images called x/0001: which one is meant\?"):
+        open_data(str(tmp_path))
+
+
+def test_links_in_a_shard_are_no_images(tmp_path: Path, shard: MakeShard) -> None:
+    path = shard("a.tar", range(4))
+    with tarfile.open(path, "a") as tar:
+        for kind in (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE):
+            info = tarfile.TarInfo(f"x/{int(kind)}.png")
+            info.type, info.linkname = kind, "x/0001.png"
+            tar.addfile(info)
+    images, _, left_out = read_shards([path])
+    assert len(images) == 4
+    assert left_out == {".png files": 2}
+
+
+def test_one_shard_is_never_of_both_splits(tmp_path: Path, shard: MakeShard) -> None:
+    shard("train-interval-0.tar", range(4))
+    shard("val-0.tar", range(4))
+    with pytest.raises(DataError, match="train-interval-0.tar is of both splits, its name has train and val"):
+        open_data(f"wds/{tmp_path}", splits="train,val")
+    with pytest.raises(DataError, match="two different names"):
+        open_data(f"wds/{tmp_path}", splits="train")
+
+
+def test_class_names_that_are_no_text_are_refused(tmp_path: Path, shard: MakeShard) -> None:
+    shard("a.tar", range(4))
+    (tmp_path / "classes.txt").write_bytes(b"caf\xe9\n")
+    with pytest.raises(DataError, match="classes.txt cannot be read as text"):
+        open_data(str(tmp_path))

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+import torch
+from PIL import Image, ImageOps
 
 from commands import run, sentence
-from qvit.images import open_image
+from qvit.errors import CorruptImageError
 from qvit.runtime.engine import load
 from qvit.runtime.preprocess import preprocess_batch
 
@@ -36,7 +39,7 @@ def test_prints_the_probable_classes_of_each_image(packed_file: Path, photos: li
     result = run("predict", packed_file, *good, "--top-k", "3")
     assert result.status == 0, result.err
     engine = load(packed_file)
-    logits = engine(preprocess_batch([open_image(path) for path in good], engine.preprocessing)).astype(np.float64)
+    logits = engine(preprocess_batch(good, engine.preprocessing)).astype(np.float64)
     shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     expected = []
     for path, row in zip(good, shares, strict=True):
@@ -121,3 +124,45 @@ def test_eval_measures_a_packed_file_as_it_does_a_checkpoint(tmp_path: Path, pac
 
 def test_eval_refuses_other_classes(packed_file: Path) -> None:
     assert "Class 0 is '0' in the data set digits" in sentence(run("eval", packed_file, "--data", "digits"))
+
+
+def test_every_form_of_an_image_gets_the_same_prediction(packed_file: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "turned.jpg"
+    image = Image.fromarray(rng.integers(0, 255, (20, 31, 3), dtype=np.uint8))
+    image.save(path, exif=exif)
+    engine = load(packed_file)
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(path)))
+    content = path.read_bytes()
+    with path.open("rb") as file:
+        forms = [path, str(path), content, bytearray(content), io.BytesIO(content), file, Image.open(path), upright]
+        together = engine.predict(forms)
+        alone = [engine.predict(form) for form in forms]
+    assert together == [together[0]] * len(forms)
+    assert alone == [[together[0]]] * len(forms)
+    assert engine.predict(iter(forms[:3])) == together[:3]
+    assert engine.predict([]) == []
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize(
+    "source", [b"no image" * 10**6, "A" * 10**6, np.zeros((2, 3, 4, 5, 3), np.uint8), np.zeros((4, 5)), None, 7]
+)
+def test_what_is_no_image_is_one_sentence(packed_file: Path, source: Any, several: bool) -> None:
+    good = np.zeros((4, 5, 3), np.uint8)
+    with pytest.raises(CorruptImageError) as caught:
+        load(packed_file).predict([good, source] if several else source)
+    message = str(caught.value)
+    assert len(message) < 800
+    assert "\n" not in message
+    if not isinstance(source, str):
+        assert message.startswith(f"Image {int(several)} ({type(source).__name__}) cannot be read as an image: ")
+
+
+def test_a_tensor_is_refused_in_a_sentence(packed_file: Path) -> None:
+    with pytest.raises(
+        CorruptImageError, match=r"Image 0 \(Tensor\) .*: give a path, bytes, a file open in binary mode"
+    ):
+        load(packed_file).predict(torch.zeros(1, 3, 16, 16))

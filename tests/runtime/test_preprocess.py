@@ -9,7 +9,7 @@ from PIL import Image
 
 from qvit.errors import ConfigError, CorruptImageError
 from qvit.format.header import CROP_MODES, INTERPOLATIONS
-from qvit.images import to_mode
+from qvit.images import Picture
 from qvit.runtime.preprocess import preprocess, preprocess_batch
 
 SIZES = [
@@ -101,7 +101,7 @@ def test_other_modes_are_converted_as_open_image_does() -> None:
     see_through = noise(40, 50).convert("RGBA")
     see_through.putalpha(60)
     for image in (noise(40, 50, "L"), noise(40, 50, "CMYK"), noise(40, 50, "P"), see_through):
-        np.testing.assert_array_equal(preprocess(image, chosen), by_timm(to_mode(image, "RGB"), chosen))
+        np.testing.assert_array_equal(preprocess(image, chosen), by_timm(Picture(image, "RGB").whole(), chosen))
 
 
 def test_strip_is_cropped_without_resizing_all_of_it() -> None:
@@ -120,12 +120,12 @@ def test_cut_before_resizing_is_the_same_but_for_rounding(monkeypatch: pytest.Mo
             chosen = settings(input_size=[3, *crop], mean=[0.0] * 3, std=[1.0] * 3, crop_mode=mode)
             whole = [preprocess(noise(*size), chosen) for size in SIZES]
             with monkeypatch.context() as patch:
-                patch.setattr("qvit.runtime.preprocess._LARGEST", 0)
+                patch.setattr("qvit.runtime.preprocess.LARGEST", 0)
                 cut = [preprocess(noise(*size), chosen) for size in SIZES]
             for one, other in zip(whole, cut, strict=True):
                 steps = np.abs(one - other) * 255
                 assert (steps < 1.01).mean() > 0.97  # a window may begin a pixel later: on noise that shows
-                assert steps.max() < 16
+                assert steps.max() < 20
 
 
 def test_batch_stacks() -> None:
@@ -142,7 +142,7 @@ def test_model_of_other_channels_is_refused() -> None:
 
 
 def test_pixels_of_unknown_range_are_refused() -> None:
-    with pytest.raises(CorruptImageError, match="mode F .* floating-point"):
+    with pytest.raises(CorruptImageError, match="The image .* floating-point"):
         preprocess(Image.new("F", (4, 4)), settings())
 
 

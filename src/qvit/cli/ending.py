@@ -68,6 +68,7 @@ def ends_in_a_sentence(command: _Command) -> _Command:
                 raise
             end(f"This command needs {missing.name}: pip install 'qvit[train]' brings it.", REFUSED)
         except (MemoryError, ImportError, RuntimeError, OSError) as error:
+            _end_if_a_worker_was_killed(error)
             shortage = memory_shortage(error)
             if shortage is not None:
                 end(f"There is not enough memory: {shortage} {_LESS_MEMORY}", REFUSED, everywhere=True)
@@ -76,6 +77,19 @@ def ends_in_a_sentence(command: _Command) -> _Command:
             end(f"{error.strerror or first_line(error)}: {error.filename or 'the output'}.", REFUSED, everywhere=True)
 
     return run  # type: ignore[return-value]
+
+
+def _end_if_a_worker_was_killed(error: BaseException) -> None:
+    if not isinstance(error, RuntimeError) or "qvit.data.loader" not in sys.modules:  # where there are workers
+        return
+    import multiprocessing
+
+    from qvit.data.loader import end_workers, worker_killed
+
+    killed = worker_killed(error)
+    if killed is not None:
+        end_workers(multiprocessing.active_children())
+        end(str(killed), REFUSED, everywhere=True)
 
 
 def memory_shortage(error: BaseException) -> str | None:

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import math
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import timm.data
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from qvit.data.datasets import Unreadable
 from qvit.data.order import ALONE, EvaluationOrder, Sample, Share, TrainOrder
 from qvit.data.posterize import allow_no_bits
 from qvit.data.randomness import seeded
-from qvit.data.sources import Unreadable
-from qvit.errors import CorruptImageError
+from qvit.errors import ConfigError, CorruptImageError, DataError
+from qvit.files import first_line
+from qvit.format.header import CROP_MODES, INTERPOLATIONS
+from qvit.images import Picture
+from qvit.runtime.preprocess import LARGEST, fit, preprocess
 
-Transform = Callable[[Image.Image], Tensor]
+Transform = Callable[[Picture], Tensor]
 
 
 class Batch(NamedTuple):
@@ -43,19 +53,47 @@ class Batches(Protocol):
         """Walk through them."""
 
 
-def make_transform(preprocessing: Mapping[str, Any], augmentation: Mapping[str, Any] | None = None) -> Transform:
-    """Return timm's evaluation transform, or its training transform if an ``augmentation`` is given.
+def make_transform(
+    preprocessing: Mapping[str, Any], augmentation: Mapping[str, Any] | None = None, *, normalize: bool = True
+) -> Transform:
+    """Return the engine's evaluation transform, or timm's training transform if an ``augmentation`` is given.
 
     Args:
         preprocessing: input_size, mean, std, crop_pct, crop_mode and interpolation, as a checkpoint holds them.
         augmentation: arguments of :func:`timm.data.create_transform`.
+        normalize: for evaluation, return float32 by mean and std; else the uint8 before that.
+
+    Raises:
+        ConfigError: for an interpolation or a crop_mode that there is not.
     """
     if augmentation is None:
-        transform: Transform = timm.data.create_transform(**preprocessing, is_training=False)
-        return transform
+        for name, known in (("interpolation", INTERPOLATIONS), ("crop_mode", CROP_MODES)):
+            if preprocessing[name] not in known:
+                raise ConfigError(
+                    f"preprocessing.{name} must be one of {', '.join(known)}, not {preprocessing[name]!r}."
+                )
+        return functools.partial(_evaluation, preprocess if normalize else fit, preprocessing)
     kept = {name: preprocessing[name] for name in ("input_size", "mean", "std")}
-    training: Transform = allow_no_bits(timm.data.create_transform(**{**kept, **augmentation}, is_training=True))
-    return training
+    transform = allow_no_bits(timm.data.create_transform(**{**kept, **augmentation}, is_training=True))
+    return functools.partial(_training, transform, LARGEST // math.prod(preprocessing["input_size"][1:]))
+
+
+def _evaluation(function: Callable[..., NDArray[Any]], preprocessing: Mapping[str, Any], picture: Picture) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(function(picture, preprocessing)))
+
+
+def _training(transform: Callable[[Image.Image], Tensor], longest: int, picture: Picture) -> Tensor:
+    """Augment a picture; of a strip more than ``longest`` times as long as wide, its middle.
+
+    Some of timm's transforms resize the whole image until its shorter edge is the model's input.
+    """
+    width, height = (
+        min(edge, longest * min(picture.width, picture.height)) for edge in (picture.width, picture.height)
+    )
+    if (width, height) == (picture.width, picture.height):
+        return transform(picture.whole())
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    return transform(picture.crop((left, top, left + width, top + height)).convert(picture.mode))
 
 
 class Prepared(Dataset[Any]):
@@ -136,13 +174,46 @@ def readable(loader: Batches, *, skip_corrupt: bool) -> Iterator[Batch]:
     Raises:
         CorruptImageError: naming the first unreadable image and the way out, unless ``skip_corrupt``; in training also
             if no image can be read.
+        DataError: if a process that decodes images was killed.
     """
-    for batch in loader:
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches, None)
+        except RuntimeError as error:
+            killed = worker_killed(error)
+            if killed is None:
+                raise
+            end_workers(getattr(batches, "_workers", ()))
+            raise killed from error
+        if batch is None:
+            return
         if batch.unreadable and not skip_corrupt:
             raise CorruptImageError(f"{batch.unreadable[0].message} Mend or remove it, or go on with --skip-corrupt.")
         if not len(batch.labels) and isinstance(loader.batch_sampler, TrainOrder):
             raise CorruptImageError(f"{batch.unreadable[0].message} Nor can any other training image be read.")
         yield batch
+
+
+def worker_killed(error: RuntimeError) -> DataError | None:
+    """Return what PyTorch's error says where it tells of a worker process that was killed, else ``None``.
+
+    PyTorch raises it wherever the training is when the signal arrives, and not only where a batch is asked for.
+    """
+    if not str(error).startswith("DataLoader worker"):
+        return None
+    return DataError(
+        f"A process that decodes images has ended: {first_line(error)} Most often memory was not enough: give fewer "
+        "--workers, and --resume where a run was saved."
+    )
+
+
+def end_workers(processes: Iterable[BaseProcess]) -> None:
+    """End worker processes of which one was killed: it may hold a lock that the others, and then this one, wait for."""
+    for process in processes:
+        with contextlib.suppress(RuntimeError):  # PyTorch's, about the process that ends here
+            process.kill()
+            process.join()
 
 
 def _collate(samples: Sequence[tuple[Tensor | None, int, list[Unreadable]]]) -> Batch:

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import psutil
-import timm.data
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
@@ -22,7 +21,7 @@ from rich.text import Text
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from qvit.data.loader import Batch, make_loader, readable
+from qvit.data.loader import Batch, make_loader, make_transform, readable
 from qvit.data.order import EvaluationOrder, Sample, TrainOrder
 from qvit.data.sources import ImageSets
 from qvit.errors import ConfigError, CorruptImageError
@@ -201,8 +200,7 @@ def _decode(
             f"{needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} are free: leave out --decode-once."
         )
     pixels, labels = torch.empty(shape, dtype=torch.uint8), torch.empty(count, dtype=torch.int64)
-    to_bytes = timm.data.create_transform(**preprocessing, is_training=False, normalize=False)
-    loader = make_loader(images, to_bytes, 256, shuffle=False, workers=workers)
+    loader = make_loader(images, make_transform(preprocessing, normalize=False), 256, shuffle=False, workers=workers)
     done, unreadable = 0, []
     batches = readable(loader, skip_corrupt=skip_corrupt)
     for batch in track(batches, f"decoding {name}", len(loader), console=console, transient=True):

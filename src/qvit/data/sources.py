@@ -1,73 +1,33 @@
-"""Images and labels: the digits, image folders, tar shards, and the map-style data sets that timm opens."""
+"""Opening images and labels by name: the digits, image folders, tar shards, and the data sets that timm opens."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
+import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import timm.data
 from PIL import Image
-from timm.data.readers.reader_image_folder import find_images_and_targets
 from torch.utils.data import Dataset, IterableDataset
 
-from qvit.data.shards import ShardFile, class_names, find_shards, read_shards
-from qvit.errors import CorruptImageError, DataError
-from qvit.images import Mode, open_image
+from qvit.data.datasets import Images, LibraryImages, check_labels
+from qvit.data.listing import Visited, find_shards, list_folder, remark
+from qvit.data.shards import class_names, read_shards
+from qvit.data.splits import SPLITS, find_splits, find_validation, two_splits
+from qvit.errors import DataError
+from qvit.files import cut, printable
+from qvit.images import Mode
 
 TIMM_SOURCES = ("torch/", "hfds/")
-VAL_FOLDERS = ("val", "validation", "test")
+_TORCH_FOLDERS = ("torch/image_folder", "torch/folder")
+"""Names for an image folder: it is listed here, as every other one."""
 HOLDOUT = 0.1
 """Share of each class's images held out for validation where a data set comes in one piece."""
-_SPLIT_SEED = 0
-
-
-class Unreadable(NamedTuple):
-    """What an image that cannot be decoded leaves in place of a sample."""
-
-    message: str
-
-
-class Images(Dataset[Any]):
-    """Images with labels, decoded when asked for.
-
-    Args:
-        sources: file paths, files inside tar shards, or the images themselves.
-        labels: class numbers.
-        mode: ``"RGB"`` or ``"L"``.
-    """
-
-    def __init__(self, sources: Sequence[str | ShardFile | Image.Image], labels: Sequence[int], mode: Mode) -> None:
-        self.sources, self.labels, self.mode = sources, labels, mode
-
-    def __len__(self) -> int:
-        return len(self.sources)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int] | Unreadable:
-        source = self.sources[index]
-        try:
-            if isinstance(source, ShardFile):
-                return source.open(self.mode), self.labels[index]
-            return (source if isinstance(source, Image.Image) else open_image(source, self.mode)), self.labels[index]
-        except CorruptImageError as error:
-            # Returned, not raised: it may happen in a worker process, and the loop decides whether to go on.
-            return Unreadable(str(error))
-
-    def split(self, share: float) -> tuple[Images, Images]:
-        """Return the images without and with a held-out ``share`` of each class, always the same ones."""
-        labels = np.asarray(self.labels)
-        rng = np.random.default_rng(_SPLIT_SEED)
-        held = np.zeros(len(labels), bool)
-        for label in np.unique(labels):
-            members = rng.permutation(np.flatnonzero(labels == label))
-            held[members[: max(1, round(share * len(members)))]] = True
-        first, second = (
-            Images([self.sources[i] for i in chosen], labels[chosen].tolist(), self.mode)
-            for chosen in (np.flatnonzero(~held).tolist(), np.flatnonzero(held).tolist())
-        )
-        return first, second
 
 
 @dataclasses.dataclass
@@ -79,53 +39,54 @@ class ImageSets:
     classes: list[str]
 
 
-def open_data(
-    source: str, *, mode: Mode = "RGB", root: str | None = None, splits: str = "train,validation"
-) -> ImageSets:
-    """Open a data set.
+def open_data(source: str, *, mode: Mode = "RGB", root: str | None = None, splits: str = SPLITS) -> ImageSets:
+    """Open a data set; what a folder holds and is left out is said on the standard error stream.
 
     Args:
-        source: ``"digits"``; a folder with ``train/`` and ``val/`` (or ``validation/``, ``test/``), each with a folder
-            a class or with WebDataset shards; a folder of class folders or of shards, of which a tenth is held out;
-            ``"wds/"``, shards of both splits in one folder; or a name that :func:`timm.data.create_dataset` knows
-            (``torch/cifar10``, ``hfds/...``).
+        source: ``"digits"``; a folder with ``train/`` and ``val/`` (or ``valid/``, ``validation/``, ``test/``; in any
+            case), each with a folder a class or with WebDataset shards; a folder of class folders or of shards, of
+            which a tenth is held out; ``"wds/"``, shards of both splits in one folder; or a name that
+            :func:`timm.data.create_dataset` knows (``torch/cifar10``, ``hfds/...``).
         mode: ``"RGB"``, or ``"L"`` for a model with one input channel.
         root: folder of a timm data set or of ``"wds/"``.
-        splits: names of the training and validation split of a timm data set, or parts of the names of the shards.
+        splits: names of the training and validation split of a timm data set or of a folder's two folders, or parts of
+            the names of the shards.
 
     Raises:
-        DataError: naming what is absent or does not fit.
+        DataError: naming what is absent, ambiguous or does not fit; see :func:`qvit.data.listing.list_folder`.
     """
     if source == "digits":
         return _digits(mode)
     if source.startswith("wds/"):
         return _shards_in_one_folder(_existing(root or source.removeprefix("wds/")), splits, mode)
-    if source.startswith(TIMM_SOURCES):
+    folder = _image_folder(source, root)
+    if folder is None:
         return _timm(source, root, splits, mode)
-    folder = _existing(source)
-    if not (folder / "train").is_dir():
-        whole, classes = _folder(folder, mode)
+    found, visited = find_splits(folder, splits), Visited()
+    if found is None:
+        whole, classes = _folder(folder, mode, visited)
+        for label, count in Counter(whole.labels).items():
+            if count < 2:
+                raise DataError(
+                    f"{folder} has one image only of class {cut(classes[label])}, and some of each class are held out "
+                    "for validation: give two or more of each, or the folders train/ and val/."
+                )
         return ImageSets(*whole.split(HOLDOUT), classes)
-    train, classes = _folder(folder / "train", mode)
-    for name in VAL_FOLDERS:
-        if (folder / name).is_dir():
-            return ImageSets(train, _folder(folder / name, mode, classes)[0], classes)
-    raise DataError(f"{folder} has train/ and no {'/, '.join(VAL_FOLDERS)}/ beside it.")
+    train, classes = _folder(found[0], mode, visited)
+    return ImageSets(train, _folder(found[1], mode, visited, classes, str(found[0]))[0], classes)
 
 
 def open_validation(
-    source: str, classes: list[str], *, mode: Mode = "RGB", root: str | None = None, splits: str = "train,validation"
+    source: str, classes: list[str], *, mode: Mode = "RGB", root: str | None = None, splits: str = SPLITS
 ) -> Dataset[Any]:
-    """Open the validation images alone; of a folder without ``val/`` all images.
+    """Open the validation images alone; of a folder without splits all images.
 
     Raises:
         DataError: naming what is absent, or if the classes are not ``classes``.
     """
-    folder = Path(source)
-    if source != "digits" and not source.startswith(("wds/", *TIMM_SOURCES)):
-        _existing(source)
-        inner = next((folder / name for name in VAL_FOLDERS if (folder / name).is_dir()), folder)
-        return _folder(inner, mode, classes)[0]
+    folder = None if source == "digits" or source.startswith("wds/") else _image_folder(source, root)
+    if folder is not None:
+        return _folder(find_validation(folder, splits), mode, Visited(), classes, "the checkpoint")[0]
     sets = open_data(source, mode=mode, root=root, splits=splits)
     check_classes(f"the data set {source}", sets.classes, "the checkpoint", classes)
     return sets.val
@@ -163,61 +124,82 @@ def _existing(source: str) -> Path:
     return folder
 
 
-def _folder(folder: Path, mode: Mode, classes: list[str] | None = None) -> tuple[Images, list[str]]:
-    """Open one folder of class folders or of shards; with ``classes``, check that it has the same."""
-    shards = find_shards(folder)
-    if shards:
-        return _shards(shards, mode, classes)
-    found, class_to_index = find_images_and_targets(str(folder))
-    names = sorted(class_to_index, key=lambda name: class_to_index[name])
-    if not found:
-        raise DataError(
-            f"{folder} holds no images: expected one folder a class with .jpg, .png or .webp files in it, or shards "
-            "(.tar)."
-        )
-    if classes is None:
-        if len(names) < 2:
-            raise DataError(f"{folder} has images of one class only: expected one folder a class.")
-        classes = names
-    else:
-        check_classes(str(folder), names, "the training images or checkpoint", classes)
-    return Images([path for path, _ in found], [label for _, label in found], mode), classes
+def _image_folder(source: str, root: str | None) -> Path | None:
+    """Return the folder that a source means, or ``None`` if timm is to open it."""
+    if source.lower() in _TORCH_FOLDERS:
+        if not root:
+            raise DataError(f"{source} needs the folder of the images: give --data-root.")
+        return _existing(root)
+    return None if source.startswith(TIMM_SOURCES) else _existing(source)
+
+
+def _folder(
+    folder: Path, mode: Mode, visited: Visited, classes: list[str] | None = None, whose: str = ""
+) -> tuple[Images, list[str]]:
+    """Open one folder of class folders or of shards; its classes must be ``classes``, those of ``whose``, if given."""
+    listing = list_folder(folder, visited)
+    _say(listing.remark())
+    if listing.shards:
+        return _shards(listing.shards, mode, classes)
+    if classes is not None:
+        listing.check_classes(classes, whose)
+    elif len(listing.classes) < 2:
+        raise DataError(f"{folder} has images of one class only: expected one folder a class.")
+    classes = classes or listing.classes
+    return Images(*listing.samples(classes), mode), classes
 
 
 def _shards(files: Sequence[Path], mode: Mode, classes: list[str] | None = None) -> tuple[Images, list[str]]:
     """Open some shards of one folder; with ``classes``, check that there is one for every label."""
-    images, labels = read_shards(files)
+    images, labels, left_out = read_shards(files)
+    folder = files[0].parent
+    _say(remark(folder, left_out))
     if not images:
-        raise DataError(f"{files[0].parent} holds shards without images: expected .jpg, .png or .webp files in them.")
-    names = class_names(files[0].parent, labels)
+        raise DataError(
+            f"{folder} holds shards without images: expected files .jpg, .png or others that Pillow decodes."
+        )
+    names = class_names(folder, labels)
     if classes is not None and max(labels) >= len(classes):
-        raise DataError(f"{files[0].parent} has an image of class {max(labels)}, and there are {len(classes)} classes.")
+        raise DataError(f"{folder} has an image of class {max(labels)}, and there are {len(classes)} classes.")
     return Images(images, labels, mode), classes or names
 
 
 def _shards_in_one_folder(folder: Path, splits: str, mode: Mode) -> ImageSets:
-    parts = splits.split(",")[:2]
+    parts = two_splits(splits)
     files = [find_shards(folder, part) for part in parts]
     for part, found in zip(parts, files, strict=True):
         if not found:
             raise DataError(f"{folder} has no shard with {part!r} in its name: give --splits TRAINING,VALIDATION.")
+    both = set(files[0]) & set(files[1])
+    if both:
+        raise DataError(
+            f"{min(both)} is of both splits, its name has {' and '.join(parts)} in it: give other --splits."
+        )
     train, classes = _shards(files[0], mode)
-    return ImageSets(train, _shards(files[-1], mode, classes)[0], classes)
+    return ImageSets(train, _shards(files[1], mode, classes)[0], classes)
 
 
 def _timm(source: str, root: str | None, splits: str, mode: Mode) -> ImageSets:
-    train_split, _, val_split = splits.partition(",")
     try:
-        train, val = (
-            timm.data.create_dataset(source, root=root, split=split, input_img_mode=mode)
-            for split in (train_split, val_split)
-        )
+        train, val = (timm.data.create_dataset(source, root=root, split=split) for split in two_splits(splits))
+    except DataError:
+        raise
     except Exception as error:  # whatever the library behind the name raises: the user asked for it by name
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = cut(" ".join(str(error).split())) or type(error).__name__
         raise DataError(f"timm cannot open {source} (root {root}, splits {splits}): {reason}") from error
     if isinstance(train, IterableDataset) or isinstance(val, IterableDataset):
         raise DataError(f"{source} is a stream: qvit needs images that it can fetch by number, once each an epoch.")
-    return ImageSets(train, val, _class_names(train))
+    classes = _class_names(train)
+    check_classes(f"the training split of {source}", classes, "the validation split", _class_names(val))
+    first, second = (LibraryImages(dataset, source, mode) for dataset in (train, val))
+    for images in (first, second):
+        check_labels(images, classes)
+    return ImageSets(first, second, classes)
+
+
+def _say(remark: str) -> None:
+    if remark and os.environ.get("RANK", "0") == "0":  # one process says it
+        print(f"qvit: {printable(remark)}", file=sys.stderr)
 
 
 def _class_names(dataset: Any) -> list[str]:

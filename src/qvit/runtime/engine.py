@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from qvit import _kernels
 from qvit.errors import ConfigError, DataError
 from qvit.format.packed import PackedModel, Source, read_packed
-from qvit.images import mode_of, open_image
+from qvit.images import ImageSource, is_one
 from qvit.runtime.parts import program_parts
 from qvit.runtime.preprocess import preprocess_batch
 from qvit.runtime.processors import processors
@@ -20,7 +18,6 @@ from qvit.runtime.trace import traced
 
 _TRACED = 8
 """Images whose codes the kernels keep at once."""
-Picture = str | Path | Image.Image
 
 
 def load(source: Source, *, threads: int | None = None, instruction_set: str | None = None) -> Engine:
@@ -88,11 +85,12 @@ class Engine:
         self._model.forward(images, logits)
         return logits
 
-    def predict(self, images: Picture | Sequence[Picture], top_k: int = 5) -> list[list[tuple[str, float]]]:
+    def predict(self, images: ImageSource | Sequence[ImageSource], top_k: int = 5) -> list[list[tuple[str, float]]]:
         """Return the ``top_k`` classes of each image with their probabilities, the most probable first.
 
         Args:
-            images: paths or Pillow images, or one of them.
+            images: one image or several: paths, bytes of files, files open in binary mode, uint8 arrays ``(H, W, C)``
+                or Pillow images; see :func:`qvit.images.open_picture`.
             top_k: at most this many classes an image.
 
         Raises:
@@ -109,7 +107,7 @@ class Engine:
         ranked = np.argsort(-shares, axis=1, kind="stable")[:, :top_k]
         return [[(self.classes[c], float(row[c])) for c in best] for best, row in zip(ranked, shares, strict=True)]
 
-    def embed(self, images: Picture | Sequence[Picture]) -> NDArray[np.float32]:
+    def embed(self, images: ImageSource | Sequence[ImageSource]) -> NDArray[np.float32]:
         """Return the pooled vector of each image, ``(B, width)``, float32, of a feature extractor.
 
         Args:
@@ -123,11 +121,10 @@ class Engine:
             raise ConfigError(f"{self.program.name} is a classifier: export a model without its head to embed images.")
         return self._of_pictures(images)
 
-    def _of_pictures(self, images: Picture | Sequence[Picture]) -> NDArray[np.float32]:
-        pictures = [images] if isinstance(images, (str, Path, Image.Image)) else list(images)
-        mode = mode_of(self.program.input[0])
-        opened = [image if isinstance(image, Image.Image) else open_image(image, mode) for image in pictures]
-        return self(preprocess_batch(opened, self.preprocessing))
+    def _of_pictures(self, images: ImageSource | Sequence[ImageSource]) -> NDArray[np.float32]:
+        one = is_one(images) or not isinstance(images, Iterable)
+        sources: list[ImageSource] = [images] if one else list(images)  # type: ignore[arg-type, list-item]
+        return self(preprocess_batch(sources, self.preprocessing))
 
     def codes(self, images: NDArray[np.float32]) -> dict[str, NDArray[np.uint8]]:
         """Return the codes of every activation quantizer, unsigned (signed ones plus ``2^(b-1)``), by name.

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from qvit.data.loader import Batches, readable
-from qvit.errors import TrainingStopped
+from qvit.errors import CorruptImageError, TrainingStopped
 from qvit.nn.modes import evaluating
 from qvit.train.distributed import sum_over_processes
 from qvit.train.preemption import Sigterm
@@ -40,16 +40,18 @@ def evaluate(
     Processes that share the images (:class:`qvit.data.order.EvaluationOrder`) count each of them once.
 
     Raises:
-        CorruptImageError: naming the first image that cannot be read, unless ``skip_corrupt``.
+        CorruptImageError: naming the first image that cannot be read, unless ``skip_corrupt``; or if none can be read.
         TrainingStopped: in all processes, if ``sigterm`` was received in one.
     """
     first = fifth = images = unreadable = 0
+    complaint = "There are none."
     start = time.perf_counter()
     with evaluating(model):
         for batch in readable(loader, skip_corrupt=skip_corrupt):
             if sigterm is not None and sigterm.received:
                 break
             unreadable += len(batch.unreadable)
+            complaint = batch.unreadable[0].message if batch.unreadable else complaint
             if len(batch.labels) == 0:
                 continue
             logits = model(batch.images.to(device, non_blocking=True))
@@ -61,5 +63,7 @@ def evaluate(
     first, fifth, images, unreadable, stopped = map(int, sum_over_processes(counts, device))
     if stopped:
         raise TrainingStopped("Stopped in the middle of an evaluation.")
-    share = 100.0 / max(images, 1)
+    if not images:
+        raise CorruptImageError(f"No validation image can be read, so there is no accuracy. {complaint}")
+    share = 100.0 / images
     return Accuracy(first * share, fifth * share, images, unreadable, time.perf_counter() - start)
