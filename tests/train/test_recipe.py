@@ -1,9 +1,12 @@
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from qvit.errors import ConfigError
-from qvit.train.recipe import builtin_recipes, load_recipe
+from qvit.errors import ConfigError, DataError
+from qvit.train.methods import open_images
+from qvit.train.recipe import Schedule, builtin_recipes, load_recipe
 
 MINIMAL = "full_precision: {epochs: 1, batch_size: 2, lr: 1e-3}\nquantized: {epochs: 1, batch_size: 2, lr: 2e-4}\n"
 
@@ -41,6 +44,9 @@ def test_set_changes_and_adds_entries(file: Path) -> None:
     ("change", "message"),
     [
         ("quantized.epoch=5", "did you mean 'epochs'"),
+        ("augmentation.input_size=8", "Unknown entry 'input_size' in augmentation"),
+        ("augmentation.scale=0.5", "timm cannot augment images with scale '0.5': TypeError, "),
+        ("quantized.optimizer_args={eps: x}", "lamb does not take eps 'x': "),
         ("augmentation.hflop=1", "did you mean 'hflip'"),
         ("quantized.lr=fast", "lr must be a number"),
         ("quantized.ema_decay=1", "ema_decay must be below 1"),
@@ -103,3 +109,38 @@ def test_two_entries_of_one_name_are_refused(file: Path) -> None:
 @pytest.mark.parametrize("optimizer", ["lamb", "AdamW", "lookahead_adam", "sgd", "muon"])
 def test_every_optimizer_of_timm_is_known(file: Path, optimizer: str) -> None:
     assert load_recipe(str(file), [f"quantized.optimizer={optimizer}"]).quantized.optimizer == optimizer
+
+
+ENTRIES = [f"quantized.{field.name}" for field in fields(Schedule)]
+ENTRIES += ["quantized.optimizer_args.eps", "quantized.optimizer_args.betas", "full_precision", "quantized"]
+ENTRIES += [f"preprocessing.{name}" for name in ("mean", "std")] + ["model_args", "augmentation", "preprocessing"]
+ENTRIES += [f"augmentation.{name}" for name in ("scale", "hflip", "color_jitter", "interpolation", "auto_augment")]
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_a_value_that_cannot_be_meant_is_one_sentence(file: Path, entry: str) -> None:
+    for value in ("x", "-1", "[]", "{a: 1}", "null", ".nan", "true", "[a, b]"):
+        said = f"Recipe {file}: accepted."
+        try:
+            load_recipe(str(file), [f"{entry}={value}"])
+        except ConfigError as error:
+            said = str(error)
+        assert said.startswith(f"Recipe {file}: ")
+        assert said.endswith((".", "?"))
+        assert len(said.splitlines()) == 1
+
+
+def test_what_trains_can_be_exported(image_folder: Callable[..., Path]) -> None:
+    folder = image_folder()
+    for change, message in (
+        ("preprocessing.crop_pct=0", "preprocessing.crop_pct must be a number from 0.1 to 1, not 0"),
+        ("preprocessing.interpolation=best", "preprocessing.interpolation must be one of nearest"),
+        ("preprocessing.std=[0, 1, 1]", "preprocessing.std must be from"),
+    ):
+        recipe = load_recipe("cifar10_small", [change])
+        with pytest.raises(ConfigError, match=message):
+            open_images("vit_tiny_patch16_224", recipe, str(folder))
+    for split in ("train", "val"):
+        (folder / split / "a").rename(folder / split / "caf\udce9")
+    with pytest.raises(DataError, match=r"The class 'caf\\udce9' has a name that is not UTF-8: rename it"):
+        open_images("vit_tiny_patch16_224", load_recipe("cifar10_small"), str(folder))

@@ -263,7 +263,8 @@ def ablate(
 ) -> None:
     """Run the paper's ablation: each method at each number of bits, mean and spread over seeds.
 
-    Finished cells are kept in OUT and not run again; a run that was cut off goes on from its last checkpoint.
+    Finished cells are kept in OUT and not run again; a run that was cut off goes on from its last checkpoint. Several
+    commands may fill one OUT. The status is that of qvit train: 0 only if nothing was cut off.
 
     Example:
       qvit ablate vit_tiny_patch16_224 --data digits --teacher runs/float/best.pt --bits 4,2 --seeds 3 --out runs/table

@@ -20,7 +20,8 @@ from qvit.data.loader import Batches, make_loader, make_transform, readable
 from qvit.data.order import ALONE, EvaluationOrder, Share, TrainOrder
 from qvit.data.resident import ResidentImages, ResidentLoader
 from qvit.data.sources import ImageSets, open_data
-from qvit.errors import ConfigError, TeacherMismatchError
+from qvit.errors import ConfigError, DataError, PackedFileError, TeacherMismatchError
+from qvit.format.header import check_preprocessing
 from qvit.models.card import ModelCard, create_model, describe
 from qvit.models.checkpoint import save_checkpoint
 from qvit.nn.quantizer import Quantizer
@@ -92,13 +93,24 @@ def open_images(
         splits: names of the splits.
 
     Raises:
-        ConfigError: for a model that cannot be made.
-        DataError: for images that cannot be found.
+        ConfigError: for a model that cannot be made, or a preprocessing that cannot be meant.
+        DataError: for images that cannot be found, or classes whose names are no text.
     """
     # The model first: a wrong name should not wait for a data set to be listed.
     mode = describe(model, recipe.model_args, ["a", "b"], recipe.preprocessing).mode
     sets = open_data(data, mode=mode, root=root, splits=splits)
-    return sets, describe(model, recipe.model_args, sets.classes, recipe.preprocessing)
+    card = describe(model, recipe.model_args, sets.classes, recipe.preprocessing)
+    # What no packed file could hold should not be trained for days.
+    try:
+        check_preprocessing(card.preprocessing, card.preprocessing["input_size"])
+    except PackedFileError as error:
+        raise ConfigError(str(error)) from error
+    for name in sets.classes:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise DataError(f"The class {name!r} has a name that is not UTF-8: rename it.") from None
+    return sets, card
 
 
 def train_full_precision(

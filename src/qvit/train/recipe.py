@@ -14,13 +14,24 @@ from typing import Any, Literal, get_args
 
 import timm.data
 import timm.optim
+import torch
 import yaml
+from PIL import Image
 
+from qvit.data.posterize import allow_no_bits
+from qvit.data.randomness import seeded
 from qvit.errors import ConfigError
+from qvit.files import first_line
 from qvit.nn.rectify import Start
 from qvit.quantization.calibrate import WeightStart
 from qvit.quantization.distill import GUIDED_WEIGHT
 
+_NO_AUGMENTATION = {
+    "input_size", "is_training", "mean", "std", "crop_pct", "crop_mode", "crop_border_pixels", "tf_preprocessing",
+    "use_prefetcher", "normalize", "separate", "re_num_splits", "naflex", "patch_size", "max_seq_len", "patchify",
+}  # fmt: skip
+"""Arguments of timm's transforms that are the model's, or that training images do not have."""
+_TRIES = 4
 Section = Literal["full_precision", "quantized"]
 
 
@@ -131,6 +142,14 @@ class Schedule:
         parameters = inspect.signature(timm.optim.get_optimizer_class(name, bind_defaults=False)).parameters
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
             _check_keys("optimizer_args", self.optimizer_args, set(parameters) - {"params", "lr", "weight_decay"})
+        try:
+            weights = [torch.nn.Parameter(torch.zeros(2, 2))]
+            timm.optim.create_optimizer_v2(weights, opt=self.optimizer, lr=self.lr, **self.optimizer_args)
+        except Exception as error:  # whatever an optimizer raises of a value that it cannot use
+            given = ", ".join(f"{name} {str(value)[:60]!r}" for name, value in self.optimizer_args.items())
+            raise ConfigError(
+                f"{self.optimizer} does not take {given or 'these settings'}: {first_line(error)}"
+            ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,9 +171,16 @@ class Recipe:
     augmentation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        known = set(inspect.signature(timm.data.create_transform).parameters)
+        known = set(inspect.signature(timm.data.create_transform).parameters) - _NO_AUGMENTATION
         _check_keys("augmentation", self.augmentation, known)
+        _check_mapping("model_args", self.model_args)
         _check_keys("preprocessing", self.preprocessing, {"mean", "std", "crop_pct", "crop_mode", "interpolation"})
+        for name in ("mean", "std"):
+            value = self.preprocessing.get(name, [])
+            if not isinstance(value, list):
+                raise ConfigError(f"preprocessing.{name} must be a list of numbers, one per channel, not {value!r}.")
+        for augmentation in (*({name: value} for name, value in self.augmentation.items()), self.augmentation):
+            _try_augmentation(augmentation)
 
     def schedule(self, section: Section) -> Schedule:
         """Return the schedule of one kind of training.
@@ -227,6 +253,25 @@ def _schedule(name: str, data: Any) -> Schedule:
     return Schedule(**data)
 
 
+def _try_augmentation(augmentation: Mapping[str, Any]) -> None:
+    """Augment some images.
+
+    Raises:
+        ConfigError: saying that timm does not take these arguments, and why.
+    """
+    image = Image.new("RGB", (24, 20))
+    try:
+        transform = timm.data.create_transform(16, is_training=True, **augmentation)
+        for seed in range(_TRIES):
+            with seeded(seed):
+                allow_no_bits(transform)(image)
+    except Exception as error:  # whatever timm, torchvision and Pillow raise of a value that they cannot use
+        given = ", ".join(f"{name} {str(value)[:60]!r}" for name, value in augmentation.items())
+        raise ConfigError(
+            f"timm cannot augment images with {given}: {type(error).__name__}, {first_line(error)}"
+        ) from error
+
+
 def _apply(data: dict[str, Any], change: str) -> None:
     path, equals, value = change.partition("=")
     keys = path.split(".")
@@ -240,9 +285,13 @@ def _apply(data: dict[str, Any], change: str) -> None:
     node[keys[-1]] = yaml.load(value, _Loader)
 
 
-def _check_keys(where: str, data: Any, known: set[str]) -> None:
+def _check_mapping(where: str, data: Any) -> None:
     if not isinstance(data, Mapping):
         raise ConfigError(f"{where} must be a mapping, not {data!r}.")
+
+
+def _check_keys(where: str, data: Any, known: set[str]) -> None:
+    _check_mapping(where, data)
     for key in data:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, 1)
