@@ -110,6 +110,10 @@ ARGUMENTS: Mapping[str, _Rule] = {
     "always_partition": _FLAG,
     "strict_img_size": _FLAG,
     "pretrained_window_sizes": _or_by_stage(_whole(0, MAX_SIDE)),
+    "window_ratio": _or_by_stage(_whole(1, MAX_SIDE)),
+    "extra_norm_period": _whole(0, MAX_DEPTH),
+    "extra_norm_stage": _FLAG,
+    "sequential_attn": _FLAG,
     # BEiT
     "swiglu_mlp": _FLAG,
     "scale_mlp": _FLAG,

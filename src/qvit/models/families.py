@@ -33,6 +33,8 @@ ATTENTIONS: dict[type[nn.Module], type[QuantAttention]] = {
     kind: quantized for family in FAMILIES for kind, quantized in family.ATTENTIONS.items()
 }
 """The quantized class in place of each class of attention, of all families."""
+MODELS: tuple[type[nn.Module], ...] = tuple(kind for family in FAMILIES for kind in family.MODELS)
+"""The classes of timm that qvit knows."""
 
 
 def lower(model: nn.Module, image_size: tuple[int, int]) -> tuple[Program, Lowering]:
@@ -72,7 +74,7 @@ def family_of(model: nn.Module) -> ModuleType:
     for family in FAMILIES:
         if type(model) in family.MODELS:
             return family
-    known = ", ".join(kind.__name__ for family in FAMILIES for kind in family.MODELS)
+    known = ", ".join(kind.__name__ for kind in MODELS)
     raise UnsupportedModelError(f"Cannot quantize the model ({type(model).__name__}): qvit knows timm's {known}.")
 
 

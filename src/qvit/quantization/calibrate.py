@@ -16,6 +16,7 @@ from qvit.nn.linear import QuantConv2d, QuantLinear
 from qvit.nn.modes import evaluating
 from qvit.nn.quantizer import Float32Module, Quantizer, from_codes, to_codes
 from qvit.nn.rectify import Rectifier, Start
+from qvit.quantization.convert import check_quantized
 
 WeightStart = Literal["minimum_error", "lsq"]
 SAMPLES = 2**17
@@ -52,7 +53,7 @@ def calibrate(
             al., 2020), which depends on nothing but the mean.
 
     Raises:
-        UnsupportedModelError: if the model has nothing to calibrate.
+        UnsupportedModelError: if the model has nothing to calibrate, or a float layer was put into it.
         DataError: if ``batches`` is empty or the images make a NaN or an infinity in the float model.
         ConfigError: for an unknown ``rectify_start`` or ``weight_start``.
     """
@@ -65,6 +66,7 @@ def calibrate(
     quantizers = {name: m for name, m in model.named_modules() if isinstance(m, Quantizer)}
     if not quantizers:
         raise UnsupportedModelError("This model has no quantizers to calibrate: pass what qvit.quantize returned.")
+    check_quantized(model)
     device = next(model.parameters()).device
     images = [(batch[0] if isinstance(batch, (tuple, list)) else batch).to(device) for batch in batches]
     images = [batch for batch in images if len(batch)]

@@ -9,12 +9,13 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from timm.layers import LayerScale
 from torch import nn
 
 from qvit.config import QuantConfig
-from qvit.errors import ConfigError
-from qvit.models.families import family_of, image_size_of, lower
+from qvit.errors import ConfigError, UnsupportedModelError
+from qvit.models.families import MODELS, family_of, image_size_of, lower
 from qvit.models.lowering import NORMS, refuse
 from qvit.nn.attention import QuantAttention
 from qvit.nn.linear import QuantConv2d, QuantLinear
@@ -44,12 +45,12 @@ def quantize(teacher: nn.Module, config: QuantConfig | None = None) -> Any:
         ConfigError: naming an override that matches no layer.
     """
     config = config or QuantConfig()
+    _check_float(teacher)
     family = family_of(teacher)
-    if any(isinstance(module, Quantizer) for module in teacher.modules()):
-        refuse("the model", teacher, "it is quantized already")
     # A teacher is often frozen for distillation; its student is there to be trained.
     student: Any = copy.deepcopy(teacher).requires_grad_(True)
     for name, module in list(_replaced(student)):
+        _check_plain(name, module)
         replacement: nn.Module
         if isinstance(module, nn.Linear):
             replacement = QuantLinear(module, config.bits(name, family.ENDS))
@@ -92,15 +93,80 @@ def layers_with_bits(model: nn.Module) -> list[str]:
 
 
 def _replaced(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules of a float model that quantized ones replace, and their names."""
+    """Yield the modules of a float model that quantized ones replace, or of a student that did, and their names."""
     family = family_of(model)
-    kinds, constants = family.ATTENTIONS, tuple(f"{part}." for part in family.CONSTANT)
+    kinds, constants = {**family.ATTENTIONS}, tuple(f"{part}." for part in family.CONSTANT)
+    kinds |= {quantized: quantized for quantized in kinds.values()}
     for name, module in model.named_modules():
         if type(module) in kinds:
             constants += tuple(f"{name}.{part}." for part in kinds[type(module)].CONSTANT)
             yield name, module
         elif isinstance(module, (nn.Linear, nn.Conv2d)) and not f"{name}.".startswith(constants):
             yield name, module
+
+
+def check_quantized(model: nn.Module) -> None:
+    """Refuse a student, maybe inside a wrapper, of which a part was exchanged for a float one after quantization.
+
+    Of a model that is not quantized at all nothing is said.
+
+    Raises:
+        UnsupportedModelError: naming the part.
+    """
+    if not any(isinstance(module, Quantizer) for module in model.modules()):
+        return
+    for student in (module for module in model.modules() if type(module) in MODELS):
+        for name, module in _replaced(student):
+            if not isinstance(module, (QuantLinear, QuantConv2d, QuantAttention)):
+                raise UnsupportedModelError(
+                    f"{name} ({type(module).__name__}) is not quantized: it was put in after qvit.quantize. Give it to "
+                    "the float model, by reset_classifier or the like, and quantize that."
+                )
+
+
+def _check_float(model: nn.Module) -> None:
+    """Refuse what is no float model of a family, and say what to do: unwrap it, take timm's, or leave it as it is.
+
+    Raises:
+        UnsupportedModelError: in one sentence.
+    """
+    kind, origin = type(model).__name__, type(model).__module__.partition(".")[0]
+    if any(isinstance(module, Quantizer) for module in model.modules()):
+        way = "it is quantized already; calibrate or train it as it is, or quantize the float model that it came from"
+    elif type(model) in MODELS:
+        return
+    elif isinstance(model, torch.jit.ScriptModule):
+        way = "it is compiled to TorchScript; give the model that it was made of"
+    elif inside := [name for name, module in model.named_modules() if name and type(module) in MODELS]:
+        way = f"a {type(model.get_submodule(inside[0])).__name__} is inside it; give model.{inside[0]}"
+    elif any(issubclass(type(model), known) for known in MODELS):
+        way = "it may compute otherwise than the class of timm's that it extends; give one of that class"
+    elif origin == "transformers":
+        way = (
+            "it is of transformers; save_pretrained(FOLDER) writes it, and qvit train --teacher FOLDER or "
+            "qvit.models.float_models.load_float makes it timm's"
+        )
+    else:
+        known = ", ".join(kind.__name__ for kind in MODELS)
+        source = " of torchvision" if origin == "torchvision" else ""
+        way = f"it is a model{source} and not timm's; timm.create_model makes those that qvit knows ({known})"
+    raise UnsupportedModelError(f"Cannot quantize the model ({kind}): {way}.")
+
+
+def _check_plain(name: str, module: nn.Module) -> None:
+    """Refuse a layer that computes something else than its class says, which a quantized one would not."""
+    kind = next((kind for kind in (nn.Linear, nn.Conv2d) if isinstance(module, kind)), None)
+    if kind is None:
+        return
+    if type(module).forward is not kind.forward:
+        refuse(name, module, f"it does not compute as {kind.__name__} does")
+    if not isinstance(module._parameters.get("weight"), nn.Parameter):
+        refuse(
+            name,
+            module,
+            "its weight is computed from other parameters: make it plain, as "
+            "torch.nn.utils.parametrize.remove_parametrizations does",
+        )
 
 
 def _check_owners(model: nn.Module) -> None:

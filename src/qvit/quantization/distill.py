@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from qvit.errors import ConfigError, ModeError, TeacherMismatchError
 from qvit.models.queries import attention_layers, run_with_queries
 from qvit.nn.rectify import EPS, TokenRectifier
+from qvit.quantization.convert import check_quantized
 
 GUIDED_WEIGHT = 0.1
 """Default lambda; see :class:`DistillationLoss` for what it multiplies."""
@@ -127,6 +128,7 @@ class DistillationLoss(nn.Module):
         Raises:
             TeacherMismatchError: if classes, layers or heads of teacher and student differ.
             ConfigError: if the guided distance has no gradient where the other term has one.
+            UnsupportedModelError: if a float layer was put into a quantized student, and gradients are on.
             ModeError: if the student is in evaluation mode while gradients are on, or the teacher in training mode.
         """
         if torch.is_grad_enabled() and not _is_training(student):
@@ -134,6 +136,8 @@ class DistillationLoss(nn.Module):
                 "The student is in evaluation mode, where the statistics of its rectifiers do not move: call "
                 "student.train() before training it, or use torch.no_grad() to measure the loss alone."
             )
+        if torch.is_grad_enabled():
+            check_quantized(student)
         if self.teacher.training:
             raise ModeError("The teacher is in training mode: call teacher.eval(), it is not what is trained.")
         with torch.no_grad():  # not inference mode: the student's gradients are products with the teacher's queries
