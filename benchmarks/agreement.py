@@ -30,6 +30,7 @@ from qvit.cli.options import console as plain_console
 from qvit.data.loader import make_loader, make_transform
 from qvit.data.sources import open_data
 from qvit.exporting.packed import export_checkpoint
+from qvit.files import printable
 from qvit.models.checkpoint import load_checkpoint
 from qvit.nn.attention import QuantAttention
 from qvit.nn.linear import QuantConv2d, QuantLinear
@@ -142,9 +143,10 @@ def distance(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
 def show(result: dict[str, Any], console: Console) -> None:
     """Print the tables of a comparison."""
     top1 = ", ".join(f"{name} {value:.2f}" for name, value in result["top1"].items())
+    where = printable(f"{result['checkpoint']} on {result['images']} images of {result['data']}")
     console.print(
-        f"{result['checkpoint']} on {result['images']} images of {result['data']}, {result['instruction_set']}; "
-        f"top-1: {top1}; standard deviation of the logits: {result['logit_std']:.2g}"
+        f"{where}, {result['instruction_set']}; top-1: {top1}; standard deviation of the logits: "
+        f"{result['logit_std']:.2g}"
     )
     table = Table(title="Classes and logits")
     for column in ("model", "beside", "same class (%)", "images apart (%)", "mean distance", "largest"):

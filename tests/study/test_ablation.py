@@ -165,16 +165,20 @@ def test_another_recipe_or_teacher_is_not_mixed_in(
 ) -> None:
     run(teacher, digits, budget, tmp_path, "ptq", [0], [2])
     longer = replace(budget, quantized=replace(budget.quantized, epochs=2))
-    with pytest.raises(CheckpointError, match="another recipe, teacher, ladder or overrides: give another --out"):
+    message = r"quantized.epochs 1, this one with recipe.quantized.epochs 2: give another --out"
+    with pytest.raises(CheckpointError, match=message):
         run(teacher, digits, longer, tmp_path, "ptq", [0], [2])
     other = FloatModel(teacher.model, replace(teacher.card, metrics={"val_top1": 1.0}))
-    with pytest.raises(CheckpointError, match="another recipe, teacher, ladder or overrides"):
+    with pytest.raises(CheckpointError, match=r"teacher.metrics.val_images 359, teacher.metrics.val_top1 "):
         run(other, digits, budget, tmp_path, "ptq", [0], [2])
     console = Console(quiet=True)
-    with pytest.raises(CheckpointError, match="another recipe, teacher, ladder or overrides"):
+    with pytest.raises(CheckpointError, match=r"overrides.\*.mlp.\* not set, this one with overrides.\*.mlp.\* 8"):
         ablate(
             teacher, digits, budget, Options(tmp_path), console, bits=[2], seeds=[0], overrides={"*.mlp.*": 8}
         )  # fmt: skip
+    half = Options(tmp_path, precision="bf16")
+    with pytest.raises(CheckpointError, match="precision no, this one with precision bf16"):
+        ablate(teacher, digits, budget, half, console, bits=[2], seeds=[0], rows=rows_named("ptq"))
     (tmp_path / "experiment.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"experiment\.json is damaged"):
         run(teacher, digits, budget, tmp_path, "ptq", [0], [2])
@@ -206,7 +210,7 @@ def test_a_ladder_starts_from_the_finished_run_of_the_bits_before(
     student = methods._student(second, QuantConfig(4, 4)).state_dict()
     for name, value in student.items():
         assert torch.equal(value, theirs[name]) or "quantizer" in name, name
-    with pytest.raises(CheckpointError, match="another recipe, teacher, ladder or overrides"):
+    with pytest.raises(CheckpointError, match=r"ladder \[8, 4\], this one with ladder None"):
         run(teacher, digits, budget, tmp_path, "q-vit-head", [0], [4])
 
 

@@ -23,6 +23,7 @@ from qvit.analysis.gradients import loss_gradients
 from qvit.analysis.statistics import QueryKeyStatistics, attention_distance, query_key_statistics
 from qvit.config import Rectify
 from qvit.data.loader import readable
+from qvit.data.resident import ResidentImages
 from qvit.data.sources import ImageSets
 from qvit.errors import CheckpointError, ConfigError
 from qvit.files import write_text
@@ -34,6 +35,7 @@ from qvit.train.methods import METHODS, FloatModel, Overrides, Result, make_stud
 from qvit.train.options import Options, make_accelerator
 from qvit.train.recipe import Recipe
 from qvit.train.run import can_go_on
+from qvit.train.settings import differences
 
 ANALYSED_IMAGES = 512
 """Validation images for entropy, attention distance and gradients; accuracy is over all of them."""
@@ -113,7 +115,7 @@ def ablate(
             their few bits cost.
 
     Raises:
-        CheckpointError: if the folder holds results of another recipe, teacher, ladder or overrides.
+        CheckpointError: if the folder holds results of another recipe, teacher, ladder, precision and so on.
         ConfigError: if a run would be refused (:func:`qvit.train.methods.make_student`), before anything is written.
     """
     recipe.schedule("quantized")
@@ -123,7 +125,7 @@ def ablate(
     rungs: dict[int, int] = dict(zip(bits[1:], bits[:-1], strict=True)) if ladder else {}
     accelerator = make_accelerator(options)
     if accelerator.is_main_process:
-        _check_same_experiment(options.out, recipe, teacher, bits if ladder else None, overrides)
+        _check_same_experiment(data, recipe, options, teacher, bits if ladder else None, overrides)
     accelerator.wait_for_everyone()
     for number, (b, row, seed) in enumerate(cells, 1):
         folder = _folder(options.out, b, row, seed)
@@ -274,23 +276,38 @@ def _analysed_batches(card: ModelCard, data: ImageSets, options: Options) -> lis
 
 
 def _check_same_experiment(
-    folder: Path, recipe: Recipe, teacher: FloatModel, ladder: Sequence[int] | None, overrides: Overrides | None
+    data: ImageSets,
+    recipe: Recipe,
+    options: Options,
+    teacher: FloatModel,
+    ladder: Sequence[int] | None,
+    overrides: Overrides | None,
 ) -> None:
-    """Keep recipe and teacher beside the results, and refuse to mix them with those of another."""
+    """Keep beside the results what they depend on, and refuse to mix them with those of something else."""
     card = dataclasses.asdict(teacher.card)
     del card["recipe"]  # its weights count, not how they came about
-    experiment = json.loads(json.dumps({"recipe": recipe.to_dict(), "teacher": card, "ladder": ladder}))
-    if overrides:
-        experiment["overrides"] = json.loads(json.dumps(overrides))
-    path = folder / "experiment.json"
+    experiment = json.loads(
+        json.dumps(
+            {
+                "recipe": recipe.to_dict(),
+                "teacher": card,
+                "ladder": ladder,
+                "overrides": overrides or {},
+                "precision": options.precision,
+                "accumulate": options.accumulate,
+                "decode_once": isinstance(data.train, ResidentImages),
+                "images": [len(images) for images in (data.train, data.val)],  # type: ignore[arg-type]
+            }
+        )
+    )
+    path = options.out / "experiment.json"
     if path.exists():
         try:
-            found = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
+            found = {"overrides": {}, **json.loads(path.read_text())}
+        except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(f"{path} is damaged: give another --out.") from error
-        if found != experiment:
-            raise CheckpointError(
-                f"{folder} holds results of another recipe, teacher, ladder or overrides: give another --out."
-            )
+        other = differences(found, experiment)
+        if other:
+            raise CheckpointError(f"{options.out} holds results with {other}: give another --out.")
         return
     write_text(path, json.dumps(experiment, indent=1) + "\n")

@@ -17,7 +17,7 @@ from qvit.train.recipe import Schedule
 if TYPE_CHECKING:
     from qvit.train.options import Options  # which knows how often a run saves itself
 
-_SHOWN = 3
+_SHOWN, _LONGEST = 3, 60
 
 
 def settings_of(
@@ -67,8 +67,13 @@ def differences(saved: Mapping[str, Any], present: Mapping[str, Any]) -> str:
     if not found:
         return ""
     more = f", and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-    first, second = (", ".join(f"{name} {pair[side]}" for name, *pair in found[:_SHOWN]) for side in (0, 1))
+    first, second = (", ".join(f"{name} {_short(pair[side])}" for name, *pair in found[:_SHOWN]) for side in (0, 1))
     return f"{first}, this one with {second}{more}"
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def _differing(
