@@ -123,7 +123,7 @@ def test_folders_and_classes_with_hostile_names_go_through_every_command(tmp_pat
     (tmp_path / "r.yaml").write_text(RECIPE)
     data = tmp_path / "[/d]\x1b[31m"
     for split in ("train", "val"):
-        for shade, name in enumerate(("[/x]\nb:cat:", "\u202e\x9b[bold]")):
+        for shade, name in enumerate(("[x]\nb:cat:", "\u202e\x9b[bold]")):
             (data / split / name).mkdir(parents=True)
             for n in range(4):
                 Image.new("L", (8, 8), 90 * shade + 10 * n).save(data / split / name / f"{n}.png")
