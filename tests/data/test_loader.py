@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from qvit.cli.ending import ends_in_a_sentence
 from qvit.data.loader import make_loader, make_transform, readable
 from qvit.data.sources import open_data
-from qvit.errors import ConfigError, CorruptImageError, DataError
+from qvit.errors import CorruptImageError, DataError
 from qvit.images import Picture, open_picture
 from qvit.train.evaluate import evaluate
 
@@ -71,12 +71,6 @@ def test_training_sees_the_whole_of_ordinary_images(size: tuple[int, int]) -> No
     transform(open_picture(Image.new("RGB", size)))
     transform(open_picture(Image.new("RGB", (2, 1000))))
     assert seen == [size, (2, 2 * (2**24 // 224**2))]
-
-
-@pytest.mark.parametrize(("name", "value"), [("interpolation", "random"), ("crop_mode", "centre")])
-def test_unknown_preprocessing_is_named(name: str, value: str) -> None:
-    with pytest.raises(ConfigError, match=f"preprocessing.{name} must be one of .*, not '{value}'"):
-        make_transform({**PREPROCESSING, name: value})
 
 
 class Killed(Dataset[Any]):

@@ -39,7 +39,10 @@ Data = Annotated[
 ]
 DataRoot = Annotated[str | None, typer.Option(help="Folder of a timm data set.")]
 Splits = Annotated[
-    str, typer.Option(help="Training and validation split of a timm data set, or parts of the shards' names.")
+    str,
+    typer.Option(
+        help="Training and validation split of a timm data set, folders in --data, or parts of shards' names."
+    ),
 ]
 Override = Annotated[
     list[str] | None,

@@ -22,9 +22,8 @@ from qvit.data.datasets import Unreadable
 from qvit.data.order import ALONE, EvaluationOrder, Sample, Share, TrainOrder
 from qvit.data.posterize import allow_no_bits
 from qvit.data.randomness import seeded
-from qvit.errors import ConfigError, CorruptImageError, DataError
+from qvit.errors import CorruptImageError, DataError
 from qvit.files import first_line
-from qvit.format.header import CROP_MODES, INTERPOLATIONS
 from qvit.images import Picture
 from qvit.runtime.preprocess import LARGEST, fit, preprocess
 
@@ -62,16 +61,8 @@ def make_transform(
         preprocessing: input_size, mean, std, crop_pct, crop_mode and interpolation, as a checkpoint holds them.
         augmentation: arguments of :func:`timm.data.create_transform`.
         normalize: for evaluation, return float32 by mean and std; else the uint8 before that.
-
-    Raises:
-        ConfigError: for an interpolation or a crop_mode that there is not.
     """
     if augmentation is None:
-        for name, known in (("interpolation", INTERPOLATIONS), ("crop_mode", CROP_MODES)):
-            if preprocessing[name] not in known:
-                raise ConfigError(
-                    f"preprocessing.{name} must be one of {', '.join(known)}, not {preprocessing[name]!r}."
-                )
         return functools.partial(_evaluation, preprocess if normalize else fit, preprocessing)
     kept = {name: preprocessing[name] for name in ("input_size", "mean", "std")}
     transform = allow_no_bits(timm.data.create_transform(**{**kept, **augmentation}, is_training=True))
