@@ -5,7 +5,7 @@ INSTALLED := $(VENV)/.installed
 
 CXX_FOLDERS := src/qvit/kernels src/qvit/kernels/steps tests/kernels benchmarks
 
-.PHONY: install demo test test-fast test-sanitize lint
+.PHONY: install demo test test-fast test-sanitize test-tsan lint
 
 install: $(INSTALLED)
 
@@ -41,9 +41,16 @@ test-sanitize: install
 	$(BIN)/cmake -S . -B $(SANITIZE)-program -DQVIT_SANITIZE=ON -DQVIT_KERNEL_TESTS=ON
 	$(BIN)/cmake --build $(SANITIZE)-program --parallel 2
 	$(SANITIZE)-program/kernels_test
+	ASAN_OPTIONS=detect_leaks=0 $(SANITIZE)-program/faults_test
 	$(BIN)/cmake -S . -B $(SANITIZE) -DQVIT_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python)
 	$(BIN)/cmake --build $(SANITIZE) --parallel 2
 	QVIT_SANITIZED_KERNELS=$$(ls $(SANITIZE)/_kernels*.so) ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=tests \
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so.6)" \
 	$(BIN)/python -m pytest -p sanitized tests/kernels/test_kernels.py tests/runtime/test_engine.py \
 	tests/runtime/test_programs.py tests/format/test_hostile_files.py
+
+# Threads, barriers, exceptions and forks under ThreadSanitizer.
+test-tsan: install
+	$(BIN)/cmake -S . -B build/tsan -DQVIT_SANITIZE_THREADS=ON -DQVIT_KERNEL_TESTS=ON
+	$(BIN)/cmake --build build/tsan --parallel 2 --target faults_test
+	TSAN_OPTIONS=die_after_fork=0:halt_on_error=1 build/tsan/faults_test

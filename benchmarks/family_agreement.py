@@ -84,7 +84,7 @@ def measure(name: str, arguments: dict[str, Any], images: torch.Tensor, bits: in
         packed = read_packed(path)
     with torch.no_grad():
         exact = copy.deepcopy(student).double()(images.double()).numpy()
-    engine = Engine(copy.deepcopy(packed))
+    engine = Engine(packed)
     logits, codes = engine(images.numpy()), engine.codes(images.numpy())
     expected: dict[str, np.ndarray] = {}
     ReferenceEngine(packed, watch=expected.__setitem__)(images.numpy())

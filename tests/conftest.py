@@ -32,7 +32,8 @@ torch.set_num_threads(1)
 FAST = ("format", "nn", "runtime")
 """Folders whose tests neither train nor start processes; with the tests beside this file they are the fast part."""
 SLOW = ("test_hooks.py", "test_hub.py", "test_import.py", "test_readme.py", "test_recompute.py", "test_rectify.py")
-"""Files of these that do."""
+SLOW += ("test_faults.py", "test_programs.py")
+"""Files of these that do, or that take long."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

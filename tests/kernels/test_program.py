@@ -1,4 +1,4 @@
-"""The kernels' test program, built for this machine and, where a cross compiler and an emulator are, for aarch64.
+"""The kernels' test programs, built for this machine and, where a cross compiler and an emulator are, for aarch64.
 
 It is built in ``build/``, so that only the first run takes the half minute that a compiler needs.
 """
@@ -33,7 +33,7 @@ def build(name: str, *options: str) -> Path:
     for command in (configure, ["cmake", "--build", str(folder), "--parallel", "2"]):
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    return folder / "kernels_test"
+    return folder
 
 
 def run(*command: str) -> list[str]:
@@ -47,12 +47,14 @@ def test_on_this_machine() -> None:
     need("cmake", "c++", packages="cmake g++")
     from qvit import _kernels
 
-    assert run(str(build("native"))) == _kernels.instruction_sets()
+    folder = build("native")
+    assert run(str(folder / "kernels_test")) == _kernels.instruction_sets()
+    run(str(folder / "faults_test"))
 
 
 @pytest.mark.skipif(platform.machine() == "aarch64", reason="this machine is aarch64: the test above covers it")
 def test_on_aarch64() -> None:
     need("cmake", "aarch64-linux-gnu-g++", "qemu-aarch64", packages="cmake g++-aarch64-linux-gnu qemu-user")
-    program = str(build("aarch64", *AARCH64))
+    program = str(build("aarch64", *AARCH64) / "kernels_test")
     assert run("qemu-aarch64", "-cpu", "max", program) == ["neon-dot", "portable"]
     assert run("qemu-aarch64", "-cpu", "cortex-a53", program) == ["portable"]  # no dot product

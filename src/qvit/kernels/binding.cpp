@@ -9,6 +9,7 @@
 #include <chrono>
 #include <stdexcept>
 
+#include "calls.h"
 #include "model.h"
 #include "parts.h"
 
@@ -26,13 +27,35 @@ const Isa& isa_named(const std::string& name) {
     throw std::invalid_argument("this processor or build has no instruction set called " + name);
 }
 
+// A call into the kernels, without Python's global lock where that is allowed.
+class Call {
+  public:
+    Call() : without_lock_(Calls::all().enter()) {}
+    ~Call() {
+        if (without_lock_) Calls::all().leave();
+    }
+    Call(const Call&) = delete;
+    Call& operator=(const Call&) = delete;
+
+    template <class Function>
+    void run(Function function) const {
+        if (!without_lock_) return function(nullptr);
+        const nb::gil_scoped_release release;
+        function(&Calls::all().closing());
+    }
+
+  private:
+    bool without_lock_;
+};
+
 // {(operation, branch, part): codes (images, rows, width)} of at most Model::kImagesAtOnce images.
 nb::dict trace(Model& model, Array<float, 4> images) {
     const size_t batch = images.shape(0);
     need(batch > 0 && batch <= Model::kImagesAtOnce, "images");
     Trace trace(batch);
     std::vector<float> outputs(batch * model.plan().outputs());
-    model.forward(images.data(), batch, outputs.data(), &trace);
+    const Call call;
+    call.run([&](const std::atomic<bool>* stop) { model.forward(images.data(), batch, outputs.data(), &trace, stop); });
     nb::dict codes;
     for (const Trace::Codes& each : trace.all()) {
         const nb::bytes values(each.values.data(), each.values.size());
@@ -99,6 +122,7 @@ class Matrix {
 }  // namespace
 
 NB_MODULE(_kernels, m) {
+    nb::set_leak_warnings(false);  // daemon threads may keep models to the end
     m.doc() = "qvit's kernels: a packed vision transformer on codes, in integer arithmetic.";
     m.def("instruction_sets", [] {
         size_t count;
@@ -117,6 +141,28 @@ NB_MODULE(_kernels, m) {
             return products;
         },
         "isa"_a);
+
+    nb::exception<ThreadError>(m, "ThreadError", PyExc_RuntimeError);
+    nb::register_exception_translator([](const std::exception_ptr& error, void*) {
+        try {
+            std::rethrow_exception(error);
+        } catch (const Stopped&) {
+            PyErr_SetNone(PyExc_SystemExit);  // ends a thread without a word
+        }
+    });
+    const auto close = nb::cpp_function([] {
+        const nb::gil_scoped_release release;
+        Calls::all().close();
+    });
+    nb::module_::import_("atexit").attr("register")(close);
+    // For tests: which allocation or start of a thread from now on fails.
+    m.def(
+        "fail",
+        [](long allocation, long thread) {
+            allocation_fault.countdown = allocation;
+            thread_fault.countdown = thread;
+        },
+        "allocation"_a = -1, "thread"_a = -1);
 
     nb::class_<Matrix>(m, "Matrix")
         .def(nb::init<const std::string&, const std::string&, Array<int8_t, 2>>(), "isa"_a, "product"_a, "codes"_a)
@@ -140,8 +186,10 @@ NB_MODULE(_kernels, m) {
                          images.shape(3) == plan.width && outputs.shape(0) == images.shape(0) &&
                          outputs.shape(1) == plan.outputs(),
                      "shapes do not fit");
-                const nb::gil_scoped_release release;
-                model.forward(images.data(), images.shape(0), outputs.data());
+                const Call call;
+                call.run([&](const std::atomic<bool>* stop) {
+                    model.forward(images.data(), images.shape(0), outputs.data(), nullptr, stop);
+                });
             },
             "images"_a, "outputs"_a)
         .def("trace", trace, "images"_a)

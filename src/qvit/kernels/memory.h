@@ -8,6 +8,8 @@
 #include <new>
 #include <stdexcept>
 
+#include "faults.h"
+
 namespace qvit {
 
 // The sanitizer build checks what kernels are given: their parts of buffers, and codes. AddressSanitizer sees only the
@@ -71,6 +73,7 @@ class Buffer {
     Buffer() = default;
     explicit Buffer(size_t count) : size_(count) {
         const size_t bytes = (count * sizeof(T) + 63) / 64 * 64 + 64;  // a whole vector may be read past the end
+        if (allocation_fault.strikes()) throw std::bad_alloc();
         data_.reset(static_cast<T*>(std::aligned_alloc(64, bytes)));
         if (!data_) throw std::bad_alloc();
         std::memset(static_cast<void*>(data_.get()), 0, bytes);

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <new>
+#include <utility>
 
 #include "steps/steps.h"
 
@@ -53,33 +55,50 @@ void run_steps(const Plan& plan, Pass& pass, Scratch& scratch, const Task& task,
 
 }  // namespace
 
+Model::Workshop::Workshop(const Plan& plan, size_t threads)
+    : scratch([&] {
+          std::vector<std::unique_ptr<Scratch>> all;
+          for (size_t thread = 0; thread < threads; ++thread) all.push_back(std::make_unique<Scratch>(plan));
+          return all;
+      }()),
+      pool(threads) {}
+
 void Model::prepare(size_t batch) {
-    if (scratch_.empty())
-        for (size_t thread = 0; thread < pool_.threads(); ++thread)
-            scratch_.push_back(std::make_unique<Scratch>(plan_));
-    if (pass_ == nullptr || pass_->batch < batch) {
-        pass_.reset();  // first the old memory, then the new
-        pass_ = std::make_unique<Pass>(batch, plan_);
+    if (workshop_ == nullptr) workshop_ = std::make_unique<Workshop>(plan_, threads_);
+    std::unique_ptr<Pass>& pass = workshop_->pass;
+    if (pass == nullptr || pass->batch < batch) {
+        pass.reset();  // first the old memory, then the new
+        pass = std::make_unique<Pass>(batch, plan_);
     }
 }
 
-void Model::forward(const float* images, size_t batch, float* outputs, Trace* trace) {
-    const std::lock_guard<std::mutex> turn(mutex_);
+// Nothing of a workshop is of use: its threads do not exist here, its memory may be half written, and to join or free
+// either would hang. What is left of it is memory shared with the parent.
+void Model::forked() {
+    new (&turn_) std::mutex;
+    static_cast<void>(workshop_.release());
+}
+
+void Model::forward(const float* images, size_t batch, float* outputs, Trace* trace, const std::atomic<bool>* stop) {
+    const std::lock_guard<std::mutex> turn(turn_);
     if (batch == 0) return;
-    const size_t at_once = std::max(kImagesAtOnce, pool_.threads());
+    const size_t at_once = std::max(kImagesAtOnce, threads_);
     prepare(std::min(batch, at_once));
-    pass_->trace = trace;
-    pass_->timed = timed_;
+    Pass& pass = *workshop_->pass;
+    pass.trace = trace;
+    pass.timed = timed_;
     const size_t pixels = plan_.channels * plan_.height * plan_.width;
     for (size_t done = 0; done < batch; done += at_once) {
-        pass_->images = images + done * pixels;
-        pass_->outputs = outputs + done * plan_.outputs();
+        if (stop != nullptr && *stop) throw Stopped();
+        pass.images = images + done * pixels;
+        pass.outputs = outputs + done * plan_.outputs();
         run(std::min(at_once, batch - done));
     }
 }
 
 void Model::run(size_t batch) {
-    Pass& pass = *pass_;
+    ThreadPool& pool = workshop_->pool;
+    Pass& pass = *workshop_->pass;
     // With the first tokens for the classifiers, nothing of the other rows is needed after the last attention.
     const size_t last = plan_.phases.size() - 1;
     const bool few =
@@ -87,16 +106,16 @@ void Model::run(size_t batch) {
     std::vector<std::atomic<size_t>> next(plan_.phases.size() + 1);
     for (auto& counter : next) counter.store(0, std::memory_order_relaxed);
 
-    pool_.run([&](size_t thread) {
-        Scratch& scratch = *scratch_[thread];
+    pool.run([&](size_t thread) {
+        Scratch& scratch = *workshop_->scratch[thread];
         for (size_t phase = 0; phase <= last; ++phase) {
-            const Tasks tasks(plan_, plan_.phases[phase], batch, pool_.threads());
+            const Tasks tasks(plan_, plan_.phases[phase], batch, pool.threads());
             for (size_t index; (index = next[phase].fetch_add(1)) < batch * tasks.parts;) {
                 auto [row, count] = tasks.rows(index % tasks.parts);
                 if (phase == last && few) count = std::min(row + count, std::max(plan_.pooling.tokens, row)) - row;
                 if (count > 0) run_task(pass, scratch, plan_.phases[phase], index / tasks.parts, row, count);
             }
-            pool_.barrier();
+            pool.barrier();
         }
         for (size_t image; (image = next.back().fetch_add(1)) < batch;) finish(plan_, pass, scratch, image);
     });
@@ -120,14 +139,12 @@ void Model::run_task(Pass& pass, Scratch& scratch, const Phase& phase, size_t im
 }
 
 std::vector<std::pair<std::string, double>> Model::profile() {
-    const std::lock_guard<std::mutex> turn(mutex_);
+    const std::lock_guard<std::mutex> turn(turn_);
     std::vector<std::pair<std::string, double>> profile;
     for (size_t work = 0; work < kWorks; ++work) {
         double seconds = 0.0;
-        for (auto& scratch : scratch_) {
-            seconds += scratch->seconds[work];
-            scratch->seconds[work] = 0.0;
-        }
+        if (workshop_ != nullptr)
+            for (auto& scratch : workshop_->scratch) seconds += std::exchange(scratch->seconds[work], 0.0);
         profile.emplace_back(kWorkNames[work], seconds);
     }
     return profile;

@@ -1,6 +1,10 @@
 #include "thread_pool.h"
 
-#include <unistd.h>
+#include <cerrno>
+#include <system_error>
+#include <utility>
+
+#include "faults.h"
 
 namespace qvit {
 
@@ -8,6 +12,9 @@ namespace {
 
 constexpr int kSpins = 4000;
 constexpr int kLinger = 8 * kSpins;
+
+// Leads a thread out of a call in which another one has failed.
+struct Abandoned {};
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -25,13 +32,25 @@ void spin(int rounds, Done done) {
 
 }  // namespace
 
-ThreadPool::ThreadPool(size_t threads) : threads_(threads) {}
-
-ThreadPool::~ThreadPool() {
-    if (owner_ != getpid()) {
-        for (auto& worker : workers_) worker.detach();
-        return;
+ThreadPool::ThreadPool(size_t threads) : threads_(threads) {
+    try {
+        workers_.reserve(threads_ - 1);
+        for (size_t thread = 1; thread < threads_; ++thread) {
+            if (thread_fault.strikes()) throw std::system_error(EAGAIN, std::generic_category());
+            workers_.emplace_back([this, thread] { serve(thread); });
+        }
+    } catch (const std::system_error& error) {
+        stop();
+        throw ThreadError(error.what());
+    } catch (...) {
+        stop();
+        throw;
     }
+}
+
+ThreadPool::~ThreadPool() { stop(); }
+
+void ThreadPool::stop() {
     {
         const std::lock_guard<std::mutex> lock(mutex_);
         stop_ = true;
@@ -40,35 +59,38 @@ ThreadPool::~ThreadPool() {
     for (auto& worker : workers_) worker.join();
 }
 
-void ThreadPool::start() {
-    for (auto& worker : workers_) worker.detach();  // of the parent process: they do not exist here
-    workers_.clear();
-    owner_ = getpid();
-    for (size_t thread = 1; thread < threads_; ++thread)
-        workers_.emplace_back([this, thread, seen = call_.load()] { serve(thread, seen); });
-}
-
 void ThreadPool::run(const std::function<void(size_t)>& work) {
-    if (threads_ > 1) {
-        if (owner_ != getpid()) start();
-        {
-            const std::lock_guard<std::mutex> lock(mutex_);
-            work_ = &work;
-            busy_ = threads_ - 1;
-            ++call_;
-        }
-        wake_.notify_all();
+    if (threads_ == 1) return work(0);
+    {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        work_ = &work;
+        error_ = nullptr;
+        failed_ = false;
+        arrived_ = 0;  // a call that failed may have left some
+        busy_ = threads_ - 1;
+        ++call_;
     }
-    work(0);
-    if (threads_ > 1) {
-        spin(kSpins, [this] { return busy_ == 0; });
-        std::unique_lock<std::mutex> lock(mutex_);
-        done_.wait(lock, [this] { return busy_ == 0; });
+    wake_.notify_all();
+    attempt(work, 0);
+    spin(kSpins, [this] { return busy_ == 0; });
+    std::unique_lock<std::mutex> lock(mutex_);
+    done_.wait(lock, [this] { return busy_ == 0; });
+    if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
+}
+
+void ThreadPool::attempt(const std::function<void(size_t)>& work, size_t thread) {
+    try {
+        work(thread);
+    } catch (const Abandoned&) {
+    } catch (...) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (!error_) error_ = std::current_exception();
+        failed_ = true;
     }
 }
 
-void ThreadPool::serve(size_t thread, unsigned long seen) {
-    for (;;) {
+void ThreadPool::serve(size_t thread) {
+    for (unsigned long seen = 0;;) {
         const std::function<void(size_t)>* work;
         spin(kLinger, [&] { return stop_ || call_ != seen; });
         {
@@ -78,7 +100,7 @@ void ThreadPool::serve(size_t thread, unsigned long seen) {
             seen = call_;
             work = work_;
         }
-        (*work)(thread);
+        attempt(*work, thread);
         const std::lock_guard<std::mutex> lock(mutex_);
         if (--busy_ == 0) done_.notify_one();
     }
@@ -93,6 +115,7 @@ void ThreadPool::barrier() {
         return;
     }
     for (int spins = 0; generation_.load(std::memory_order_acquire) == generation; ++spins) {
+        if (failed_.load(std::memory_order_relaxed)) throw Abandoned();
         if (spins < kSpins)
             relax();
         else

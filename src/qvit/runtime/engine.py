@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +20,7 @@ from qvit.runtime.trace import traced
 
 _TRACED = 8
 """Images whose codes the kernels keep at once."""
+T = TypeVar("T")
 
 
 def load(source: Source, *, threads: int | None = None, instruction_set: str | None = None) -> Engine:
@@ -32,7 +35,9 @@ def load(source: Source, *, threads: int | None = None, instruction_set: str | N
         PackedFileError: naming the file, the entry and what is wrong with it.
         ConfigError: for a number of threads below 1 or an instruction set that this machine does not have.
     """
-    return Engine(read_packed(source), threads=threads, instruction_set=instruction_set)
+    engine = Engine.__new__(Engine)
+    engine._build(read_packed(source), threads, instruction_set)
+    return engine
 
 
 def instruction_sets() -> list[str]:
@@ -47,8 +52,7 @@ class Engine:
     at once: their calls take turns, each with all of the engine's threads.
 
     Args:
-        packed: what :func:`qvit.format.packed.read_packed` returned; its tensors are taken out as the kernels take
-            them in.
+        packed: what :func:`qvit.format.packed.read_packed` returned.
         threads: see :func:`load`.
         instruction_set: see :func:`load`.
 
@@ -57,6 +61,10 @@ class Engine:
     """
 
     def __init__(self, packed: PackedModel, *, threads: int | None = None, instruction_set: str | None = None) -> None:
+        self._build(dataclasses.replace(packed, tensors=dict(packed.tensors)), threads, instruction_set)
+
+    def _build(self, packed: PackedModel, threads: int | None, instruction_set: str | None) -> None:
+        """Take the tensors out of ``packed`` one by one: where it is nobody else's, their memory is free at once."""
         self.program, self.classes, self.preprocessing = packed.program, packed.classes, packed.preprocessing
         self.threads = processors() if threads is None else threads
         if not isinstance(self.threads, int) or self.threads < 1:
@@ -82,7 +90,7 @@ class Engine:
         """
         images = self._checked(images)
         logits = np.empty((len(images), self.program.output), np.float32)
-        self._model.forward(images, logits)
+        self._run(self._model.forward, images, logits)
         return logits
 
     def predict(self, images: ImageSource | Sequence[ImageSource], top_k: int = 5) -> list[list[tuple[str, float]]]:
@@ -141,7 +149,7 @@ class Engine:
         """
         images = self._checked(images)
         found: dict[str, NDArray[np.uint8]] = {}
-        chunks = [self._model.trace(images[at : at + _TRACED]) for at in range(0, len(images), _TRACED)]
+        chunks = [self._run(self._model.trace, images[at : at + _TRACED]) for at in range(0, len(images), _TRACED)]
         for key, (_, (_, rows, width)) in chunks[0].items():
             values = b"".join(chunk[key][0] for chunk in chunks)
             codes: NDArray[np.uint8] = np.frombuffer(values, np.uint8).reshape(len(images), rows, width)
@@ -163,6 +171,14 @@ class Engine:
         finally:
             self._model.set_timed(False)
         return {name: seconds / repeats for name, seconds in self._model.profile()}
+
+    def _run(self, function: Callable[..., T], *arguments: Any) -> T:
+        try:
+            return function(*arguments)
+        except _kernels.ThreadError as error:
+            raise ConfigError(
+                f"The engine cannot start {self.threads} threads ({error}): load it with fewer threads."
+            ) from error
 
     def _checked(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         expected = self.program.input
