@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from timm.data.readers.reader_image_folder import find_images_and_targets
 
+from commands import run, sentence
 from qvit.data.datasets import Images
 from qvit.data.listing import list_folder, natural_key
 from qvit.data.sources import open_data, open_validation
@@ -291,3 +292,20 @@ def test_classes_and_images_have_timms_order(tree: dict[str, set[str]]) -> None:
 
 def test_names_of_other_digits_are_sorted() -> None:
     assert sorted(["m²", "m10", "m٩", "m1"], key=natural_key) == ["m1", "m٩", "m10", "m²"]
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        (["a/0.png", "b/0.png"], "one image only of class a"),
+        (two_each(("Training", "holdout")), "which looks like a split"),
+        (two_each(("train", "val"), ("a",)), "one class only"),
+    ],
+)
+def test_training_on_what_is_wrong_ends_in_a_sentence(
+    make: Make, names: list[str], reason: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    done = run("train", "vit_tiny_patch16_224", "--full-precision", "--data", make(*names), "--out", out, "--cpu")
+    assert reason in sentence(done)
+    assert not (out / "last.pt").exists()

@@ -166,3 +166,12 @@ def test_a_tensor_is_refused_in_a_sentence(packed_file: Path) -> None:
         CorruptImageError, match=r"Image 0 \(Tensor\) .*: give a path, bytes, a file open in binary mode"
     ):
         load(packed_file).predict(torch.zeros(1, 3, 16, 16))
+
+
+def test_eval_of_images_none_of_which_can_be_read_is_no_result(packed_file: Path, tmp_path: Path) -> None:
+    for number in range(10):
+        (tmp_path / f"class {number}").mkdir()
+        (tmp_path / f"class {number}" / "broken.png").write_bytes(b"no image")
+    done = run("eval", packed_file, "--data", tmp_path, "--workers", "0", "--skip-corrupt")
+    assert "No validation image can be read, so there is no accuracy." in sentence(done)
+    assert done.out == ""
