@@ -284,3 +284,20 @@ def test_suffixes_are_those_that_pillow_decodes() -> None:
     assert {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".jp2"} <= suffixes()
     assert (".avif" in suffixes()) == features.check("avif")
     assert not {".pdf", ".txt", ".db", ".xml", ""} & suffixes()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "CMYK"])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
+def test_an_image_opened_with_pillow_is_turned_as_its_file_is(
+    tmp_path: Path, suffix: str, mode: str, orientation: int
+) -> None:
+    # Pillow maps an uncompressed TIFF into memory where it knows the path, and turned some of them wrongly then.
+    if (mode in ("RGBA", "L") and suffix == "jpg") or (mode == "CMYK" and suffix in ("png", "webp")):
+        pytest.skip("no such file")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = save(noise(mode, (3, 5), np.random.default_rng(0)), tmp_path / f"a.{suffix}", exif=exif)
+    picture = open_picture(path)
+    assert (picture.width, picture.height) == ((5, 3) if orientation > 4 else (3, 5))
+    np.testing.assert_array_equal(np.asarray(open_picture(Image.open(path)).whole()), np.asarray(picture.whole()))
