@@ -89,27 +89,24 @@ class Matrix {
                     int repeats) const {
         const size_t m = a.shape(0), tile = product_->tile;
         need(a.shape(1) == k_ && out.shape(0) == m && out.shape(1) == n_, "shapes do not fit");
-        Buffer<uint8_t> rows(m * depth_), packed;
-        for (size_t r = 0; r < m; ++r) std::copy_n(a.data() + r * k_, k_, rows.data() + r * depth_);
-        const uint8_t* left = rows.data();
-        size_t stride = depth_;
-        if (product_->pack_rows != nullptr) {
-            stride = product_->row_bytes(depth_);
-            packed = Buffer<uint8_t>(m * stride);
-            product_->pack_rows(rows.data(), depth_, m, depth_, packed.data(), stride);
-            left = packed.data();
-        }
-        Buffer<int32_t> sums(m * channels_);
+        Buffer<uint8_t> rows(m * depth_), packed(m * product_->row_bytes(depth_));
+        const Span<uint8_t> codes = rows.rows(m, depth_);
+        for (size_t r = 0; r < m; ++r) std::copy_n(a.data() + r * k_, k_, codes.row(r, k_));
+        const Span<uint8_t> left = operand(*product_, codes, m, depth_, packed);
+        Buffer<int32_t> all(m * channels_);
+        const Span<int32_t> sums = all.rows(m, channels_);
         double best = 1e30;
         for (int repeat = 0; repeat < repeats; ++repeat) {
             const auto start = std::chrono::steady_clock::now();
-            for (size_t first = 0; first < channels_; first += tile)
-                product_->run(left, stride, m, packed_.data(), channels_, depth_, first,
-                              std::min(first + tile, channels_), sums.data() + first, channels_);
+            for (size_t first = 0; first < channels_; first += tile) {
+                const size_t last = std::min(first + tile, channels_);
+                product_->run(left.get(m, 0), left.stride(), m, packed_.data(), channels_, depth_, first, last,
+                              sums.part(0, m, first, last - first).get(m, last - first), channels_);
+            }
             const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
             best = std::min(best, taken.count());
         }
-        for (size_t r = 0; r < m; ++r) std::copy_n(sums.data() + r * channels_, n_, out.data() + r * n_);
+        for (size_t r = 0; r < m; ++r) std::copy_n(sums.row(r, n_), n_, out.data() + r * n_);
         return best;
     }
 

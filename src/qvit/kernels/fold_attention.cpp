@@ -1,5 +1,5 @@
 // What of an attention is constant, folded into multiply-adds.
-#include <cmath>
+#include <algorithm>
 
 #include "plan.h"
 
@@ -53,11 +53,13 @@ void Attention::finish(const Isa& isa) {
     if (inner.present) inner.fold({proj.input});
     if (pools) {
         latent_codes = Buffer<uint8_t>(width());
+        const Span<float> values = latent.rows(heads.count, heads.padded());
+        const Span<uint8_t> codes = latent_codes.rows(heads.count, heads.padded());
         for (size_t head = 0; head < heads.count; ++head) {
-            const size_t at = head * heads.padded();
-            isa.ops.quantize(latent.data() + at, heads.padded(), 1, heads.padded(), query.quantizers[head].rounding(),
-                             latent_codes.data() + at, heads.padded());
-            for (size_t i = heads.size; i < heads.padded(); ++i) latent_codes[at + i] = 0;
+            const Span<uint8_t> own = codes.part(head, 1, 0, heads.padded());
+            RowSpans(isa.ops).quantize(values.part(head, 1, 0, heads.padded()), 1, heads.padded(),
+                                       query.quantizers[head].rounding(), own);
+            std::fill_n(own.row(0, heads.padded()) + heads.size, heads.padded() - heads.size, uint8_t{0});
         }
     }
 }

@@ -129,7 +129,9 @@ void Model::run_task(Pass& pass, Scratch& scratch, const Phase& phase, size_t im
     }
     const Stage& stage = plan_.stages[phase.stage];
     const Span<float> all = pass.stream(phase.stage, image, 0, stage.tokens);
-    const uint32_t* order = plan_.windows[phase.windows - 1].order.data() + row;
+    const Windows& windows = plan_.windows[phase.windows - 1];
+    check(row + count <= windows.order.size());
+    const uint32_t* order = windows.order.data() + row;
     const Task task{image, row, count, phase.stage, scratch.stream.rows(count, stage.width), order};
     for (size_t r = 0; r < count; ++r)
         std::copy_n(all.row(order[r], stage.width), stage.width, task.x.row(r, stage.width));

@@ -8,9 +8,9 @@ Normalize Norm::part(size_t index) const {
             eps,
             parts.size,
             parts.padded(),
-            weight.data() + at,
-            bias.data() + at,
-            inner.empty() ? nullptr : inner.data() + at};
+            weight.from(at, parts.padded()),
+            bias.from(at, parts.padded()),
+            inner.empty() ? nullptr : inner.from(at, parts.padded())};
 }
 
 void Norm::fold(const std::vector<Quantizer>& quantizers) {

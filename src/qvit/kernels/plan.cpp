@@ -45,11 +45,13 @@ void Plan::tokens(const float* prefix, size_t count, const float* positions) {
     stage.tokens += count;
     embedding.prefix = Buffer<float>(count * stage.width);
     for (size_t i = 0; i < count; ++i)
-        std::copy_n(prefix + i * stage.channels, stage.channels, embedding.prefix.data() + i * stage.width);
+        std::copy_n(prefix + i * stage.channels, stage.channels,
+                    embedding.prefix.rows(count, stage.width).row(i, stage.channels));
     if (positions != nullptr) {
         embedding.positions = Buffer<float>(patches * stage.width);
         for (size_t i = 0; i < patches; ++i)
-            std::copy_n(positions + i * stage.channels, stage.channels, embedding.positions.data() + i * stage.width);
+            std::copy_n(positions + i * stage.channels, stage.channels,
+                        embedding.positions.rows(patches, stage.width).row(i, stage.channels));
     }
     ++operations;
 }

@@ -38,6 +38,7 @@ void bias_row(const Attention& a, size_t head, size_t token, const float* keys, 
 // The regions of a window's tokens, if they are not all neighbours.
 const uint8_t* regions_of(const Windows* windows, size_t window) {
     if (windows == nullptr || windows->regions.empty()) return nullptr;
+    check((window + 1) * windows->tokens <= windows->regions.size());
     const uint8_t* first = windows->regions.data() + window * windows->tokens;
     return std::all_of(first, first + windows->tokens, [&](uint8_t region) { return region == *first; }) ? nullptr
                                                                                                          : first;
