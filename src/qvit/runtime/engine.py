@@ -49,7 +49,8 @@ class Engine:
     """A quantized vision transformer on codes.
 
     Call it on preprocessed images for logits, or :meth:`predict` on image files. It may be used from several threads
-    at once: their calls take turns, each with all of the engine's threads.
+    at once: their calls take turns, each with all of the engine's threads. The child of a fork may use it too, and has
+    threads of its own; the weights are shared until the parent or the child ends.
 
     Args:
         packed: what :func:`qvit.format.packed.read_packed` returned.
