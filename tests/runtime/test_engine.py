@@ -134,7 +134,10 @@ def test_load_frees_the_tensors_that_it_read(path: Path, monkeypatch: pytest.Mon
 
 
 def test_no_images(path: Path) -> None:
-    assert load(path)(np.empty((0, 3, 16, 16), np.float32)).shape == (0, 10)
+    engine, images = load(path), np.empty((0, 3, 16, 16), np.float32)
+    assert engine(images).shape == (0, 10)
+    assert {codes.shape[0] for codes in engine.codes(images).values()} == {0}
+    assert engine.predict([]) == []
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 1, 16, 16), (2, 3, 16, 12), (2, 3, 16, 16, 1)])

@@ -149,6 +149,8 @@ class Engine:
             DataError: as in a call.
         """
         images = self._checked(images)
+        if not len(images):  # names and shapes are those of one image
+            return {name: codes[:0] for name, codes in self.codes(np.zeros((1, *images.shape[1:]), np.float32)).items()}
         found: dict[str, NDArray[np.uint8]] = {}
         chunks = [self._run(self._model.trace, images[at : at + _TRACED]) for at in range(0, len(images), _TRACED)]
         for key, (_, (_, rows, width)) in chunks[0].items():
