@@ -41,6 +41,10 @@ class CheckpointError(QvitError, ValueError):
     """A checkpoint that is absent, damaged, of another format or of another model."""
 
 
+class NewerCheckpointError(CheckpointError):
+    """A checkpoint of a later version than this qvit reads; it is not damaged."""
+
+
 class PackedFileError(QvitError, ValueError):
     """A packed model file that is absent, damaged, edited, newer than this qvit, or no packed model at all."""
 

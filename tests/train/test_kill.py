@@ -89,7 +89,7 @@ def test_damaged_last_checkpoint_gives_way_to_the_one_before(tmp_path: Path, who
     process.join()
     assert process.exitcode == 0
     first, second = said.read_text().splitlines()[:2]
-    assert "last.pt is damaged: falling back to previous.pt, the one before it." in first
+    assert "last.pt was cut short or damaged. Falling back to previous.pt, the one before it." in first
     # Of 22 steps, 11 an epoch, every third is saved: the last one before the end is the 21st.
     assert second == "Going on from previous.pt: epoch 2, step 10."
     assert identical(read_checkpoint(whole / "last.pt")[1:], read_checkpoint(tmp_path / "last.pt")[1:])

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+_NUMPY_WORDS = 624  # of a Mersenne twister
+
 
 @contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
@@ -45,10 +47,19 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Put this process's generators where :func:`random_state` found them."""
+    """Put this process's generators where :func:`random_state` found them.
+
+    Raises:
+        ValueError: for what is no such state; or what Python, NumPy and PyTorch raise for it.
+    """
+    if not isinstance(state, dict):
+        raise ValueError("no state of generators")
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
+    # NumPy would believe any position, and read there.
+    if keys.shape != (_NUMPY_WORDS,) or type(position) is not int or not 0 <= position <= _NUMPY_WORDS:
+        raise ValueError("no state of NumPy's generator")
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():

@@ -82,7 +82,7 @@ class ModelCard:
                 raise ConfigError(f"the card has an unknown field {shown(name)}.")
         for name, field in fields.items():
             if name in data:
-                _check_plain(f"card.{name}", data[name])
+                check_plain(f"card.{name}", data[name])
             elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
                 raise ConfigError(f"card.{name} is absent.")
         card = cls(**data)
@@ -221,8 +221,17 @@ def _check_images(preprocessing: dict[str, Any]) -> None:
         raise ConfigError(str(error)) from error
 
 
-def _check_plain(place: str, value: Any, level: int = 0) -> None:
-    """Refuse all but numbers, texts, truth values, and lists and dictionaries of them."""
+def check_plain(place: str, value: Any, level: int = 0) -> None:
+    """Refuse all but numbers, texts, truth values, and lists and dictionaries of them.
+
+    Args:
+        place: what ``value`` is called, for messages.
+        value: from a file.
+        level: of nesting.
+
+    Raises:
+        ConfigError: naming the place.
+    """
     if level > MAX_NESTING:
         raise ConfigError(f"{place} is nested too deeply.")
     if isinstance(value, dict):
@@ -236,4 +245,4 @@ def _check_plain(place: str, value: Any, level: int = 0) -> None:
     else:
         raise ConfigError(f"{place} must be plain data, and holds {shown(value)}.")
     for one in inside:
-        _check_plain(place, one, level + 1)
+        check_plain(place, one, level + 1)

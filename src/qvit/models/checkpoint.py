@@ -16,7 +16,7 @@ from timm.models import VisionTransformer
 from torch import nn
 
 from qvit.config import QuantConfig
-from qvit.errors import CheckpointError, ConfigError, UnsupportedModelError
+from qvit.errors import CheckpointError, ConfigError, NewerCheckpointError, UnsupportedModelError
 from qvit.files import shown, write_atomically
 from qvit.models.card import ModelCard, create_model, shape_of
 from qvit.models.reading import read_file
@@ -107,7 +107,8 @@ def read_checkpoint(path: str | Path) -> tuple[ModelCard, dict[str, Any], dict[s
     The card is checked; the weights are by :func:`build`, and the training state by whoever goes on from it.
 
     Raises:
-        CheckpointError: if the file is absent, damaged, edited, no checkpoint of qvit's, or of a newer version.
+        CheckpointError: if the file is absent, damaged, edited, no checkpoint of qvit's, or (NewerCheckpointError) of
+            a newer version.
     """
     return parts_of(read_file(path), path)
 
@@ -122,7 +123,9 @@ def parts_of(content: Any, path: str | Path) -> tuple[ModelCard, dict[str, Any],
         raise CheckpointError(f"{path} is not a checkpoint of qvit's.")
     version = content.get("version")
     if type(version) is int and version > VERSION:
-        raise CheckpointError(f"{path} has checkpoint version {version}, this qvit reads up to {VERSION}: update qvit.")
+        raise NewerCheckpointError(
+            f"{path} has checkpoint version {version}, this qvit reads up to {VERSION}: update qvit."
+        )
     broken = f"{path} was edited or damaged"
     if type(version) is not int or version < 1:
         raise CheckpointError(f"{broken}: its version must be a whole number from 1 up, not {shown(version)}.")

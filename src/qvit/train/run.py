@@ -30,12 +30,13 @@ from torch.distributed.checkpoint.state_dict import (
 
 from qvit.data.order import TrainOrder
 from qvit.data.randomness import random_state, set_random_state
-from qvit.errors import CheckpointError, ConfigError, NonFiniteLossError
-from qvit.files import first_line, printable
+from qvit.errors import CheckpointError, ConfigError, NewerCheckpointError, NonFiniteLossError
+from qvit.files import printable
 from qvit.models.card import ModelCard
-from qvit.models.checkpoint import build, read_checkpoint, save_checkpoint
+from qvit.models.checkpoint import read_checkpoint, rebuilt, save_checkpoint
 from qvit.train.distributed import whole_weights
 from qvit.train.oscillation import Oscillation
+from qvit.train.saved import broken, check_like, check_training, optimizer_state
 from qvit.train.settings import differences
 
 LAST, PREVIOUS, DAMAGED = "last.pt", "previous.pt", "damaged.pt"
@@ -182,17 +183,22 @@ class Run:
             CheckpointError: if something of it is absent or does not fit.
         """
         training = saved.training
+        if (training["trained"] is None) != (self.ema is None):
+            raise broken(saved.path, "only one of it and this run averages the weights")
+        if training["progress"]["step"] > self.order.steps:
+            raise broken(saved.path, f"it has made {training['progress']['step']} steps of {self.order.steps} an epoch")
+        followed = None if self.oscillation is None else self.oscillation.state
+        check_like(training["oscillation"], followed, "training.oscillation", saved.path)
+        state = optimizer_state(training["optimizer"], get_optimizer_state_dict(self.model, self.optimizer), saved.path)
+        set_optimizer_state_dict(self.model, self.optimizer, state, options=StateDictOptions(full_state_dict=True))
+        if self.oscillation is not None:
+            self.oscillation.load_state_dict(training["oscillation"])
+        self.progress = Progress(**training["progress"])
         try:
-            set_optimizer_state_dict(
-                self.model, self.optimizer, training["optimizer"], options=StateDictOptions(full_state_dict=True)
-            )
-            if self.oscillation is not None:
-                self.oscillation.load_state_dict(training["oscillation"])
-            self.progress = Progress(**training["progress"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{saved.path} does not fit this recipe: {first_line(error)}") from error
-        if len(training["random"]) == self.accelerator.num_processes:
-            set_random_state(training["random"][self.accelerator.process_index])
+            if len(training["random"]) == self.accelerator.num_processes:
+                set_random_state(training["random"][self.accelerator.process_index])
+        except (AttributeError, LookupError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+            raise broken(saved.path, "training.random is no state of random number generators") from error
 
 
 def can_go_on(folder: Path) -> bool:
@@ -209,24 +215,28 @@ def read_last(folder: Path, card: ModelCard, settings: Mapping[str, Any], consol
     path = folder / LAST
     try:
         its, weights, training = read_checkpoint(path)
-    except CheckpointError:
+    except NewerCheckpointError:
+        raise
+    except CheckpointError as error:
         path = folder / PREVIOUS
         if not path.exists():
             raise
         its, weights, training = read_checkpoint(path)
-        state = "damaged" if (folder / LAST).exists() else "absent"
-        said = Text(printable(f"{folder / LAST} is {state}: falling back to {path.name}, the one before it."))
+        said = Text(printable(f"{error} Falling back to {path.name}, the one before it."))
         console.print(said, soft_wrap=True)
     same = ("name", "quant_config", "model_args", "classes")
     if training is None or any(getattr(its, field) != getattr(card, field) for field in same):
         raise CheckpointError(f"{path} is of another model or another run: give the same arguments, or another --out.")
+    check_training(training, path)
     other = differences(training["order"], settings)
     if other:
         raise CheckpointError(
             f"{path} is of a run with {other}: a resumed run is the same run, so give it the same settings, or start "
             "another one with another --out (a quantized one maybe from that checkpoint, with --start)."
         )
-    build(its, weights, str(path))
+    for state in (weights, training["trained"]):
+        if state is not None:
+            rebuilt(its, state, path)
     return Saved(path, weights, training)
 
 

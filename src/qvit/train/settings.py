@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from qvit.data.order import TrainOrder
+from qvit.files import printable
 from qvit.models.card import ModelCard
 from qvit.models.checkpoint import weights_checksum
 from qvit.train.recipe import Schedule
@@ -67,12 +68,14 @@ def differences(saved: Mapping[str, Any], present: Mapping[str, Any]) -> str:
     if not found:
         return ""
     more = f", and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-    first, second = (", ".join(f"{name} {_short(pair[side])}" for name, *pair in found[:_SHOWN]) for side in (0, 1))
+    first, second = (
+        ", ".join(f"{_short(name)} {_short(pair[side])}" for name, *pair in found[:_SHOWN]) for side in (0, 1)
+    )
     return f"{first}, this one with {second}{more}"
 
 
 def _short(value: Any) -> str:
-    text = str(value)
+    text = printable(value)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
