@@ -22,6 +22,8 @@ class Done(NamedTuple):
 
 
 Run = Callable[..., Done]
+# What says of the surroundings how to write, wherever the tests run.
+_TERMINAL = ("TERM", "FORCE_COLOR", "NO_COLOR", "PY_COLORS", "TTY_COMPATIBLE", "TTY_INTERACTIVE")
 
 
 def run(*arguments: str | Path, encoding: str = "utf-8") -> Done:
@@ -29,6 +31,8 @@ def run(*arguments: str | Path, encoding: str = "utf-8") -> Done:
     streams = [io.TextIOWrapper(io.BytesIO(), encoding, newline="\n") for _ in range(2)]
     status = 0
     with pytest.MonkeyPatch.context() as patch:
+        for name in _TERMINAL:
+            patch.delenv(name, raising=False)
         patch.setattr(sys, "argv", ["qvit", *map(str, arguments)])
         patch.setattr(sys, "stdout", streams[0])
         patch.setattr(sys, "stderr", streams[1])

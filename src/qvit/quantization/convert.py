@@ -23,6 +23,7 @@ from qvit.nn.quantizer import Float32Module, Quantizer
 
 # Modules that own parameters and stay in floating point, as the residual stream does (docs/method.md, section 1).
 _FLOAT = (*NORMS, LayerScale)
+_LAYERS = (nn.Linear, nn.Conv2d)
 
 
 def quantize(teacher: nn.Module, config: QuantConfig | None = None) -> Any:
@@ -85,7 +86,7 @@ def layers_with_bits(model: nn.Module) -> list[str]:
     """Return the names that a :class:`QuantConfig` is asked for when ``model``, a float one, is quantized."""
     names: list[str] = []
     for name, module in _replaced(model):
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
+        if isinstance(module, _LAYERS):
             names.append(name)
         else:
             names += [f"{name}.{operand}_quantizer" for operand in ("query", "key", "value", "attention")]
@@ -101,7 +102,7 @@ def _replaced(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if type(module) in kinds:
             constants += tuple(f"{name}.{part}." for part in kinds[type(module)].CONSTANT)
             yield name, module
-        elif isinstance(module, (nn.Linear, nn.Conv2d)) and not f"{name}.".startswith(constants):
+        elif isinstance(module, _LAYERS) and not f"{name}.".startswith(constants):
             yield name, module
 
 
@@ -154,13 +155,8 @@ def _check_float(model: nn.Module) -> None:
 
 
 def _check_plain(name: str, module: nn.Module) -> None:
-    """Refuse a layer that computes something else than its class says, which a quantized one would not."""
-    kind = next((kind for kind in (nn.Linear, nn.Conv2d) if isinstance(module, kind)), None)
-    if kind is None:
-        return
-    if type(module).forward is not kind.forward:
-        refuse(name, module, f"it does not compute as {kind.__name__} does")
-    if not isinstance(module._parameters.get("weight"), nn.Parameter):
+    """Refuse a layer whose weight is not its own, which a quantized one's would be."""
+    if isinstance(module, _LAYERS) and not isinstance(module._parameters.get("weight"), nn.Parameter):
         refuse(
             name,
             module,
@@ -170,14 +166,20 @@ def _check_plain(name: str, module: nn.Module) -> None:
 
 
 def _check_owners(model: nn.Module) -> None:
-    """Refuse, by name, parameters that would silently stay in floating point."""
+    """Refuse, by name, parameters that would silently stay in floating point, and layers that are none in all but name.
+
+    What has no place in the program, a hybrid's patch embedding among it, is refused before.
+    """
     family = family_of(model)
-    known = (nn.Linear, nn.Conv2d, *_FLOAT, *family.MODELS, *family.ATTENTIONS, *family.OWNERS)
+    known = (*_LAYERS, *_FLOAT, *family.MODELS, *family.ATTENTIONS, *family.OWNERS)
     for name, module in model.named_modules():
         constant = f"{name}.".startswith(tuple(f"{part}." for part in family.CONSTANT))
         owns = next(module.parameters(recurse=False), None) is not None
         if owns and not constant and not isinstance(module, known):
             refuse(name, module, "its parameters are of a kind that qvit does not know")
+        for kind in _LAYERS:
+            if isinstance(module, kind) and not constant and type(module).forward is not kind.forward:
+                refuse(name, module, f"it does not compute as {kind.__name__} does")
 
 
 def check_overrides(model: nn.Module, config: QuantConfig) -> None:
