@@ -302,7 +302,9 @@ def test_hybrid_patch_embedding_is_refused_by_module_name_and_class() -> None:
 
 
 def test_other_networks_are_refused_by_class() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"the model \(ResNet\): it is a model and not timm's; .*\(VisionTransformer,"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"the model \(ResNet\): it is a model and not timm's; .*\(VisionTransformer,"
+    ):
         quantize(timm.create_model("resnet10t"))
 
 
