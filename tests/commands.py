@@ -11,6 +11,7 @@ from typing import NamedTuple
 import pytest
 
 from qvit.cli import app as cli
+from qvit.cli.options import console
 
 
 class Done(NamedTuple):
@@ -33,6 +34,7 @@ def run(*arguments: str | Path, encoding: str = "utf-8") -> Done:
     with pytest.MonkeyPatch.context() as patch:
         for name in _TERMINAL:
             patch.delenv(name, raising=False)
+        console.cache_clear()  # it keeps the width that it was made with
         patch.setattr(sys, "argv", ["qvit", *map(str, arguments)])
         patch.setattr(sys, "stdout", streams[0])
         patch.setattr(sys, "stderr", streams[1])

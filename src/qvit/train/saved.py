@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, isfinite
+from torch import Tensor, isfinite, strided
 
 from qvit.errors import CheckpointError, ConfigError
 from qvit.files import shown
@@ -16,6 +16,8 @@ from qvit.models.card import check_plain
 PARTS = ("trained", "optimizer", "oscillation", "random", "order", "progress")
 EVALUATED = ("val_top1", "val_top5", "val_images", "unreadable")
 """What the record of every epoch has, among other numbers."""
+CLIPPING = "max_grad_norm"
+"""LAMB's own, which is off where the training is sharded: there the loop clips."""
 MOST = 2**48
 """Of anything that is counted."""
 
@@ -77,9 +79,10 @@ def check_like(saved: Any, own: Any, place: str, path: object) -> None:
 
 
 def optimizer_state(saved: Any, own: dict[str, Any], path: object) -> dict[str, Any]:
-    """Return an optimizer's saved state, whose settings are this run's ``own`` but for numbers that both have.
+    """Return an optimizer's saved state, with the settings of this run's ``own`` and the saved ones' numbers.
 
-    Some optimizers count in their settings. What else is there follows from recipe and processes, as the clipping does.
+    Some optimizers count in their settings, in a number or a tensor of one. What else is there follows from recipe and
+    processes, as the clipping does.
 
     Raises:
         CheckpointError: naming the file and the entry.
@@ -94,8 +97,16 @@ def optimizer_state(saved: Any, own: dict[str, Any], path: object) -> dict[str, 
             raise broken(
                 path, f"training.optimizer.param_groups[{number}] must be names and values, not {shown(found)}"
             )
-        both = {name: found[name] for name, v in settings.items() if _is_number(v) and _is_number(found.get(name))}
-        groups.append({**settings, **both})
+        numbers = {
+            name: found.get(name)
+            for name, value in settings.items()
+            if name != CLIPPING and (isinstance(value, Tensor) or _is_number(value))
+        }
+        for name, value in numbers.items():
+            if not _is_scalar(value):
+                place = f"training.optimizer.param_groups[{number}].{name}"
+                raise broken(path, f"{place} must be a number, not {shown(value)}")
+        groups.append({**settings, **numbers})
     return {"state": saved["state"], "param_groups": groups}
 
 
@@ -140,6 +151,13 @@ def _why_no_progress(progress: Any) -> str | None:
 
 def _are_numbers(values: Any) -> bool:
     return all(map(_is_number, values))
+
+
+def _is_scalar(value: Any) -> bool:
+    """Return whether it is a number, or a tensor of one; of an edited file it may be on a device without values."""
+    if type(value) is not Tensor:
+        return _is_number(value)
+    return value.device.type == "cpu" and value.layout == strided and value.numel() == 1 and _is_number(value.item())
 
 
 def _is_number(value: Any) -> bool:
