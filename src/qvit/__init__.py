@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qvit.quantization.calibrate import calibrate
     from qvit.quantization.convert import quantize
     from qvit.quantization.distill import DistillationLoss
+    from qvit.quantization.reconstruct import reconstruct
     from qvit.runtime.engine import Engine, load
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "export",
     "load",
     "quantize",
+    "reconstruct",
 ]
 
 _HOMES = {
@@ -38,6 +40,7 @@ _HOMES = {
     "load": "runtime.engine",
     "quantize": "quantization.convert",
     "calibrate": "quantization.calibrate",
+    "reconstruct": "quantization.reconstruct",
     "export": "exporting.packed",
     "DistillationLoss": "quantization.distill",
 }

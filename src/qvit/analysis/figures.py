@@ -104,6 +104,34 @@ def training_curves(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> Figu
     return figure
 
 
+def block_errors(errors: Mapping[str, Mapping[str, float]]) -> Figure:
+    """Draw the error of every block's output, as bars beside one another for several models, on a logarithmic axis.
+
+    Args:
+        errors: for each model, by its name, the relative squared error by the block's name.
+    """
+    blocks = list(next(iter(errors.values())))
+    with rc_context(_STYLE):
+        figure = _figure(max(5.0, 1.6 + 0.55 * len(blocks)), 3.6)
+        axes = figure.subplots()
+        width = 0.8 / len(errors)
+        for number, (name, by_block) in enumerate(errors.items()):
+            axes.bar(
+                [place + (number - (len(errors) - 1) / 2) * width for place in range(len(blocks))],
+                [by_block[block] for block in blocks],
+                width,
+                label=name,
+                color=_COLOURS[number % len(_COLOURS)],
+                hatch=_HATCHES[number % len(_HATCHES)],
+                edgecolor="white",
+            )
+        axes.set_xticks(range(len(blocks)), blocks, rotation=45, ha="right")
+        axes.set_yscale("log")
+        axes.set_ylabel("relative squared error")
+        axes.legend(frameon=False)
+    return figure
+
+
 def ablation_bars(records: Sequence[Mapping[str, Any]]) -> Figure:
     """Draw top-1 by method, grouped by bits: the mean over seeds, and the standard deviation where there are several.
 

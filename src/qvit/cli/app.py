@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from qvit._version import __version__
-from qvit.cli import packed, train
+from qvit.cli import packed, quantize, train
 from qvit.cli.ending import ends_in_a_sentence
 from qvit.files import printable
 
@@ -48,6 +48,7 @@ def help_text(command: Callable[..., None]) -> str:
 
 
 for command in (
+    quantize.quantize,
     train.train,
     train.eval,
     packed.predict,

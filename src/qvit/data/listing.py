@@ -125,7 +125,7 @@ def list_folder(folder: Path, visited: Visited | None = None) -> Listing:
     visited.enter(str(folder))
     pictures, empty = [], []
     for entry in entries_of(str(folder)):
-        if entry.name == CLASSES or _is_left_out(entry, listing.left_out):
+        if entry.name == CLASSES or is_left_out(entry, listing.left_out):
             continue
         if is_folder(entry):
             images = list(_walk(entry, listing, visited))
@@ -135,7 +135,7 @@ def list_folder(folder: Path, visited: Visited | None = None) -> Listing:
                 empty.append(entry)
         elif _suffix(entry.name) == ".tar":
             listing.shards.append(Path(entry.path))
-        elif _is_image(entry, listing.left_out):
+        elif is_image(entry, listing.left_out):
             pictures.append(entry)
     if listing.shards and listing.images:
         raise DataError(
@@ -227,7 +227,7 @@ def _walk(folder: os.DirEntry[str], listing: Listing, visited: Visited, depth: i
     A class may have the name of a split (CIFAR-100 has the class "train"), but then it has images and no folders.
     """
     visited.enter(folder.path)
-    entries = [entry for entry in entries_of(folder.path) if not _is_left_out(entry, listing.left_out)]
+    entries = [entry for entry in entries_of(folder.path) if not is_left_out(entry, listing.left_out)]
     if looks_like_split(folder.name) and (depth or any(map(is_folder, entries))):
         raise DataError(
             f"{cut(folder.path)} looks like a split of a data set and not like a class: give the folder that holds "
@@ -236,19 +236,19 @@ def _walk(folder: os.DirEntry[str], listing: Listing, visited: Visited, depth: i
     for entry in entries:
         if is_folder(entry):
             yield from _walk(entry, listing, visited, depth + 1)
-        elif _is_image(entry, listing.left_out):
+        elif is_image(entry, listing.left_out):
             listing.deeper += depth > 0
             yield entry.path
 
 
-def _is_left_out(entry: os.DirEntry[str], left_out: Counter[str]) -> bool:
+def is_left_out(entry: os.DirEntry[str], left_out: Counter[str]) -> bool:
     """Return whether a file or folder is left out by its name, and count it."""
     if is_litter(entry.name):
         left_out["hidden files and litter"] += 1
     return is_litter(entry.name)
 
 
-def _is_image(entry: os.DirEntry[str], left_out: Counter[str]) -> bool:
+def is_image(entry: os.DirEntry[str], left_out: Counter[str]) -> bool:
     """Return whether a file is an image by its suffix, and count it if it is not."""
     suffix = _suffix(entry.name)
     if suffix in suffixes() and (entry.is_file() or not os.path.exists(entry.path)):

@@ -17,7 +17,7 @@ from qvit.models.card import ModelCard, describe, same_architecture, shape_of
 from qvit.models.checkpoint import build, is_checkpoint, parts_of, rebuilt
 from qvit.models.families import family_of
 from qvit.models.fetch import CHECKPOINT, PREFIX, fetch
-from qvit.models.foreign import Report, adapted
+from qvit.models.foreign import Report, adapted, count_classes
 from qvit.models.reading import INDEX, WEIGHTS, find_weights, read_file, read_json
 from qvit.models.transformers_vit import class_names, is_transformers_config, load_transformers
 from qvit.models.weights import fitting
@@ -27,7 +27,7 @@ _PREPROCESSING = ("mean", "std", "crop_pct", "crop_mode", "interpolation")
 
 
 def load_float(
-    source: str | Path, expected: ModelCard, report: Report, *, quantized: bool = False
+    source: str | Path, expected: ModelCard | None, report: Report, *, quantized: bool = False
 ) -> tuple[VisionTransformer, ModelCard]:
     """Return a float model and its card, wherever it is, for images of the size that ``expected`` has.
 
@@ -36,7 +36,8 @@ def load_float(
             transformers ViT or DeiT, or a float checkpoint of qvit's; the name of a timm model that has pretrained
             weights, with or without their tag; or a file: a checkpoint of qvit's, or weights of ``expected``'s model
             that timm, DeiT, Lightning or others wrote (:func:`qvit.models.foreign.adapted`).
-        expected: the model and the classes that the user works with.
+        expected: the model and the classes that the user works with; ``None`` to take what the source says, which a
+            file of weights alone does not.
         report: takes a sentence about each decision that is made on the way, such as which of two sets of weights is
             taken, or that a position embedding was resampled.
         quantized: whether a file may also be a checkpoint of a quantized model.
@@ -56,6 +57,8 @@ def load_float(
         model, card = _from_timm(source, expected, report)
     else:
         model, card = _from_file(Path(source), expected, report, quantized=quantized)
+    if expected is None:
+        return model, card
     _fit_images(model, card, source, expected, report)
     if same_architecture(card, expected):
         card = dataclasses.replace(card, name=expected.name, model_args=dict(expected.model_args))
@@ -63,15 +66,31 @@ def load_float(
 
 
 def _from_file(
-    path: Path, expected: ModelCard, report: Report, *, quantized: bool
+    path: Path, expected: ModelCard | None, report: Report, *, quantized: bool
 ) -> tuple[VisionTransformer, ModelCard]:
     content = read_file(path)
     if not is_checkpoint(content):
+        if expected is None:
+            raise CheckpointError(f"{path} holds weights and does not say of which model: name it (--model).")
         return build(expected, adapted(content, expected, str(path), report), str(path)), dataclasses.replace(expected)
     card, weights, _ = parts_of(content, path)
     if card.quant_config is not None and not quantized:
         raise CheckpointError(f"{path} holds a quantized model; a teacher must be a float one.")
     return rebuilt(card, weights, path), card
+
+
+def card_of_weights(name: str, path: Path) -> ModelCard:
+    """Return the card of timm's model ``name`` for a file of weights alone, with as many classes as they tell apart.
+
+    Raises:
+        CheckpointError: if the file cannot be read, or is a checkpoint of qvit's, which says itself what it is.
+        ConfigError: as :func:`qvit.models.card.describe`.
+    """
+    content = read_file(path)
+    if is_checkpoint(content):
+        raise CheckpointError(f"{path} is a checkpoint of qvit's, which says itself of which model: leave out --model.")
+    count = count_classes(content, shape_of(describe(name, {}, ["a", "b"], {})), str(path))
+    return describe(name, {}, _classes(None, count, None) if count else [], {})
 
 
 def _fetched(repository: str) -> Path:
@@ -83,7 +102,9 @@ def _fetched(repository: str) -> Path:
     return fetch(repository, [*_SETTINGS, *pickled])
 
 
-def _from_folder(folder: Path, source: str, expected: ModelCard, report: Report) -> tuple[VisionTransformer, ModelCard]:
+def _from_folder(
+    folder: Path, source: str, expected: ModelCard | None, report: Report
+) -> tuple[VisionTransformer, ModelCard]:
     if (folder / CHECKPOINT).exists():
         return _from_file(folder / CHECKPOINT, expected, report, quantized=False)
     if not (folder / "config.json").is_file():
@@ -105,7 +126,7 @@ def _from_folder(folder: Path, source: str, expected: ModelCard, report: Report)
     return build(card, adapted(content, card, source, report), source), card
 
 
-def _timm_card(config: dict[str, Any], expected: ModelCard) -> ModelCard:
+def _timm_card(config: dict[str, Any], expected: ModelCard | None) -> ModelCard:
     """Return the card that timm's ``config.json`` describes; of all that it says only what a card has is looked at."""
     settings = config.get("pretrained_cfg")
     settings = {**settings, **config} if isinstance(settings, dict) else config
@@ -129,7 +150,7 @@ def _timm_card(config: dict[str, Any], expected: ModelCard) -> ModelCard:
     return describe(config["architecture"], arguments, classes, preprocessing)
 
 
-def _from_timm(source: str, expected: ModelCard, report: Report) -> tuple[VisionTransformer, ModelCard]:
+def _from_timm(source: str, expected: ModelCard | None, report: Report) -> tuple[VisionTransformer, ModelCard]:
     """Let timm build a model with its pretrained weights; with ``expected``'s arguments if it is called the same."""
     name, _, tag = source.partition(".")
     if not timm.is_model_pretrained(source):
@@ -137,7 +158,7 @@ def _from_timm(source: str, expected: ModelCard, report: Report) -> tuple[Vision
         near = difflib.get_close_matches(source, tags, 3) or tags[:3]
         hint = f"it has {', '.join(near)}." if tag and near else "give a checkpoint."
         raise ConfigError(f"timm has no pretrained weights for {source}: {hint}")
-    arguments = dict(expected.model_args) if name == expected.name else {}
+    arguments = dict(expected.model_args) if expected is not None and name == expected.name else {}
     card = describe(name, arguments, ["a", "b"], {})
     native, made = shape_of(describe(name, {}, ["a", "b"], {})), shape_of(card)
     try:
@@ -158,13 +179,16 @@ def _from_timm(source: str, expected: ModelCard, report: Report) -> tuple[Vision
     return model.eval(), describe(name, arguments, classes, timm.data.resolve_model_data_config(model))
 
 
-def _classes(named: list[str] | None, count: int, expected: ModelCard) -> list[str]:
-    """Return the classes of a model of timm's: its own names, ImageNet's by their number, or else those expected."""
+def _classes(named: list[str] | None, count: int, expected: ModelCard | None) -> list[str]:
+    """Return the classes of a model of timm's: its own names, ImageNet's by their number, or else those expected.
+
+    Where nothing else is known they are called ``LABEL_0``, ``LABEL_1``, ....
+    """
     subset = timm.data.infer_imagenet_subset({"num_classes": count})
     if not named and subset:
         named = timm.data.ImageNetInfo(subset).label_names()
     unnamed = {"id2label": {str(i): f"LABEL_{i}" for i in range(count)}}
-    return [str(name) for name in named] if named else class_names(unnamed, expected.classes)
+    return [str(name) for name in named] if named else class_names(unnamed, expected.classes if expected else [])
 
 
 def _fit_images(model: VisionTransformer, card: ModelCard, source: str, expected: ModelCard, report: Report) -> None:

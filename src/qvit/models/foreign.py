@@ -75,6 +75,24 @@ def adapted(content: Any, card: ModelCard, source: str, report: Report) -> dict[
     return fit
 
 
+def count_classes(content: Any, model: VisionTransformer, source: str) -> int:
+    """Return how many classes the weights in a file tell apart, by the classifier that ``model`` has; 0 without one.
+
+    Raises:
+        CheckpointError: if the file holds no weights, or those of several models.
+    """
+    weights = _without_prefixes(_state_dict(content, source, lambda sentence: None)[0], source)
+    head = weights.get(f"{_classifier(model)}.weight")
+    return len(head) if isinstance(head, Tensor) and head.ndim == 2 else 0
+
+
+def _classifier(model: VisionTransformer) -> str:
+    """Return the name of a model's classifier, of two the first."""
+    settings: Any = model.pretrained_cfg
+    name = settings["classifier"]
+    return str(name if isinstance(name, str) else name[0])
+
+
 def _state_dict(content: Any, source: str, report: Report) -> tuple[dict[str, Any], str]:
     """Return the state dict inside what a file holds, and the model that the file says it is of, or nothing."""
     said = ""
@@ -121,10 +139,7 @@ def _without_prefixes(weights: Mapping[str, Any], source: str) -> dict[str, Any]
 
 def _check_model(weights: Mapping[str, Any], model: VisionTransformer, card: ModelCard, source: str, said: str) -> None:
     """Refuse other patches, which timm would resample, and other classes, with the way out."""
-    settings: Any = model.pretrained_cfg
-    classifier = settings["classifier"]
-    name = classifier if isinstance(classifier, str) else classifier[0]
-    patches, head = weights.get("patch_embed.proj.weight"), weights.get(f"{name}.weight")
+    patches, head = weights.get("patch_embed.proj.weight"), weights.get(f"{_classifier(model)}.weight")
     size = tuple(model.patch_embed.patch_size)
     if isinstance(patches, Tensor) and patches.ndim == 4 and tuple(patches.shape[2:]) != size:
         raise CheckpointError(

@@ -68,7 +68,7 @@ def is_transformers_config(config: Mapping[str, Any]) -> bool:
     return config.get("model_type") in ("vit", "deit", *CONVERSIONS)
 
 
-def load_transformers(folder: Path, source: str, expected: ModelCard) -> tuple[VisionTransformer, ModelCard]:
+def load_transformers(folder: Path, source: str, expected: ModelCard | None) -> tuple[VisionTransformer, ModelCard]:
     """Return the timm model with the weights and the settings of a transformers vision model.
 
     ViT and DeiT classifiers, Swin, BEiT, DINOv2, and the vision towers of CLIP and SigLIP. What has no classifier is a
@@ -78,7 +78,7 @@ def load_transformers(folder: Path, source: str, expected: ModelCard) -> tuple[V
         folder: with ``config.json``, the weights as ``save_pretrained`` writes them and, if there is one,
             ``preprocessor_config.json``.
         source: where it comes from, for messages.
-        expected: the model and the classes that the user works with.
+        expected: the model and the classes that the user works with, if they are known.
 
     Raises:
         CheckpointError: if a file is absent or damaged, or weights do not fit the configuration.
@@ -97,9 +97,11 @@ def load_transformers(folder: Path, source: str, expected: ModelCard) -> tuple[V
             name, arguments, weights = conversion.convert(config, theirs)
         head = weights.get("head.weight", weights.get("head.fc.weight"))
         unnamed = {str(index): f"LABEL_{index}" for index in range(0 if head is None else len(head))}
-        classes = [] if head is None else class_names({"id2label": unnamed, **config}, expected.classes)
+        classes = (
+            [] if head is None else class_names({"id2label": unnamed, **config}, expected.classes if expected else [])
+        )
         card = describe(name, arguments, classes, said)
-        if same_architecture(card, expected):
+        if expected is not None and same_architecture(card, expected):
             card.preprocessing = {**expected.preprocessing, **said}
         return build(card, weights, source), card
     except UnsupportedModelError as error:

@@ -36,6 +36,7 @@ def calibrate(
     *,
     rectify_start: Start = "teacher",
     weight_start: WeightStart = "minimum_error",
+    report: Callable[[int, int], None] | None = None,
 ) -> None:
     """Set every scale, offset and rectifier of a quantized model, in place.
 
@@ -51,6 +52,7 @@ def calibrate(
             and 0, as the authors' code does; ``"keep"`` leaves them and their statistics as they are.
         weight_start: ``"minimum_error"`` as above; ``"lsq"`` for ``2 mean|w| / sqrt(Qp)`` an output channel (Esser et
             al., 2020), which depends on nothing but the mean.
+        report: called with what is done and what there is to do in all: batches to look at and quantizers to fit.
 
     Raises:
         UnsupportedModelError: if the model has nothing to calibrate, or a float layer was put into it.
@@ -73,13 +75,20 @@ def calibrate(
     if not images:
         raise DataError("Calibration needs at least one image, and there was none.")
 
+    done = itertools.count(1)
+
+    def advance() -> None:
+        if report is not None:
+            report(next(done), len(images) + len(quantizers))
+
     with _all_or_nothing(model), evaluating(model), torch.no_grad():
         with _switched_off(quantizers.values()):
             _start_rectifiers(model, images, rectify_start)
-            samples = _collect(model, images, quantizers)
+            samples = _collect(model, images, quantizers, advance)
         for name, quantizer in quantizers.items():
             if quantizer.batched:
                 _fit(name, quantizer, samples[name])
+                advance()
         for name, module in model.named_modules():
             if isinstance(module, (QuantLinear, QuantConv2d)):
                 weight = module.weight.detach().float().flatten(1)
@@ -88,6 +97,7 @@ def calibrate(
                     module.weight_quantizer.set(scale.clamp(min=torch.finfo(scale.dtype).tiny), None)
                 else:
                     _fit(f"{name}.weight", module.weight_quantizer, weight)
+                advance()
 
 
 def minimum_error_scale(
@@ -171,7 +181,9 @@ def _start_rectifiers(model: nn.Module, images: list[Tensor], start: Start) -> N
             rectifier.beta.zero_()
 
 
-def _collect(model: nn.Module, images: list[Tensor], quantizers: dict[str, Quantizer]) -> dict[str, Tensor]:
+def _collect(
+    model: nn.Module, images: list[Tensor], quantizers: dict[str, Quantizer], advance: Callable[[], None]
+) -> dict[str, Tensor]:
     """Run the model and return a random sample ``(G, n)`` of what entered each activation quantizer."""
     activations = {name: q for name, q in quantizers.items() if q.batched}
     generator = torch.Generator().manual_seed(0)
@@ -189,6 +201,7 @@ def _collect(model: nn.Module, images: list[Tensor], quantizers: dict[str, Quant
     with _watching(activations, keep):
         for batch in images:
             model(batch)
+            advance()
     return {name: torch.cat(rows, dim=1) for name, rows in parts.items()}
 
 

@@ -1,10 +1,12 @@
-"""SIGTERM, by which a cluster announces that it takes a node away: noted, and obeyed at the end of the step."""
+"""SIGTERM, by which a cluster announces that it takes a node away, and Ctrl-C: noted, and obeyed after the step."""
 
 from __future__ import annotations
 
 import signal
 import threading
 from types import FrameType
+
+from qvit.errors import TrainingStopped
 
 
 class Sigterm:
@@ -26,3 +28,25 @@ class Sigterm:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = True
+
+
+class Interrupts(Sigterm):
+    """Within ``with``, SIGTERM and Ctrl-C only set :attr:`error` to what they are to be obeyed by raising."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.error: type[KeyboardInterrupt] | type[TrainingStopped] | None = None
+
+    def __enter__(self) -> Interrupts:
+        super().__enter__()
+        if self._in_main:
+            self._before_ctrl_c = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        if self._in_main:
+            signal.signal(signal.SIGINT, self._before_ctrl_c)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.error = KeyboardInterrupt if number == signal.SIGINT else TrainingStopped

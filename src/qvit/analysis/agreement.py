@@ -1,0 +1,104 @@
+"""How near a quantized model is to the float model that it was made of, on images without labels."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qvit.models.families import family_of
+from qvit.nn.modes import evaluating
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """Means over some images.
+
+    Args:
+        images: how many.
+        same_class: percentage to which both models give the same class; ``None`` of feature extractors.
+        cosine: mean cosine of the two outputs, logits or vectors.
+        blocks: relative squared error of each block's output, by the block's name, in the order they run: the squared
+            distance from the float model's output by the squared distance of that from its mean over images and tokens.
+    """
+
+    images: int
+    same_class: float | None
+    cosine: float
+    blocks: dict[str, float]
+
+    @property
+    def sentence(self) -> str:
+        """What the agreement is, for people."""
+        if self.same_class is None:
+            return f"mean cosine {self.cosine:.4f} with the float model's vectors"
+        return f"same class as the float model for {self.same_class:.1f} %"
+
+
+@torch.no_grad()
+def agreement(student: nn.Module, teacher: nn.Module, batches: Iterable[Any]) -> Agreement:
+    """Return how near ``student`` is to ``teacher``, both on one device, in evaluation.
+
+    Args:
+        student: a quantized model.
+        teacher: the float model that it was made of.
+        batches: image tensors ``(B, C, H, W)``, or tuples that start with one; none of them empty.
+    """
+    family, device = family_of(student), next(student.parameters()).device
+    names = {module: name for name, module in student.named_modules()}
+    pairs = list(zip(family.blocks(student), family.blocks(teacher), strict=True))
+    errors = [torch.zeros((), dtype=torch.float64) for _ in pairs]
+    sums: list[_Moments] = [_Moments() for _ in pairs]
+    images = same = 0
+    cosines = 0.0
+    with evaluating(student, teacher):
+        for batch in batches:
+            x = (batch[0] if isinstance(batch, (tuple, list)) else batch).to(device)
+            wanted, floats = _with_outputs(teacher, [block for _, block in pairs], x)
+            got, outputs = _with_outputs(student, [block for block, _ in pairs], x)
+            for index, (output, target) in enumerate(zip(outputs, floats, strict=True)):
+                errors[index] += (output.double() - target.double()).square().sum().cpu()
+                sums[index].add(target)
+            images += len(x)
+            same += int((got.argmax(dim=-1) == wanted.argmax(dim=-1)).sum())
+            cosines += float(torch.cosine_similarity(got.double(), wanted.double(), dim=-1).sum())
+    classifies = int(getattr(teacher, "num_classes", 0)) > 0
+    return Agreement(
+        images,
+        100 * same / images if classifies else None,
+        cosines / images,
+        {
+            names[block]: float(error / moments.spread())
+            for (block, _), error, moments in zip(pairs, errors, sums, strict=True)
+        },
+    )
+
+
+class _Moments:
+    """Sums from which the squared distance of values from their mean, channel by channel, follows."""
+
+    def __init__(self) -> None:
+        self.count, self.total, self.squares = 0, torch.zeros(()), torch.zeros(())
+
+    def add(self, values: Tensor) -> None:
+        rows = values.double().flatten(0, -2).cpu()
+        self.count += len(rows)
+        self.total, self.squares = self.total + rows.sum(dim=0), self.squares + rows.square().sum()
+
+    def spread(self) -> Tensor:
+        spread = self.squares - self.total.square().sum() / self.count
+        return spread.clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _with_outputs(model: nn.Module, blocks: list[nn.Module], images: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Return a model's output, and what each of some of its modules gives on the way."""
+    outputs: list[Tensor] = []
+    handles = [block.register_forward_hook(lambda module, args, output: outputs.append(output)) for block in blocks]
+    try:
+        return model(images), outputs
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,72 @@
+"""Pictures without labels: a folder of any depth, some of its pictures to work with and some held out."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from qvit.data.datasets import Images
+from qvit.data.listing import KINDS, Visited, entries_of, is_folder, is_image, is_left_out, natural_key, remark
+from qvit.errors import DataError
+from qvit.images import Mode
+
+HELD_OUT = 0.2
+"""Fraction of a folder's pictures that is held out where there are too few for all that is asked for."""
+
+
+class Pictures(NamedTuple):
+    """Pictures to work with, others that are held out (the same ones if the folder has but one), and a remark.
+
+    The remark says in one line what of the folder was left out; it may be empty.
+    """
+
+    used: Images
+    held_out: Images
+    remark: str
+
+
+def open_pictures(folder: Path, mode: Mode, *, count: int, held_out: int, seed: int = 0) -> Pictures:
+    """Choose pictures of a folder and of the folders inside it, at any depth; what the folders are called is no label.
+
+    Pictures are the files with a suffix that Pillow decodes, in any case. Left out and counted are hidden files and
+    folders, files of other suffixes, and what systems leave behind.
+
+    Args:
+        folder: to choose from.
+        mode: ``"RGB"`` or ``"L"``.
+        count: pictures to work with, at most.
+        held_out: pictures held out, at most, and at most :data:`HELD_OUT` of all.
+        seed: of the choice; the same pictures are chosen for any ``count`` and ``held_out`` above.
+
+    Raises:
+        DataError: if the folder is absent, cannot be read or holds no picture, or a link leads into it again.
+    """
+    if not folder.is_dir():
+        raise DataError(f"There is no folder {folder}: --images takes a folder with pictures in it, at any depth.")
+    left_out: Counter[str] = Counter()
+    paths = sorted(_walk(str(folder), left_out, Visited()), key=lambda path: (natural_key(path), path))
+    if not paths:
+        raise DataError(f"{folder} holds no pictures ({KINDS}), nor do the folders in it.")
+    random.Random(seed).shuffle(paths)
+    apart = min(held_out, max(1, round(HELD_OUT * len(paths)))) if len(paths) > 1 else 0
+    first, second = paths[:apart], paths[apart : apart + count]
+    return Pictures(
+        Images(second, [0] * len(second), mode),
+        Images(first or second, [0] * len(first or second), mode),
+        remark(folder, left_out),
+    )
+
+
+def _walk(folder: str, left_out: Counter[str], visited: Visited) -> Iterator[str]:
+    visited.enter(folder)
+    for entry in entries_of(folder):
+        if is_left_out(entry, left_out):
+            continue
+        if is_folder(entry):
+            yield from _walk(os.path.join(folder, entry.name), left_out, visited)
+        elif is_image(entry, left_out):
+            yield entry.path

@@ -1,0 +1,315 @@
+"""From a float model and pictures without labels to a packed file, a checkpoint and a report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.progress import Progress as Bar
+from rich.table import Table
+from torch import Tensor, nn
+
+from qvit.analysis.agreement import Agreement, agreement
+from qvit.config import QuantConfig
+from qvit.data.datasets import Images
+from qvit.data.loader import make_loader, make_transform, readable
+from qvit.data.pictures import open_pictures
+from qvit.errors import CheckpointError, ConfigError, CorruptImageError
+from qvit.exporting.packed import export, origin_of
+from qvit.files import printable, shown, write_text
+from qvit.models.card import ModelCard
+from qvit.models.checkpoint import read_checkpoint, rebuilt, save_checkpoint, weights_checksum
+from qvit.models.float_models import card_of_weights, load_float
+from qvit.quantization.calibrate import calibrate
+from qvit.quantization.convert import quantize
+from qvit.quantization.reconstruct import Progress, Reconstruction
+from qvit.study.quantization_report import write_quantization_report
+from qvit.train.display import progress_bar
+from qvit.train.options import Options, make_accelerator
+from qvit.train.preemption import Interrupts
+
+Method = Literal["reconstruct", "calibrate"]
+CALIBRATION_PICTURES = 512
+_BATCH = 32
+_SAVE_SECONDS = 60.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is to be quantized, and how.
+
+    Args:
+        source: the float model: what :func:`qvit.models.float_models.load_float` takes.
+        images: folder of pictures.
+        config: bits of the model.
+        method: ``"calibrate"`` sets the scales alone; ``"reconstruct"`` then trains on the float model's outputs.
+        model: timm's name, for a source that is a file of weights alone.
+        minutes: for the reconstruction, unless ``steps`` are given.
+        steps: of the reconstruction.
+        pictures: to work with, at most.
+        held_out: pictures to measure agreement on, at most.
+        report: folder of ``report.html`` and ``report.json``; ``None`` for none.
+    """
+
+    source: str
+    images: Path
+    config: QuantConfig
+    method: Method = "reconstruct"
+    model: str | None = None
+    minutes: float | None = None
+    steps: int | None = None
+    pictures: int = 1024
+    held_out: int = 256
+    report: Path | None = None
+
+
+class Result(dict[str, Any]):
+    """What ``report.json`` holds."""
+
+
+def run_quantization(request: Request, options: Options, console: Console) -> Result:
+    """Quantize a model on pictures and write it; ``options.out`` is the packed file, and the checkpoint lies beside it.
+
+    Raises:
+        ConfigError: for an output that is there already or cannot be meant, or an override that matches no layer.
+        QvitError: as the functions that it calls.
+        KeyboardInterrupt: after Ctrl-C; what was done until then is written, and ``options.resume`` goes on there.
+        TrainingStopped: after SIGTERM, likewise.
+    """
+    began = time.perf_counter()
+    out, checkpoint, partial = _outputs(options)
+    teacher, card = _float_model(request, console)
+    device = make_accelerator(options).device
+    student = quantize(teacher, request.config)
+    method = "calibration" if request.method == "calibrate" else "calibration and reconstruction, without labels"
+    card = dataclasses.replace(card, quant_config=request.config.to_dict(), method=method, metrics={}, recipe={})
+    chosen = open_pictures(
+        request.images, card.mode, count=request.pictures, held_out=request.held_out, seed=options.seed
+    )
+    if chosen.remark:
+        console.print(printable(chosen.remark), soft_wrap=True)
+    with progress_bar(console) as bar:
+        used, held_out = (
+            _decoded(images, card, options, bar, title)
+            for images, title in ((chosen.used, "pictures"), (chosen.held_out, "pictures held out"))
+        )
+        teacher, student = teacher.to(device).requires_grad_(False), student.to(device)
+        with _task(bar, "calibration") as task:
+            calibrate(
+                student,
+                _first(used, CALIBRATION_PICTURES),
+                report=lambda done, total: bar.update(task, completed=done, total=total),
+            )
+        measured = {"calibrated": agreement(student, teacher, held_out)}
+        told: dict[str, Any] = {}
+        if request.method == "reconstruct":
+            before = {name: value.cpu().clone() for name, value in student.state_dict().items()}
+            reached = _reconstruct(student, teacher, used, request, options, card, partial, bar)
+            measured["reconstructed"] = agreement(student, teacher, held_out)
+            if _is_worse(measured["reconstructed"], measured["calibrated"]):
+                student.load_state_dict(before)
+                told["kept"] = "calibrated"
+            told |= {"steps": reached.step, "reconstruction_seconds": reached.seconds, "loss": reached.loss}
+    student = student.cpu().eval()
+    kept = measured.get(told.get("kept", "reconstructed"), measured["calibrated"])
+    card.metrics = _metrics(kept)
+    save_checkpoint(checkpoint, card, student)
+    export(student, out, preprocessing=card.preprocessing, classes=card.classes, origin=origin_of(card))
+    result = Result(
+        source=request.source,
+        model=card.name,
+        bits=[request.config.weight_bits, request.config.activation_bits],
+        method=request.method,
+        seed=options.seed,
+        pictures=sum(map(len, used)),
+        held_out=kept.images,
+        apart=chosen.held_out.sources != chosen.used.sources,
+        agreement={name: dataclasses.asdict(one) for name, one in measured.items()},
+        bytes=out.stat().st_size,
+        float_bytes=4 * sum(parameter.numel() for parameter in teacher.parameters()),
+        checksum=weights_checksum(student),
+        seconds=time.perf_counter() - began,
+        **told,
+    )
+    if request.report is not None:
+        write_quantization_report(request.report / "report.html", result)
+        write_text(request.report / "report.json", json.dumps(result, indent=1))
+    partial.unlink(missing_ok=True)
+    return result
+
+
+def summary(result: Result, out: Path) -> list[Any]:
+    """Return what the command prints of a result: a table and sentences."""
+    table = Table(title=printable(f"{result['model']}, {_bits(result)}, {result['held_out']} pictures"))
+    classifies = next(iter(result["agreement"].values()))["same_class"] is not None
+    table.add_column("")
+    table.add_column("same class as float (%)" if classifies else "cosine with float", justify="right")
+    for name, one in result["agreement"].items():
+        table.add_row(name, f"{one['same_class']:.1f}" if classifies else f"{one['cosine']:.4f}")
+    lines: list[Any] = [table]
+    if not result["apart"]:
+        lines.append("The folder has one picture: nothing could be held out, and these figures are of that picture.")
+    if result.get("kept") == "calibrated":
+        lines.append(
+            "Reconstruction made it worse on the pictures held out, so the calibrated model was kept: give more "
+            "--minutes or more pictures."
+        )
+    ratio = result["float_bytes"] / result["bytes"]
+    steps = f", {result['steps']} steps (--steps {result['steps']} makes the same again)" if "steps" in result else ""
+    lines.append(
+        printable(
+            f"{out}: {result['bytes'] / 1e6:.2f} MB, {ratio:.1f} times smaller than float32; {out.with_suffix('.pt')} "
+            f"to train on from (qvit train --start); {result['seconds'] / 60:.1f} minutes{steps}."
+        )
+    )
+    return lines
+
+
+def _outputs(options: Options) -> tuple[Path, Path, Path]:
+    out = options.out
+    checkpoint, partial = out.with_suffix(".pt"), out.with_suffix(".partial.pt")
+    if checkpoint == out:
+        raise ConfigError(
+            f"--out {out} is the packed file and the checkpoint lies beside it: call it {out.stem}.safetensors."
+        )
+    if options.resume and not partial.exists():
+        raise ConfigError(f"There is no {partial} to go on from: leave out --resume to start.")
+    for path in (partial,) if not options.resume and partial.exists() else ():
+        raise ConfigError(f"{path} holds an unfinished reconstruction: give --resume to go on with it, or remove it.")
+    for path in (out, checkpoint):
+        if path.exists() and not options.resume:
+            raise ConfigError(f"{path} is there already: give another --out, or remove it.")
+    return out, checkpoint, partial
+
+
+def _float_model(request: Request, console: Console) -> tuple[Any, ModelCard]:
+    expected = None if request.model is None else card_of_weights(request.model, Path(request.source))
+    return load_float(request.source, expected, lambda sentence: console.print(printable(sentence), soft_wrap=True))
+
+
+def _decoded(images: Images, card: ModelCard, options: Options, bar: Bar, title: str) -> list[Tensor]:
+    """Return all pictures, prepared for the model, in batches."""
+    loader = make_loader(
+        images, make_transform(card.preprocessing), _BATCH, shuffle=False, workers=options.workers, seed=options.seed
+    )
+    batches, unreadable = [], []
+    with _task(bar, title, len(loader)) as task:
+        for batch in readable(loader, skip_corrupt=options.skip_corrupt):
+            unreadable += batch.unreadable
+            if len(batch.labels):
+                batches.append(batch.images)
+            bar.update(task, advance=1)
+    if not batches:
+        raise CorruptImageError(f"{unreadable[0].message} Nor can any other of the {title} be read.")
+    if unreadable:
+        bar.console.print(f"Unreadable {title} skipped: {len(unreadable)}.")
+    return batches
+
+
+def _first(batches: Sequence[Tensor], count: int) -> Sequence[Tensor]:
+    return batches[: -(-count // _BATCH)]
+
+
+def _reconstruct(
+    student: nn.Module,
+    teacher: nn.Module,
+    used: Sequence[Tensor],
+    request: Request,
+    options: Options,
+    card: ModelCard,
+    partial: Path,
+    bar: Bar,
+) -> Progress:
+    """Reconstruct, or go on with it, and leave an unfinished one in a file; what is written then can be used."""
+    settings = {
+        "pictures": sum(map(len, used)),
+        "seed": options.seed,
+        "minutes": request.minutes,
+        "steps": request.steps,
+        "precision": options.precision,
+    }
+    run = Reconstruction(
+        student, teacher, used, steps=request.steps, minutes=request.minutes, seed=options.seed,
+        precision=options.precision,
+    )  # fmt: skip
+    if options.resume:
+        _restore(run, card, settings, partial)
+    saved = time.monotonic()
+
+    def save() -> None:
+        nonlocal saved
+        save_checkpoint(partial, card, student, {"settings": settings, "reconstruction": run.state_dict()})
+        saved = time.monotonic()
+
+    with Interrupts() as interrupts, _task(bar, "reconstruction", 1.0) as task:
+
+        def show(progress: Progress) -> None:
+            of = f" of {progress.steps}" if progress.steps is not None else ""
+            rate = f"{progress.images_per_second:.0f} images/s"
+            text = f"reconstruction, step {progress.step}{of}, loss {progress.loss:.4f}, {rate}"
+            bar.update(task, completed=progress.fraction, description=text)
+            if interrupts.error is not None:
+                save()
+                raise interrupts.error(
+                    f"Stopped at step {progress.step}; {partial} is saved: the same command with --resume goes on "
+                    "there, and qvit export makes a packed file of it as it is."
+                )
+            if time.monotonic() - saved > _SAVE_SECONDS:
+                save()
+
+        return run.go_on(show)
+
+
+def _restore(run: Reconstruction, card: ModelCard, settings: dict[str, Any], path: Path) -> None:
+    """Put a reconstruction where it was saved.
+
+    Raises:
+        CheckpointError: if the file is damaged, edited or of another command.
+    """
+    its, weights, training = read_checkpoint(path)
+    saved = (training or {}).get("settings")
+    if (its.name, its.model_args, its.quant_config) != (card.name, card.model_args, card.quant_config):
+        raise CheckpointError(
+            f"{path} is of another model or of other bits: give the same arguments, or another --out."
+        )
+    if saved != settings:
+        raise CheckpointError(
+            f"{path} was made with {shown(saved)}, this command has {shown(settings)}: give the same, or another --out."
+        )
+    rebuilt(its, weights, path)
+    try:
+        run.student.load_state_dict(weights)
+        run.load_state_dict((training or {})["reconstruction"])
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path} was edited or damaged: it holds no state of a reconstruction.") from error
+
+
+@contextmanager
+def _task(bar: Bar, title: str, total: float | None = None) -> Iterator[Any]:
+    """Show a task while the block runs, and that it is done."""
+    task, began = bar.add_task(title, total=total), time.perf_counter()
+    yield task
+    bar.remove_task(task)
+    bar.console.print(f"{title}: {time.perf_counter() - began:.1f} s")
+
+
+def _is_worse(one: Agreement, other: Agreement) -> bool:
+    if one.same_class is None or other.same_class is None:
+        return one.cosine < other.cosine
+    return (one.same_class, one.cosine) < (other.same_class, other.cosine)
+
+
+def _metrics(measured: Agreement) -> dict[str, float]:
+    same = {} if measured.same_class is None else {"same_class": measured.same_class}
+    return {**same, "cosine": measured.cosine, "pictures": measured.images}
+
+
+def _bits(result: Result) -> str:
+    weights, activations = result["bits"]
+    return f"{weights} bits" if weights == activations else f"{weights} bits, activations {activations}"
