@@ -1,4 +1,4 @@
-"""Pictures without labels: every picture of a folder at any depth, what is left out is said, held-out ones are apart."""
+"""Pictures without labels: all of a folder at any depth, those held out apart, and what is left out is said."""
 
 from __future__ import annotations
 

@@ -56,6 +56,11 @@ def load_float(
     elif not Path(source).exists() and timm.is_model(source):
         model, card = _from_timm(source, expected, report)
     else:
+        near = [] if Path(source).exists() else difflib.get_close_matches(source, timm.list_models(), 3, 0.8)
+        if near:
+            raise ConfigError(
+                f"There is no file {source} and no model of timm's of that name: did you mean {' or '.join(near)}?"
+            )
         model, card = _from_file(Path(source), expected, report, quantized=quantized)
     if expected is None:
         return model, card

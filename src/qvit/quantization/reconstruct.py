@@ -30,6 +30,8 @@ _SMALLEST = 2.0**-6
 BATCH_SIZE = 64
 WARMUP = 0.05
 """Fraction of the budget in which the learning rate rises; from there it falls along a cosine to 0."""
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What Adam keeps of each parameter."""
 _TIMED = 3
 """Steps after the first, which warms up, by which the duration of a step is known."""
 _MARGIN = 0.95
@@ -165,7 +167,7 @@ class Reconstruction:
     def state_dict(self) -> dict[str, Any]:
         """Return all that :meth:`load_state_dict` needs to go on, beside the student's weights."""
         return {
-            "optimizer": self.optimizer.state_dict(),
+            "moments": {name: {key: state[key] for key in _MOMENTS} for name, state in self._states()},
             "generator": self.generator.get_state(),
             "step": self.step,
             "steps": self.steps,
@@ -173,14 +175,41 @@ class Reconstruction:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Stand where ``state`` was taken; the student's weights have to be those of that time."""
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.generator.set_state(state["generator"])
-        self.step, self.steps, self.seconds = state["step"], state["steps"], state["seconds"]
+        """Stand where ``state`` was taken; the student's weights have to be those of that time.
+
+        Raises:
+            KeyError, TypeError, ValueError, RuntimeError: for what is no such state; nothing has changed then.
+        """
+        step, steps, seconds, moments = state["step"], state["steps"], state["seconds"], state["moments"]
+        generator = torch.Generator()
+        generator.set_state(state["generator"])
+        whole = [step, *([] if steps is None and self.minutes is not None else [steps])]
+        if not all(type(count) is int and 1 <= count < 2**48 for count in whole) or not 0 <= float(seconds) < math.inf:
+            raise ValueError("no number of steps, or no time")
+        if self.minutes is None and steps != self.steps:
+            raise ValueError("another number of steps")
+        learned = self._learned()
+        if not isinstance(moments, dict) or moments.keys() != learned.keys():
+            raise ValueError("other parameters")
+        if not all(isinstance(own, dict) for own in moments.values()):
+            raise ValueError("no moments by name")
+        for name, parameter in learned.items():
+            for key in _MOMENTS:
+                _check_like(moments[name][key], parameter)
+        for name, parameter in learned.items():
+            own = {key: moments[name][key].to(parameter.device, copy=True) for key in _MOMENTS}
+            self.optimizer.state[parameter] = {"step": torch.tensor(float(step)), **own}
+        self.generator, self.step, self.steps, self.seconds = generator, step, steps, float(seconds)
+
+    def _learned(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self.student.named_parameters() if parameter.requires_grad}
+
+    def _states(self) -> list[tuple[str, dict[str, Tensor]]]:
+        return [(name, self.optimizer.state[parameter]) for name, parameter in self._learned().items()]
 
     def go_on(self, report: Report) -> Progress:
         """Make all the steps that are left of the budget."""
-        learned = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
+        learned = list(self._learned().values())
         began, before, first = time.perf_counter(), self.seconds, self.step
         durations: list[float] = []
         with evaluating(self.student, self.teacher):
@@ -240,7 +269,7 @@ class Reconstruction:
                 "rate; the model is what it was before."
             )
         for parameter, gradient in zip(learned, gradients, strict=True):
-            parameter.grad = gradient
+            parameter.grad = torch.zeros_like(parameter) if gradient is None else gradient
         self.optimizer.step()
         return value
 
@@ -307,6 +336,12 @@ def _rate(fraction: float, steps: int | None) -> float:
 
 def _classifies(model: nn.Module) -> bool:
     return int(getattr(model, "num_classes", 0)) > 0
+
+
+def _check_like(value: Any, parameter: Tensor) -> None:
+    kind = type(value) is Tensor and (value.shape, value.dtype) == (parameter.shape, parameter.dtype)
+    if not kind or value.layout != torch.strided or value.is_meta or not bool(torch.isfinite(value).all()):
+        raise ValueError("no moments of its gradients")
 
 
 def _check_student(student: nn.Module) -> None:

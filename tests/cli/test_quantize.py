@@ -1,0 +1,267 @@
+"""qvit quantize end to end: what it writes, stopped and gone on with, and what a user's mistakes end in."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from commands import Done, run, sentence
+from conftest import make_vit
+from edits import NONSENSE, edited, places
+from qvit import load
+from qvit.models.card import describe
+from qvit.models.checkpoint import load_checkpoint, save_checkpoint, weights_checksum
+from qvit.quantization.reconstruct import Reconstruction
+
+MODEL = "vit_tiny_patch16_224"
+ARGUMENTS = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("teacher") / "float.pt"
+    save_checkpoint(path, describe(MODEL, ARGUMENTS, [f"class {n}" for n in range(10)], {}), make_vit())
+    return path
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of thirty pictures of all kinds in folders of all kinds."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for number in range(30):
+        place = folder / ("a/b" if number % 2 else "c")
+        place.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (20, 24, 3)).astype(np.uint8)
+        image = [
+            lambda pixels=pixels: Image.fromarray(pixels),
+            lambda pixels=pixels: Image.fromarray(pixels[..., 0]),
+            lambda pixels=pixels: Image.fromarray(pixels[..., 0].astype(np.uint16) * 256),
+        ][number % 3]()
+        image.save(place / f"{number}.png")
+    return folder
+
+
+@pytest.fixture
+def quantize(teacher: Path, pictures: Path, tmp_path: Path) -> Callable[..., Done]:
+    """Return the command with everything that it needs; a later option of the same name wins."""
+
+    def command(*arguments: str | Path, source: str | Path = teacher) -> Done:
+        out = tmp_path / "model.safetensors"
+        given = ["--images", pictures, "--bits", "2", "--steps", "6", "--cpu", "--out", out, *arguments]
+        return run("quantize", source, *given)
+
+    return command
+
+
+def checksum(path: Path) -> str:
+    return weights_checksum(load_checkpoint(path)[0])
+
+
+def test_pictures_become_a_packed_file_a_checkpoint_and_a_report(
+    quantize: Callable[..., Done], tmp_path: Path, pictures: Path
+) -> None:
+    done = quantize("--report", tmp_path / "report")
+    assert done.status == 0, done.err
+    assert "same class as float" in done.out
+    assert "6 steps (--steps 6 makes the same again)" in done.out
+    result = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert (result["pictures"], result["held_out"], result["apart"]) == (24, 6, True)
+    assert list(result["agreement"]) == ["calibrated", "reconstructed"]
+    assert list(result["agreement"]["calibrated"]["blocks"]) == ["blocks.0", "blocks.1"]
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "blocks.1" in page
+    assert "<img" in page
+    model, card = load_checkpoint(tmp_path / "model.pt")
+    assert card.quant_config is not None
+    assert (card.quant_config["weight_bits"], card.quant_config["rectify"]) == (2, None)
+    assert card.metrics["pictures"] == 6
+    engine = load(tmp_path / "model.safetensors")
+    images = torch.randn(4, 3, 16, 16)
+    with torch.no_grad():
+        np.testing.assert_allclose(engine(images.numpy()), model(images).numpy(), rtol=1e-3, atol=1e-3)
+    assert (tmp_path / "model.safetensors").stat().st_size == result["bytes"]
+    assert run("predict", tmp_path / "model.safetensors", next(pictures.rglob("*.png"))).status == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.pt", "model.safetensors", "report"]
+
+
+def test_same_command_same_model_and_calibration_alone_is_another(
+    quantize: Callable[..., Done], tmp_path: Path
+) -> None:
+    sums = []
+    for number, more in enumerate([[], [], ["--seed", "1"]]):
+        assert quantize("--out", tmp_path / f"{number}.safetensors", *more).status == 0
+        sums.append(checksum(tmp_path / f"{number}.pt"))
+    assert sums[0] == sums[1] != sums[2]
+    assert (tmp_path / "0.safetensors").read_bytes() == (tmp_path / "1.safetensors").read_bytes()
+
+
+def test_calibration_alone(teacher: Path, pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model.safetensors"
+    done = run("quantize", teacher, "--images", pictures, "--method", "calibrate", "--out", out, "--cpu")
+    assert done.status == 0, done.err
+    assert "reconstructed" not in done.out
+    assert load_checkpoint(tmp_path / "model.pt")[1].method == "calibration"
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_what_was_stopped_goes_on_as_if_nothing_had_been(
+    quantize: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, status: int
+) -> None:
+    assert quantize("--out", tmp_path / "whole.safetensors").status == 0
+    steps, original = [0], Reconstruction._make_step
+
+    def stopped(self: Reconstruction, learned: Any) -> float:
+        steps[0] += 1
+        if steps[0] == 3:
+            os.kill(os.getpid(), number)
+        return original(self, learned)
+
+    monkeypatch.setattr(Reconstruction, "_make_step", stopped)
+    done = quantize()
+    assert done.status == status
+    assert "Stopped at step 3" in done.err
+    assert "--resume goes on there" in done.err
+    assert not (tmp_path / "model.safetensors").exists()
+    assert run("export", tmp_path / "model.partial.pt", tmp_path / "as it is.safetensors").status == 0
+    assert "unfinished reconstruction: give --resume" in sentence(quantize())
+    assert quantize("--resume").status == 0
+    assert checksum(tmp_path / "model.pt") == checksum(tmp_path / "whole.pt")
+    assert not (tmp_path / "model.partial.pt").exists()
+
+
+@pytest.fixture
+def partial(quantize: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the file of a reconstruction that was stopped at its first step."""
+    with monkeypatch.context() as patch:
+        original = Reconstruction._make_step
+
+        def stopped(self: Reconstruction, learned: Any) -> float:
+            os.kill(os.getpid(), signal.SIGINT)
+            return original(self, learned)
+
+        patch.setattr(Reconstruction, "_make_step", stopped)
+        assert quantize().status == 130
+    return tmp_path / "model.partial.pt"
+
+
+def test_another_command_does_not_go_on_there(quantize: Callable[..., Done], partial: Path) -> None:
+    assert "is of another model or of other bits" in sentence(quantize("--resume", "--bits", "3"))
+    assert "was made with" in sentence(quantize("--resume", "--steps", "7"))
+    assert "was made with" in sentence(quantize("--resume", "--pictures", "10"))
+    assert partial.exists()
+
+
+def test_an_edited_file_is_a_sentence(quantize: Callable[..., Done], partial: Path) -> None:
+    content = torch.load(partial, weights_only=True)
+    rng = np.random.default_rng(0)
+    every = [path for path in places(content) if path[:1] == ("training",)]
+    for _ in range(12):
+        path = every[rng.integers(len(every))]
+        how = ("drop", "rename", "resize", "retype")[rng.integers(4)]
+        torch.save(edited(content, path, how, NONSENSE[rng.integers(len(NONSENSE))]), partial)
+        done = quantize("--resume")
+        assert "Traceback" not in done.err
+        assert done.status in (0, 2), (path, how, done)
+        if done.status == 2:
+            sentence(done)
+        else:
+            for written in ("model.pt", "model.safetensors"):
+                partial.with_name(written).unlink()
+
+
+def test_nothing_that_was_there_is_lost(quantize: Callable[..., Done], tmp_path: Path) -> None:
+    for name in ("model.safetensors", "model.pt"):
+        (tmp_path / name).write_text("precious")
+        assert f"{tmp_path / name} is there already: give another --out" in sentence(quantize())
+        assert (tmp_path / name).read_text() == "precious"
+        (tmp_path / name).unlink()
+    assert "There is no" in sentence(quantize("--resume"))
+    assert "call it x.safetensors" in sentence(quantize("--out", tmp_path / "x.pt"))
+
+
+def test_a_reconstruction_that_makes_it_worse_is_not_kept(
+    quantize: Callable[..., Done], teacher: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(self: Reconstruction, learned: Any) -> float:
+        with torch.no_grad():
+            self.student.head.weight.mul_(1.0 if self.step else -1.0)  # type: ignore[union-attr, operator]
+        return 1.0
+
+    monkeypatch.setattr(Reconstruction, "_make_step", spoil)
+    done = quantize("--report", tmp_path / "report")
+    assert "the calibrated model was kept" in done.out
+    assert "holds the calibrated model" in (tmp_path / "report" / "report.html").read_text()
+    budget = ("--bits", "2", "--method", "calibrate", "--cpu")
+    other = tmp_path / "other.safetensors"
+    assert run("quantize", teacher, "--images", pictures, *budget, "--out", other).status == 0
+    assert checksum(tmp_path / "model.pt") == checksum(tmp_path / "other.pt")
+
+
+def test_pictures_that_cannot_be_read_are_named(quantize: Callable[..., Done], tmp_path: Path) -> None:
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    (folder / "bad.png").write_bytes(b"no picture")
+    only = sentence(quantize("--images", folder, "--skip-corrupt"))
+    assert "bad.png" in only
+    assert "Nor can any other of the pictures be read" in only
+    for number in range(4):
+        Image.new("RGB", (9, 9)).save(folder / f"{number}.png")
+    assert "bad.png" in sentence(quantize("--images", folder))
+    done = quantize("--images", folder, "--skip-corrupt")
+    assert done.status == 0
+    assert "skipped: 1" in done.out
+
+
+def test_one_picture_is_enough_and_said(quantize: Callable[..., Done], tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    Image.new("RGB", (9, 9)).save(tmp_path / "one" / "1.png")
+    done = quantize("--images", tmp_path / "one")
+    assert done.status == 0
+    assert "nothing could be held out" in done.out
+
+
+def test_weights_alone_need_the_name_of_their_model(quantize: Callable[..., Done], tmp_path: Path) -> None:
+    import timm
+
+    path = tmp_path / "weights.pth"
+    torch.save({"model": timm.create_model("test_vit", num_classes=7).state_dict()}, path)
+    assert "does not say of which model: name it (--model)" in sentence(quantize(source=path))
+    done = quantize("--model", "test_vit", "--steps", "1", "--pictures", "2", "--held-out", "1", source=path)
+    assert done.status == 0, done.err
+    assert load_checkpoint(tmp_path / "model.pt")[1].classes == [f"LABEL_{n}" for n in range(7)]
+
+
+def test_what_cannot_be_meant_is_a_sentence(
+    quantize: Callable[..., Done], teacher: Path, pictures: Path, tmp_path: Path
+) -> None:
+    assert quantize().status == 0
+    other = ("--out", tmp_path / "x.safetensors")
+    assert "holds a quantized model" in sentence(quantize(*other, source=tmp_path / "model.pt"))
+    assert "leave out --model" in sentence(quantize(*other, "--model", MODEL))
+    assert "There is no folder" in sentence(quantize(*other, "--images", tmp_path / "none"))
+    assert "from 2 to 8" in sentence(quantize(*other, "--bits", "9"))
+    assert "did you mean 'blocks.*'" in sentence(quantize(*other, "--override", "blokcs.*=8"))
+    assert "Give either" in sentence(quantize(*other, "--minutes", "1"))
+    assert "must be reconstruct or calibrate" in sentence(quantize(*other, "--method", "qat"))
+    assert "has no budget" in sentence(quantize(*other, "--method", "calibrate"))
+    assert "did you mean vit_tiny_patch16" in sentence(quantize(*other, source="vit_tiny_patch16_18"))
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_a_block_that_gives_infinities_is_named(quantize: Callable[..., Done], tmp_path: Path) -> None:
+    model = make_vit()
+    with torch.no_grad():
+        model.blocks[1].mlp.fc1.weight.fill_(3e38)  # type: ignore[index, union-attr, operator]
+    path = tmp_path / "float.pt"
+    save_checkpoint(path, describe(MODEL, ARGUMENTS, [f"class {n}" for n in range(10)], {}), model)
+    assert "a NaN or an infinity at blocks.1.mlp.fc2.input_quantizer" in sentence(quantize(source=path))
