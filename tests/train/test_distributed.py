@@ -11,18 +11,29 @@ from typing import Any
 import jobs
 import pytest
 import torch
+from accelerate import Accelerator
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from members import FAMILIES, family_member, student_of
+from qvit import DistillationLoss, QuantConfig
 from qvit.data.loader import make_loader, make_transform
 from qvit.data.order import ALONE, EvaluationOrder, Share, TrainOrder
 from qvit.data.sources import open_data
 from qvit.errors import ConfigError, TrainingStopped
 from qvit.models.checkpoint import load_checkpoint
+from qvit.models.families import family_of
+from qvit.train.distributed import gradient_norm, scale_gradients, spread, sum_over_processes, whole_weights
 from qvit.train.evaluate import evaluate
 from qvit.train.loop import read_metrics
+from qvit.train.optim import make_optimizer
 from qvit.train.options import Options, make_accelerator, share_of
 from qvit.train.oscillation import Oscillation
+from qvit.train.recipe import Schedule
 from qvit.train.run import Run, SaveEvery
+
+Step = dict[str, Any]
+"""Loss, norm of the gradients and weights after a step of training."""
 
 FLOAT = ["full_precision.epochs=2", "full_precision.batch_size=240"]
 # At 8 bits hardly a code flips where sums are rounded in another order, and the curves can be compared.
@@ -136,6 +147,52 @@ def _sharded(out: Path, changes: list[str], **options: Any) -> None:
         jobs.quantized(out, changes, **options)
     assert sharded
     assert all(sharded)
+
+
+def test_every_familys_blocks_are_sharded_and_follow_ddp(tmp_path: Path) -> None:
+    """What lies beside the blocks differs from family to family: merging layers, shared biases, rotations, pools."""
+    members = [next(iter(family)) for family in FAMILIES.values()]
+    jobs.together(_sharded_and_copied, members, tmp_path / "steps.pt")
+    steps: dict[str, dict[str, Step]] = torch.load(tmp_path / "steps.pt")
+    assert steps.keys() == set(members)
+    for member, step in steps.items():
+        for name in ("loss", "norm"):
+            assert step["fsdp"][name] == pytest.approx(step["ddp"][name], rel=1e-4), (member, name)
+        for name, tensor in step["ddp"]["weights"].items():
+            torch.testing.assert_close(
+                step["fsdp"]["weights"][name], tensor, rtol=1e-4, atol=1e-6, msg=f"{member} {name}"
+            )
+
+
+def _sharded_and_copied(members: list[str], out: Path) -> None:
+    """Take a step with a student of each member, both ways, and write what came of it."""
+    accelerator = make_accelerator(Options(Path(), cpu=True))
+    steps = {
+        member: {name: _step(member, accelerator, fsdp=name == "fsdp") for name in ("ddp", "fsdp")}
+        for member in members
+    }
+    if accelerator.is_main_process:
+        torch.save(steps, out)
+
+
+def _step(member: str, accelerator: Accelerator, *, fsdp: bool) -> Step:
+    """Return loss, norm of the gradients and new weights of one step of a student with 8 bits."""
+    teacher, images = family_member(member)
+    student = student_of(teacher, images, QuantConfig(8, 8, "head")).train()
+    loss_fn, blocks = DistillationLoss(teacher), family_of(student).blocks(student)
+    trained = spread(student, accelerator, fsdp=fsdp)
+    assert all(isinstance(block, FSDPModule) == fsdp for block in blocks)
+    optimizer, clip = make_optimizer(student, Schedule(1, 8, 1e-2))
+    share = slice(accelerator.process_index, None, accelerator.num_processes)
+    loss = loss_fn(trained, images[share], torch.arange(len(images))[share])
+    loss.backward()
+    norm = gradient_norm(student)
+    if 0 < clip < norm:
+        scale_gradients(student, clip / norm)
+    optimizer.step()
+    total, count = sum_over_processes([float(loss.detach()), 1.0], accelerator.device)
+    weights = whole_weights(student) if fsdp else student.state_dict()
+    return {"loss": total / count, "norm": norm, "weights": weights}
 
 
 def test_accumulated_parts_make_the_whole_batch(tmp_path: Path) -> None:
