@@ -61,7 +61,7 @@ def prepare(folder: Path, name: str) -> None:
     from PIL import Image
 
     from qvit.bench.peers import Case, export_onnx
-    from qvit.models.families import float_model
+    from qvit.models.from_program import float_model
     from random_models import preprocessing, program, write_random
 
     noise = np.random.default_rng(0).integers(0, 255, (12, 16, 3), dtype=np.uint8)

@@ -14,7 +14,8 @@ from qvit import DistillationLoss, QuantConfig, calibrate, quantize
 from qvit.analysis.gradients import loss_gradients
 from qvit.analysis.statistics import attention_distance, query_key_statistics
 from qvit.errors import UnsupportedModelError
-from qvit.models.families import family_of, float_model, image_size_of, lower
+from qvit.models.families import family_of, image_size_of, lower
+from qvit.models.from_program import float_model
 from qvit.models.queries import attention_layers, run_with_maps, run_with_queries
 from qvit.nn.attention import QuantAttention
 from qvit.nn.quantizer import Quantizer
@@ -205,22 +206,57 @@ def test_what_a_file_cannot_say_is_refused_by_name(name: str, kwargs: dict[str, 
         quantize(timm.create_model(name, **kwargs))
 
 
-@pytest.mark.parametrize("member", [*FAMILIES["swin"], *FAMILIES["swinv2"]])
-def test_float_model_of_a_program_is_timms(member: str) -> None:
+BUILT = [*FAMILIES["swin"], *FAMILIES["swinv2"], "eva", "eva_post_norm"]
+"""Members whose float model is built by their operations; the two of EVA are plain vision transformers."""
+
+
+@pytest.mark.parametrize("member", BUILT)
+def test_float_model_of_a_program_computes_it(member: str) -> None:
     model, images = family_member(member)
-    program, _ = lower(quantize(model), image_size_of(model))
+    program, _ = lower(quantize(model, QuantConfig(2, 2, "token")), image_size_of(model))
     built = float_model(program)
-    assert type(built) is type(model)
     again, _ = lower(quantize(built), image_size_of(built))
-    assert again.operations == program.operations
+    assert again.computation() == program.computation()
+    assert again.operations != program.operations
     with torch.no_grad():
         assert built(images).shape == model(images).shape
 
 
-def test_float_model_of_another_family_is_the_one_called_so() -> None:
+CALLED = (
+    "beit_base_patch16_224",
+    "eva02_tiny_patch14_224",
+    "swinv2_cr_tiny_224",
+    "vit_base_patch16_siglip_224",
+    "vit_relpos_small_patch16_224",
+    "vit_small_patch16_dinov3",
+)
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_float_model_of_another_family_is_the_one_called_so(name: str) -> None:
     with torch.device("meta"):
-        program, _ = lower(quantize(timm.create_model("eva02_tiny_patch14_224")), (224, 224))
-        again, _ = lower(quantize(float_model(program)), (224, 224))
+        model = timm.create_model(name)
+        program, _ = lower(quantize(model), image_size_of(model))
+        built = float_model(program)
+        again, _ = lower(quantize(built), image_size_of(built))
     assert again == program
+
+
+@pytest.mark.parametrize("member", [member for member in FAMILY_MEMBERS if member not in BUILT])
+def test_float_model_that_timm_builds_otherwise_is_refused(member: str) -> None:
+    """Models of other sizes than those that timm knows by their name."""
+    model, _ = family_member(member)
+    program, _ = lower(quantize(model), image_size_of(model))
+    reason = f"timm has no float model for this {program.name}: timm's|timm cannot build {program.name}: "
+    with pytest.raises(UnsupportedModelError, match=reason):
+        float_model(program)
+
+
+def test_float_model_that_timm_does_not_have_is_refused_by_name() -> None:
+    with torch.device("meta"):
+        model = timm.create_model("eva02_tiny_patch14_224")
+        program, _ = lower(quantize(model), image_size_of(model))
     with pytest.raises(UnsupportedModelError, match="timm cannot build nothing"):
         float_model(dataclasses.replace(program, name="nothing"))
+    with pytest.raises(UnsupportedModelError, match="timm's differs from operation 1 on, 'embed'"):
+        float_model(dataclasses.replace(program, name="eva02_small_patch14_224"))

@@ -26,7 +26,6 @@ from qvit._version import __version__
 from qvit.bench.peers import PEERS, Case, Images, Runner
 from qvit.errors import ConfigError, QvitError
 from qvit.files import first_line
-from qvit.format.ops import OPERANDS
 from qvit.format.packed import read_packed
 from qvit.runtime.engine import load
 from qvit.runtime.processors import processors
@@ -166,7 +165,7 @@ def compare(
     programs = {title: read_packed(path).program for title, path in models.items()}
     program = next(iter(programs.values()))
     for title, other in programs.items():
-        if without_bits(other.to_list()) != without_bits(program.to_list()):
+        if (other.input, other.computation()) != (program.input, program.computation()):
             raise ConfigError(f"{title} is of another architecture than {next(iter(models))}: compare like with like.")
 
     comparison = Comparison(list(models), [], {}, {}, machine())
@@ -197,15 +196,6 @@ def compare(
                 report(f"Timing batch {batch}, threads {count}: {rounds} rounds.")
                 comparison.timings += _rounds(runtimes, case, rounds)
     return comparison
-
-
-def without_bits(part: Any) -> Any:
-    """Return a program's plain data without bits and rectifiers, which do not change what the peers run."""
-    if isinstance(part, dict):
-        return {
-            name: without_bits(value) for name, value in part.items() if name not in ("bits", "rectifier", *OPERANDS)
-        }
-    return [without_bits(value) for value in part] if isinstance(part, list) else part
 
 
 def machine() -> dict[str, str]:

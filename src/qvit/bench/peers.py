@@ -71,7 +71,7 @@ class Peer:
 
 
 def _float_model(case: Case) -> nn.Module:
-    from qvit.models.families import float_model
+    from qvit.models.from_program import float_model
 
     return float_model(case.program)
 

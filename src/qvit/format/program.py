@@ -14,7 +14,20 @@ from qvit.config import Bits
 from qvit.errors import PackedFileError
 from qvit.format.branches import Attention, AttentionPool, Residual, Rotary
 from qvit.format.fields import MAX_SIZE, is_whole, need, plain, read_record, read_text, shown, unknown
-from qvit.format.ops import Classify, Embed, Entry, Layer, Merge, Norm, Operation, Pool, Product, Stream, Tokens
+from qvit.format.ops import (
+    OPERANDS,
+    Classify,
+    Embed,
+    Entry,
+    Layer,
+    Merge,
+    Norm,
+    Operation,
+    Pool,
+    Product,
+    Stream,
+    Tokens,
+)
 
 MAX_PIXELS = 2**26
 """Largest number of values in one image, so that a header alone cannot ask for a huge one."""
@@ -131,6 +144,17 @@ class Program:
     def to_list(self) -> list[dict[str, Any]]:
         """Return the operations as plain data for the file's header; :func:`read_program` reads them back."""
         return [{"op": operation.op, **plain(operation)} for operation in self.operations]
+
+    def computation(self) -> list[dict[str, Any]]:
+        """Return the operations as plain data without names, bits and rectifiers: what a float model would compute."""
+        left_out = {"name", "bits", "rectifier", *OPERANDS}
+
+        def rest(part: Any) -> Any:
+            if isinstance(part, dict):
+                return {name: rest(value) for name, value in part.items() if name not in left_out}
+            return [rest(value) for value in part] if isinstance(part, list) else part
+
+        return [rest(operation) for operation in self.to_list()]
 
 
 def read_program(name: Any, size: Any, data: Any) -> Program:

@@ -5,13 +5,9 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
-import timm
-import torch
 from torch import nn
 
 from qvit.errors import PackedFileError, UnsupportedModelError
-from qvit.files import first_line
-from qvit.format.branches import Attention, AttentionPool
 from qvit.format.program import Program
 from qvit.models import beit, eva, relpos, swin, swinv2, swinv2_cr, vit
 from qvit.models.lowering import Lowering
@@ -27,7 +23,7 @@ FAMILIES: tuple[ModuleType, ...] = (vit, swin, swinv2, swinv2_cr, beit, relpos, 
 - ``CONSTANT``: names of modules that see no image, whose values are constants of the file,
 - ``blocks``: the blocks of a model in the order they run, what FSDP shards one by one,
 - ``lower``: the operations of a model,
-- ``float_model``, in some: timm's model of a program, whatever its name and sizes.
+- ``float_model``, in some: timm's model of a program, whatever its name and sizes (:mod:`qvit.models.from_program`).
 """
 ATTENTIONS: dict[type[nn.Module], type[QuantAttention]] = {
     kind: quantized for family in FAMILIES for kind, quantized in family.ATTENTIONS.items()
@@ -81,34 +77,3 @@ def family_of(model: nn.Module) -> ModuleType:
 def _name_of(model: nn.Module) -> str:
     configuration = getattr(model, "pretrained_cfg", None) or {}
     return str(configuration.get("architecture") or type(model).__name__)
-
-
-def float_model(program: Program) -> nn.Module:
-    """Return timm's float model that computes what a program does, with random weights, in evaluation mode.
-
-    Raises:
-        UnsupportedModelError: if timm cannot build it.
-    """
-    attentions = [attention for attention, _ in program.attentions().values() if isinstance(attention, Attention)]
-    model: nn.Module
-    if any(attention.window for attention in attentions):
-        model = (swinv2 if attentions[0].scale is None else swin).float_model(program)
-    elif not any(attention.bias or attention.rotary for attention in attentions) and all(
-        not isinstance(operation, AttentionPool) for operation in program.operations
-    ):
-        model = vit.float_model(program)
-    else:
-        model = _model_called(program)
-    return model
-
-
-def _model_called(program: Program) -> nn.Module:
-    """Return timm's model of the program's name, if it computes what the program does."""
-    try:
-        channels, *size = program.input
-        classes = program.output if program.classifies else 0
-        torch.manual_seed(0)
-        model: nn.Module = timm.create_model(program.name, img_size=size, in_chans=channels, num_classes=classes)
-    except (RuntimeError, TypeError) as error:
-        raise UnsupportedModelError(f"timm cannot build {program.name}: {first_line(error)}") from error
-    return model.eval()
