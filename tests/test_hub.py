@@ -20,8 +20,11 @@ from torch import nn
 
 import qvit
 from commands import run
+from family_programs import feature_program
+from packed_models import random_packed
 from qvit import QuantConfig, calibrate, hub, quantize
 from qvit.errors import CheckpointError, HubError
+from qvit.format.packed import write_packed
 from qvit.models.card import describe
 from qvit.models.checkpoint import read_checkpoint, save_checkpoint
 from qvit.train.recipe import load_recipe
@@ -133,6 +136,17 @@ def test_model_card_tells_accuracy_bits_size_and_recipe(
     recipe = yaml.safe_load(readme.split("```yaml")[1].split("```")[0])
     assert recipe == load_recipe("digits").to_dict()
     assert 'from_pretrained("me/small-vit"' in readme
+
+
+def test_model_card_of_a_feature_extractor_embeds_and_has_bits(remote: Path, tmp_path: Path) -> None:
+    model = random_packed(feature_program())
+    write_packed(tmp_path / "model.safetensors", dataclasses.replace(model, origin={}))
+    hub.push_to_hub(tmp_path / "model.safetensors", "me/features")
+    readme = (remote / "me/features/README.md").read_text()
+    assert front_matter(readme)["pipeline_tag"] == "image-feature-extraction"
+    assert "without a classifier, for its vectors, 4-bit weights and 4-bit activations" in readme
+    assert 'print(engine.embed("image.jpg"))' in readme
+    assert "| bits | weights 4, activations 4 |" in readme
 
 
 def test_float_checkpoint_has_a_card_and_is_a_teacher(

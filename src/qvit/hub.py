@@ -110,14 +110,17 @@ def model_card(content: ModelCard | PackedModel, repository: str, size: int) -> 
         use = f'import qvit.hub\n\nmodel, card = qvit.hub.from_pretrained("{repository}")'
     else:
         name, origin = content.program.name, dict(content.origin)
-        quantization = origin.get("quantization")
+        bits = content.program.usual_bits()  # all that is known of one that was exported from Python
+        quantization = origin.get("quantization") or {"weight_bits": bits.weight, "activation_bits": bits.activation}
         use = (
             f'import qvit.hub\n\nengine = qvit.hub.from_pretrained("{repository}", packed=True)\n'
-            'print(engine.predict("image.jpg"))'
+            f'print(engine.{"predict" if content.classes else "embed"}("image.jpg"))'
         )
-    lines = ["---", "library_name: qvit", "pipeline_tag: image-classification", "tags: [qvit, vision, quantization]"]
+    task = "image-classification" if content.classes else "image-feature-extraction"
+    purpose = f"for {len(content.classes)} classes" if content.classes else "without a classifier, for its vectors"
+    lines = ["---", "library_name: qvit", f"pipeline_tag: {task}", "tags: [qvit, vision, quantization]"]
     title = f"# {repository.rpartition('/')[2]}"
-    lines += ["---", "", title, "", f"{printable(name)} for {len(content.classes)} classes, "]
+    lines += ["---", "", title, "", f"{printable(name)} {purpose}, "]
     if quantization is None:
         lines[-1] += "in full precision."
     else:
@@ -143,7 +146,8 @@ def _facts(
         facts["accuracy"] = f"top-1 {metrics['val_top1']:.2f} %, top-5 {metrics['val_top5']:.2f} %{images}"
     if quantization is not None:
         facts["bits"] = f"weights {quantization['weight_bits']}, activations {quantization['activation_bits']}"
-        facts["rectification"] = str(quantization.get("rectify") or "none")
+        if "rectify" in quantization:
+            facts["rectification"] = str(quantization["rectify"] or "none")
         if quantization.get("overrides"):
             facts["other bits"] = ", ".join(f"{name}: {bits}" for name, bits in quantization["overrides"].items())
     facts["method"] = str(origin.get("method", "unknown"))

@@ -16,7 +16,10 @@ import torch
 from PIL import Image, ImageOps
 
 from commands import run, sentence
+from family_programs import feature_program
+from packed_models import random_packed
 from qvit.errors import CorruptImageError
+from qvit.format.packed import write_packed
 from qvit.runtime.engine import load
 from qvit.runtime.preprocess import preprocess_batch
 
@@ -175,3 +178,32 @@ def test_eval_of_images_none_of_which_can_be_read_is_no_result(packed_file: Path
     done = run("eval", packed_file, "--data", tmp_path, "--workers", "0", "--skip-corrupt")
     assert "No validation image can be read, so there is no accuracy." in sentence(done)
     assert done.out == ""
+
+
+@pytest.fixture(scope="module")
+def extractor(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a packed file without a classifier."""
+    path = tmp_path_factory.mktemp("extractor") / "features.safetensors"
+    write_packed(path, random_packed(feature_program()))
+    return path
+
+
+@pytest.mark.parametrize("more", [(), ("--json",)])
+def test_feature_extractor_has_no_classes_to_predict(
+    extractor: Path, photos: list[Path], more: tuple[str, ...]
+) -> None:
+    done = run("predict", extractor, *photos, *more)
+    assert sentence(done) == (
+        "qvit: features is a feature extractor and has no classes: engine.embed(images) gives its vectors."
+    )
+    assert not done.out
+
+
+def test_info_and_bench_of_a_feature_extractor(extractor: Path) -> None:
+    info = run("info", extractor)
+    assert info.status == 0, info.err
+    assert "none: a feature extractor" in info.out
+    assert "a vector of" in info.out
+    bench = run("bench", extractor, "--batch", "1", "--threads", "1", "--peers", "none", "--rounds", "1")
+    assert bench.status == 0, bench.err
+    assert "images/s" in bench.out

@@ -118,6 +118,10 @@ class Program:
             bits.update((name, Bits(width, width)) for name, width in operation.operands())
         return bits
 
+    def usual_bits(self) -> Bits:
+        """Return the bits that most layers and operands have."""
+        return Counter(self.bits().values()).most_common(1)[0][0]
+
     def products(self) -> list[Product]:
         """Return the multiply-adds of one image, product by product."""
         return [product for operation, x in self.steps for product in operation.products(x)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 from pathlib import Path
 
 import torch
@@ -35,7 +34,7 @@ def load_packed(path: str | Path) -> tuple[PackedClassifier, ModelCard]:
         PackedFileError: as :func:`qvit.format.packed.read_packed`.
     """
     engine = load(path)
-    (weight, activation), _ = collections.Counter(engine.program.bits().values()).most_common(1)[0]
+    weight, activation = engine.program.usual_bits()
     bits = {"weight_bits": weight, "activation_bits": activation}
     return PackedClassifier(engine), ModelCard(
         engine.program.name, {}, engine.classes, engine.preprocessing, bits, method="packed"

@@ -108,7 +108,8 @@ class Engine:
         """
         if not self.program.classifies:
             raise ConfigError(
-                f"{self.program.name} is a feature extractor and has no classes: embed gives its vectors."
+                f"{self.program.name} is a feature extractor and has no classes: engine.embed(images) gives its "
+                "vectors."
             )
         logits = self._of_pictures(images).astype(np.float64)
         powers = np.exp(logits - logits.max(axis=1, keepdims=True))

@@ -160,7 +160,7 @@ def _gives(x: Stream) -> str:
 
 def _about(model: PackedModel) -> Iterator[tuple[str, str]]:
     names = "; ".join(map(printable, model.classes[:5])) + ("; ..." if len(model.classes) > 5 else "")
-    yield "classes", f"{len(model.classes)}: {names}"
+    yield "classes", f"{len(model.classes)}: {names}" if model.classes else "none: a feature extractor"
     for title, data in (("preprocessing", model.preprocessing), ("origin", model.origin)):
         if data:
             yield title, "\n".join(printable(f"{name}: {_value(value)}") for name, value in data.items())
