@@ -32,10 +32,11 @@ def load_float(
     """Return a float model and its card, wherever it is, for images of the size that ``expected`` has.
 
     Args:
-        source: ``hf-hub:OWNER/NAME`` (``@REVISION`` may follow) or a folder with the same files: a timm model, a
-            transformers ViT or DeiT, or a float checkpoint of qvit's; the name of a timm model that has pretrained
-            weights, with or without their tag; or a file: a checkpoint of qvit's, or weights of ``expected``'s model
-            that timm, DeiT, Lightning or others wrote (:func:`qvit.models.foreign.adapted`).
+        source: ``hf-hub:OWNER/NAME`` (``@REVISION`` may follow) or a folder with the same files: a timm model, a ViT,
+            DeiT, Swin, BEiT, DINOv2, CLIP or SigLIP of transformers' (:mod:`qvit.models.transformers_vit`), or a float
+            checkpoint of qvit's; the name of a timm model that has pretrained weights, with or without their tag; or a
+            file: a checkpoint of qvit's, or weights of ``expected``'s model that timm, DeiT, Lightning or others wrote
+            (:func:`qvit.models.foreign.adapted`).
         expected: the model and the classes that the user works with; ``None`` to take what the source says, which a
             file of weights alone does not.
         report: takes a sentence about each decision that is made on the way, such as which of two sets of weights is
@@ -120,8 +121,8 @@ def _from_folder(
     if not isinstance(config.get("architecture"), str):
         kind = shown(config.get("model_type", "unknown"))
         raise UnsupportedModelError(
-            f"{source} holds a model of type {kind}: qvit reads timm models, ViT, DeiT, Swin, BEiT, DINOv2, CLIP and "
-            "SigLIP."
+            f"{source} holds a model of type {kind}: qvit reads timm's models, and of transformers' ViT, DeiT, Swin, "
+            "BEiT, DINOv2, CLIP and SigLIP."
         )
     try:
         card = _timm_card(config, expected)
