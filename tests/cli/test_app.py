@@ -24,7 +24,8 @@ model_args: {img_size: 8, patch_size: 4, in_chans: 1, embed_dim: 24, depth: 2, n
 preprocessing: {mean: [0.5], std: [0.5], crop_pct: 1.0, interpolation: bilinear}
 augmentation: {scale: [0.9, 1.0], ratio: [1.0, 1.0], hflip: 0.0, color_jitter: null, interpolation: bilinear}
 full_precision: {epochs: 6, batch_size: 64, lr: 4e-3, optimizer: adamw}
-quantized: {epochs: 1, batch_size: 128, lr: 2e-3, optimizer_args: {eps: 1e-8}, calibration_images: 128}
+quantized: {epochs: 1, batch_size: 128, lr: 2e-3, optimizer_args: {eps: 1e-8}, calibration_images: 128,
+  reconstruction_images: 64, reconstruction_steps: 9}
 """
 
 
@@ -106,7 +107,7 @@ def test_evaluation_repeats_what_training_measured(qvit: Run, teacher: Path) -> 
     assert "32 (float)" in done.out
 
 
-@pytest.mark.parametrize("method", ["q-vit", "baseline", "rectify", "distill", "ptq"])
+@pytest.mark.parametrize("method", ["q-vit", "baseline", "rectify", "distill", "reconstruct", "ptq"])
 def test_every_method_trains_and_its_checkpoint_evaluates(
     qvit: Run, student: list[str], teacher: Path, tmp_path: Path, method: str
 ) -> None:
@@ -117,7 +118,7 @@ def test_every_method_trains_and_its_checkpoint_evaluates(
     evaluated = qvit("eval", tmp_path / "run" / "best.pt", "--data", "digits", "--batch-size", "100")
     assert evaluated.status == 0, evaluated.err
     assert printed[1] in evaluated.out
-    files = ["best.pt"] if method == "ptq" else ["best.pt", "last.pt"]
+    files = ["best.pt"] if method in ("reconstruct", "ptq") else ["best.pt", "last.pt"]
     checksums = [weights_checksum(load_checkpoint(tmp_path / "run" / file)[0])[:16] for file in files]
     assert done.out.endswith(f"SHA-256 of the weights {' and '.join(f'{one}...' for one in checksums)}\n")
     assert "2/2" in evaluated.out

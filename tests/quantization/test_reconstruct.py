@@ -63,6 +63,24 @@ def test_same_seed_same_student(vit: nn.Module, student: Any, images: Tensor) ->
     assert not same(weights(student), weights(third))
 
 
+def test_compiled_steps_follow_the_eager_ones(vit: nn.Module, student: Any, images: Tensor) -> None:
+    other = copy.deepcopy(student)
+    losses: list[list[float]] = [[], []]
+    for model, compiled, seen in ((student, False, losses[0]), (other, True, losses[1])):
+        reconstruct(
+            model,
+            vit,
+            [images],
+            steps=3,
+            batch_size=8,
+            compile=compiled,
+            report=lambda p, seen=seen: seen.append(p.loss),
+        )
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+    assert vit._compiled_call_impl is None
+    assert other._compiled_call_impl is None
+
+
 def test_images_may_come_with_labels_and_in_batches_of_any_size(vit: nn.Module, student: Any, images: Tensor) -> None:
     other = copy.deepcopy(student)
     reconstruct(student, vit, [images], steps=2, batch_size=8)

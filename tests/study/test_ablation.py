@@ -28,7 +28,8 @@ Write = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def budget() -> Recipe:
-    return load_recipe("digits", ["quantized.epochs=1", "quantized.batch_size=256", "quantized.calibration_images=64"])
+    changes = {"epochs": 1, "batch_size": 256, "calibration_images": 64, "reconstruction_steps": 5}
+    return load_recipe("digits", [f"quantized.{name}={value}" for name, value in changes.items()])
 
 
 def record(bits: int, row: str, seed: int, top1: float) -> dict[str, Any]:
@@ -57,7 +58,7 @@ def run(
 
 def test_rows_are_the_papers_with_both_readings_of_irm() -> None:
     assert [row.name for row in ROWS] == [
-        "ptq", "baseline", "rectify-head", "rectify-token", "distill", "q-vit-head", "q-vit-token",
+        "ptq", "reconstruct", "baseline", "rectify-head", "rectify-token", "distill", "q-vit-head", "q-vit-token",
     ]  # fmt: skip
     assert rows_named(None) == ROWS
     assert [row.title for row in rows_named(" q-vit-token, ptq")] == ["Q-ViT (both), token", "post-training"]
@@ -65,7 +66,7 @@ def test_rows_are_the_papers_with_both_readings_of_irm() -> None:
 
 @pytest.mark.parametrize("names", ["baseline,best", "", " , "])
 def test_unknown_or_no_row_lists_the_known_ones(names: str) -> None:
-    with pytest.raises(ConfigError, match="the rows are ptq, baseline, rectify-head"):
+    with pytest.raises(ConfigError, match="the rows are ptq, reconstruct, baseline, rectify-head"):
         rows_named(names)
 
 
@@ -124,9 +125,9 @@ def test_every_row_starts_from_the_teacher_and_leaves_it_alone(
     tmp_path: Path, teacher: FloatModel, digits: ImageSets, budget: Recipe
 ) -> None:
     before = {name: value.clone() for name, value in teacher.model.state_dict().items()}
-    records = run(teacher, digits, budget, tmp_path, "ptq,baseline,q-vit-token", [1], [8])
+    records = run(teacher, digits, budget, tmp_path, "ptq,reconstruct,baseline,q-vit-token", [1], [8])
     assert [(r["row"], r["seed"], r["images"]) for r in records] == [
-        ("ptq", 1, 359), ("baseline", 1, 359), ("q-vit-token", 1, 359),
+        ("ptq", 1, 359), ("reconstruct", 1, 359), ("baseline", 1, 359), ("q-vit-token", 1, 359),
     ]  # fmt: skip
     # At 8 bits a calibrated student is the float model to a few images, and its maps are the float model's.
     assert records[0]["top1"] == pytest.approx(teacher.card.metrics["val_top1"], abs=1.0)

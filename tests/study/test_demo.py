@@ -20,6 +20,7 @@ CHANGES = [
     "quantized.epochs=1",
     "quantized.batch_size=128",
     "quantized.calibration_images=128",
+    "quantized.reconstruction_steps=20",
 ]
 TABLE_ROW = re.compile(
     r"^ *(4|2) +(post-training|QAT baseline|Q-ViT \(both\)) +(\d+\.\d\d) +\d\.\d\d of \1 +\d\.\d{3} +(\d+\.\d)"
@@ -42,13 +43,13 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     assert torch.get_num_threads() == threads
     printed = console.file.getvalue()  # type: ignore[attr-defined]
     rows = TABLE_ROW.findall(printed)
-    assert len(rows) == 6, printed
+    assert len(rows) == 8, printed
     return out, printed, rows
 
 
 def test_table_has_every_model_on_eighty_columns(demo: Demo) -> None:
     _, printed, rows = demo
-    methods = ["post-training", "QAT baseline", "Q-ViT (both)"]
+    methods = ["post-training", "reconstructed", "QAT baseline", "Q-ViT (both)"]
     assert [(row[0], row[1]) for row in rows] == [(bits, method) for bits in ("4", "2") for method in methods]
     assert re.search(r"^ *32 +full precision +\d+\.\d\d +\d+\.\d +\d+\.\d\d *$", printed, re.MULTILINE)
     table = printed[printed.index("Handwritten digits") :]
@@ -64,7 +65,12 @@ def test_engine_agrees_with_the_fake_quantized_model(demo: Demo) -> None:
 def test_packed_files_load_and_two_bits_are_smaller(demo: Demo) -> None:
     out, _, rows = demo
     for bits, method, *_ in rows:
-        name = {"post-training": "ptq", "QAT baseline": "baseline", "Q-ViT (both)": "q-vit"}[method]
+        name = {
+            "post-training": "ptq",
+            "reconstructed": "reconstruct",
+            "QAT baseline": "baseline",
+            "Q-ViT (both)": "q-vit",
+        }[method]
         engine = qvit.load(out / f"{name}-{bits}-bit.safetensors")
         assert engine.classes == [str(digit) for digit in range(10)]
     sizes = {(row[0], row[1]): float(row[3]) for row in rows}

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from qvit.cli.options import (
+    Compile,
     Cpu,
     Override,
     Precision,
@@ -49,13 +50,15 @@ def quantize(
     seed: Seed = 0,
     workers: Workers = None,
     precision: Precision = "no",
+    compile_models: Compile = False,
     skip_corrupt: SkipCorrupt = False,
     cpu: Cpu = False,
 ) -> None:
     """Quantize a float model in minutes, with pictures and without labels.
 
     Scales are set from the pictures (calibrate); then weights and scales are trained for --minutes to give what the
-    float model gives (reconstruct). Agreement is measured on pictures that neither saw. Ctrl-C saves where it is.
+    float model gives (reconstruct): --compile and, on processors that have it, --precision bf16 make several times as
+    many steps of the same minutes. Agreement is measured on pictures that neither saw. Ctrl-C saves where it is.
 
     Examples:
       qvit quantize deit_small_patch16_224 --images photos --bits 4 --out model.safetensors
@@ -70,7 +73,7 @@ def quantize(
         raise ConfigError("--method calibrate has no budget: leave out --minutes and --steps.")
     if minutes is not None and steps is not None:
         raise ConfigError("Give either --minutes or --steps.")
-    options = options_of(out, seed, workers, precision, False, skip_corrupt, resume, cpu, str(images))
+    options = options_of(out, seed, workers, precision, compile_models, skip_corrupt, resume, cpu, str(images))
     request = Request(
         source,
         images,

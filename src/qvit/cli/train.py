@@ -55,7 +55,9 @@ def train(
     full_precision: Annotated[bool, typer.Option("--full-precision", help="Train a float model: a teacher.")] = False,
     bits: Annotated[int | None, typer.Option(help="Bits of weights and activations, 2..8.")] = None,
     activation_bits: Annotated[int | None, typer.Option(help="Bits of activations, if others.")] = None,
-    method: Annotated[str, typer.Option(help="q-vit, baseline, rectify (IRM), distill (DGD) or ptq.")] = "q-vit",
+    method: Annotated[
+        str, typer.Option(help="q-vit, baseline, rectify (IRM), distill (DGD), reconstruct or ptq.")
+    ] = "q-vit",
     rectify: Annotated[str, typer.Option(help="IRM's statistics: head or token.")] = "head",
     teacher: Annotated[
         str | None,
@@ -239,8 +241,8 @@ def ablate(
     rows: Annotated[
         str | None,
         typer.Option(
-            help="Comma-separated: ptq, baseline, rectify-head, rectify-token, distill, q-vit-head, q-vit-token "
-            "[default: all]."
+            help="Comma-separated: ptq, reconstruct, baseline, rectify-head, rectify-token, distill, q-vit-head, "
+            "q-vit-token [default: all]."
         ),
     ] = None,
     override: Override = None,

@@ -197,7 +197,7 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for (bits, row), by_seed in cells.items():
         base = cells.get((bits, "baseline"), {})
         gains = [record["top1"] - base[seed]["top1"] for seed, record in by_seed.items() if seed in base]
-        compared = gains if row not in ("baseline", "ptq") else []
+        compared = gains if row not in ("ptq", "reconstruct", "baseline") else []
         runs = list(by_seed.values())
         top1 = [run["top1"] for run in runs]
         summary.append(

@@ -40,7 +40,7 @@ from qvit.train.recipe import Recipe, load_recipe
 
 MODEL = "vit_tiny_patch16_224"
 BITS = (4, 2)
-DEMO_METHODS = ("ptq", "baseline", "q-vit")
+DEMO_METHODS = ("ptq", "reconstruct", "baseline", "q-vit")
 SHOWN_LAYERS = (0, 1, 3)
 """Blocks whose queries are drawn: the first, the second and the last of four."""
 COLUMNS = (
@@ -231,7 +231,8 @@ def _sections(
         [
             f"A small vision transformer (four layers, width 48) learns 8 x 8 handwritten digits in {full.epochs} "
             "epochs at full precision. The same float model is then quantized, weights and activations of every linear "
-            "layer and of both attention products: without training (post-training), with plain quantization-aware "
+            "layer and of both attention products: without training (post-training), from the float model's outputs on "
+            f"{half.reconstruction_images} images without their labels (reconstructed), with plain quantization-aware "
             f"training (the QAT baseline), and with Q-ViT; both trainings have {half.epochs} epochs. Each quantized "
             "model is then exported to a packed file and run by qvit's engine, in integer arithmetic, without PyTorch.",
             "What these numbers can show: that the whole chain works, that 2 bits need training and 4 bits hardly do, "

@@ -233,10 +233,12 @@ def _reconstruct(
         "minutes": request.minutes,
         "steps": request.steps,
         "precision": options.precision,
+        "compile": options.compile,
     }
     run = Reconstruction(
         student, teacher, used, steps=request.steps, minutes=request.minutes, seed=options.seed,
         precision=options.precision,
+        compile=options.compile,
     )  # fmt: skip
     if options.resume:
         _restore(run, card, settings, partial)

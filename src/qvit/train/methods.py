@@ -28,6 +28,8 @@ from qvit.nn.quantizer import Quantizer
 from qvit.quantization.calibrate import calibrate
 from qvit.quantization.convert import quantize
 from qvit.quantization.distill import DistillationLoss, check_guidance
+from qvit.quantization.reconstruct import reconstruct
+from qvit.train.display import progress_bar
 from qvit.train.evaluate import Accuracy, evaluate
 from qvit.train.loop import LabelLoss, Loss, fit
 from qvit.train.options import Options, make_accelerator, share_of
@@ -35,16 +37,18 @@ from qvit.train.recipe import Recipe, Schedule
 
 
 class Method(NamedTuple):
-    """What of Q-ViT a method has: rectification (IRM), guidance (DGD), and training at all."""
+    """What of Q-ViT a method has: rectification (IRM), guidance (DGD), training at all; reconstruction in its place."""
 
     title: str
     rectify: bool
     guided: bool
     trained: bool = True
+    reconstructed: bool = False
 
 
 METHODS: dict[str, Method] = {
     "ptq": Method("post-training", rectify=False, guided=False, trained=False),
+    "reconstruct": Method("reconstructed", rectify=False, guided=False, trained=False, reconstructed=True),
     "baseline": Method("QAT baseline", rectify=False, guided=False),
     "rectify": Method("+ IRM", rectify=True, guided=False),
     "distill": Method("+ DGD", rectify=False, guided=True),
@@ -167,10 +171,24 @@ def train_quantized(
     keep = chosen.rectify and (start.card.quant_config or {}).get("rectify") == rectify
     calibrate(
         student,
-        calibration_images(data, card, schedule, options),
+        training_images(data, card, schedule.calibration_images, options),
         rectify_start="keep" if keep else schedule.rectify_start,
         weight_start=schedule.weight_start,
     )
+    if chosen.reconstructed:
+        images = training_images(data, card, schedule.reconstruction_images, options)
+        with progress_bar(console) as bar:
+            task = bar.add_task("reconstruction", total=schedule.reconstruction_steps)
+            reconstruct(
+                student,
+                copy.deepcopy((teacher or start).model).to(device),
+                images,
+                steps=schedule.reconstruction_steps,
+                seed=options.seed,
+                precision=options.precision,
+                compile=options.compile,
+                report=lambda progress: bar.update(task, completed=progress.step),
+            )
     if not chosen.trained:
         val = _validation(data, card, schedule, options)
         accuracy = evaluate(student, val, device, skip_corrupt=options.skip_corrupt)
@@ -207,6 +225,8 @@ def make_student(
         UnsupportedModelError: for a model that cannot be quantized.
     """
     chosen = METHODS[method]
+    if chosen.reconstructed and teacher is None and start.card.quant_config is not None:
+        raise ConfigError("Method reconstruct learns from a float model: give --teacher.")
     if chosen.guided and teacher is None:
         raise ConfigError(f"Method {method} is guided by a teacher: give --teacher, or use baseline or rectify.")
     if teacher is not None and len(teacher.card.classes) != len(start.card.classes):
@@ -230,16 +250,14 @@ def _student(start: FloatModel, config: QuantConfig) -> VisionTransformer:
     return student
 
 
-def calibration_images(data: ImageSets, card: ModelCard, schedule: Schedule, options: Options) -> list[torch.Tensor]:
-    """Return ``schedule.calibration_images`` training images in batches, prepared as for evaluation.
+def training_images(data: ImageSets, card: ModelCard, count: int, options: Options) -> list[torch.Tensor]:
+    """Return ``count`` training images in batches, prepared as for evaluation.
 
     Every process gets the same.
     """
-    batch_size = min(schedule.calibration_images, 128)
+    batch_size = min(count, 128)
     loader = training_batches(data.train, card, batch_size, options)
-    batches = itertools.islice(
-        readable(loader, skip_corrupt=options.skip_corrupt), -(-schedule.calibration_images // batch_size)
-    )
+    batches = itertools.islice(readable(loader, skip_corrupt=options.skip_corrupt), -(-count // batch_size))
     return [batch.images for batch in batches if len(batch.labels)]
 
 

@@ -56,6 +56,10 @@ _Loader.add_implicit_resolver(
 )
 
 
+RECONSTRUCTION = ("reconstruction_images", "reconstruction_steps")
+"""Entries of a :class:`Schedule` that a training does not depend on."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Schedule:
     """One training run's budget and optimizer.
@@ -77,6 +81,8 @@ class Schedule:
         weight_start: start of the weights' scales, ``"minimum_error"`` or ``"lsq"`` (:func:`qvit.calibrate`).
         rectify_start: start of gamma and beta, ``"teacher"`` or ``"unit"`` (:func:`qvit.calibrate`).
         calibration_images: training images that set the quantizers' start.
+        reconstruction_images: training images of the method that learns from the float model's outputs alone.
+        reconstruction_steps: of that method (:func:`qvit.reconstruct`).
         clip_grad: largest norm of all gradients together; 0 for none (LAMB clips to 1 by itself: ``max_grad_norm``).
         ema_decay: share of the old values in the running average of the weights, which is then what is evaluated and
             what ``best.pt`` and ``last.pt`` hold; 0 for none.
@@ -100,12 +106,14 @@ class Schedule:
     weight_start: WeightStart = "minimum_error"
     rectify_start: Start = "teacher"
     calibration_images: int = 512
+    reconstruction_images: int = 1024
+    reconstruction_steps: int = 500
     clip_grad: float = 0.0
     ema_decay: float = 0.0
     freeze_oscillating: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "calibration_images"):
+        for name in ("epochs", "batch_size", "calibration_images", *RECONSTRUCTION):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} must be a whole number above 0, not {value!r}.")

@@ -13,7 +13,7 @@ from qvit.data.order import TrainOrder
 from qvit.files import printable
 from qvit.models.card import ModelCard
 from qvit.models.checkpoint import weights_checksum
-from qvit.train.recipe import Schedule
+from qvit.train.recipe import RECONSTRUCTION, Schedule
 
 if TYPE_CHECKING:
     from qvit.train.options import Options  # which knows how often a run saves itself
@@ -43,8 +43,9 @@ def settings_of(
         resident: whether images are decoded once and augmented on the device.
     """
     quantized = card.quant_config is not None
+    entries = {name: value for name, value in dataclasses.asdict(schedule).items() if name not in RECONSTRUCTION}
     settings: dict[str, Any] = {
-        "quantized" if quantized else "full_precision": dataclasses.asdict(schedule),
+        "quantized" if quantized else "full_precision": entries,
         "augmentation": card.recipe["augmentation"],
         "preprocessing": card.preprocessing,
         "method": card.method,
