@@ -129,7 +129,11 @@ def train_block(
     for name, parameter in block.named_parameters():
         fixed = roundings and ((name.endswith(".weight") and parameter.ndim > 1) or "weight_quantizer" in name)
         if not fixed:
-            size = 1.0 if name.endswith("log_scale") else 10 * max(float(parameter.detach().square().mean().sqrt()), 2.0**-6)
+            size = (
+                1.0
+                if name.endswith("log_scale")
+                else 10 * max(float(parameter.detach().square().mean().sqrt()), 2.0**-6)
+            )
             groups.append({"params": [parameter], "lr": 0.0, "peak": RATE * size})
     optimizer = torch.optim.Adam(groups)
     began, steps = time.perf_counter(), 0

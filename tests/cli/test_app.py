@@ -24,9 +24,8 @@ model_args: {img_size: 8, patch_size: 4, in_chans: 1, embed_dim: 24, depth: 2, n
 preprocessing: {mean: [0.5], std: [0.5], crop_pct: 1.0, interpolation: bilinear}
 augmentation: {scale: [0.9, 1.0], ratio: [1.0, 1.0], hflip: 0.0, color_jitter: null, interpolation: bilinear}
 full_precision: {epochs: 6, batch_size: 64, lr: 4e-3, optimizer: adamw}
-quantized: {epochs: 1, batch_size: 128, lr: 2e-3, optimizer_args: {eps: 1e-8}, calibration_images: 128,
-  reconstruction_images: 64, reconstruction_steps: 9}
-"""
+quantized: {epochs: 1, batch_size: 128, lr: 2e-3, optimizer_args: {eps: 1e-8}, calibration_images: 128, reconstruction_steps: 9}
+"""  # noqa: E501
 
 
 @pytest.fixture
@@ -139,6 +138,17 @@ def test_a_quantized_checkpoint_starts_a_model_of_other_bits(
     assert done.status == 0, done.err
     assert "3 bits, QAT baseline" in done.out
     assert "a teacher must be a float one" in sentence(qvit(*student, "--teacher", start, "--out", tmp_path / "none"))
+
+
+def test_a_checkpoint_of_the_same_bits_keeps_its_scales(
+    qvit: Run, student: list[str], teacher: Path, tmp_path: Path
+) -> None:
+    assert qvit(*student, "--teacher", teacher, "--method", "baseline").status == 0
+    start = tmp_path / "run" / "last.pt"
+    done = qvit(*student, "--out", tmp_path / "again", "--start", start, "--teacher", teacher, "--method", "ptq")
+    assert done.status == 0, done.err
+    models = [load_checkpoint(path)[0] for path in (start, tmp_path / "again" / "best.pt")]
+    assert len({weights_checksum(model) for model in models}) == 1
 
 
 def test_resume_goes_on_and_a_second_start_is_refused(

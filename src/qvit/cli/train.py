@@ -69,7 +69,8 @@ def train(
     start: Annotated[
         str | None,
         typer.Option(
-            help="Model to start from, given like --teacher, or a checkpoint of other bits [default: the teacher]."
+            help="Model to start from, given like --teacher, or a quantized checkpoint, whose scales count if its bits "
+            "are the same [default: the teacher]."
         ),
     ] = None,
     override: Override = None,

@@ -1,6 +1,6 @@
 """Reconstruction: a calibrated student learns to give what its float model gives, on pictures without labels.
 
-All weights, scales and offsets are trained together on the distance of the outputs (docs/method.md, section 6). The
+All weights, scales and offsets are trained together on the distance of the outputs (docs/method.md, section 9). The
 pictures are few, so every step sees views of them that were not there before.
 """
 

@@ -143,7 +143,8 @@ def train_quantized(
     """Quantize ``start``, calibrate it and train it with the recipe's ``quantized`` schedule.
 
     Args:
-        start: model whose weights the student starts from; a quantized one, of other bits, gives its rectifiers too.
+        start: model whose weights the student starts from; a quantized one of other bits gives its rectifiers too, one
+            that is quantized in the same way its scales as well.
         teacher: what the student is distilled from; ``None`` to train against the labels alone.
         method: a key of :data:`METHODS`.
         bits: of weights and of activations.
@@ -168,13 +169,16 @@ def train_quantized(
     )
     if isinstance(student, VisionTransformerDistilled):
         student.set_distilled_training(teacher is not None)
-    keep = chosen.rectify and (start.card.quant_config or {}).get("rectify") == rectify
-    calibrate(
-        student,
-        training_images(data, card, schedule.calibration_images, options),
-        rectify_start="keep" if keep else schedule.rectify_start,
-        weight_start=schedule.weight_start,
-    )
+    if start.card.quant_config == card.quant_config:  # trained or reconstructed before, scales and all
+        student.load_state_dict(start.model.state_dict())
+    else:
+        keep = chosen.rectify and (start.card.quant_config or {}).get("rectify") == rectify
+        calibrate(
+            student,
+            training_images(data, card, schedule.calibration_images, options),
+            rectify_start="keep" if keep else schedule.rectify_start,
+            weight_start=schedule.weight_start,
+        )
     if chosen.reconstructed:
         images = training_images(data, card, schedule.reconstruction_images, options)
         with progress_bar(console) as bar:
