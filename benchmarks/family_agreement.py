@@ -2,9 +2,11 @@
 
 The weights are random (of a size that keeps attention from being flat), the images are yours: a folder of class
 folders, such as CIFAR-10's. Printed per family: codes of the engine that differ from the reference's, per 100 000, and
-those of them before which nothing in their image differed; images whose class in the engine is that of the
-fake-quantized model in double precision; the guided distance between the calibrated student and its teacher, which
-needs their queries and keys layer by layer. Every difference starts at a value beside a border between two codes.
+those of them before which nothing in their image differed, in how many images and quantizers these are; images whose
+class in the engine is that of the fake-quantized model in double precision; of the others the largest margin, which is
+the distance of the two largest logits in double precision, in percent of the median margin of all images (of a near tie
+it is small); the guided distance between the calibrated student and its teacher, which needs their queries and keys
+layer by layer. Every difference starts at a value beside a border between two codes.
 
 Example: python benchmarks/family_agreement.py cifar10/train --bits 4 --images 256
 """
@@ -90,19 +92,25 @@ def measure(name: str, arguments: dict[str, Any], images: torch.Tensor, bits: in
     ReferenceEngine(packed, watch=expected.__setitem__)(images.numpy())
     differ = total = 0
     clean = np.ones(len(images), bool)
-    first = 0  # codes that differ where nothing before them in their image did
+    first = places = 0  # codes that differ where nothing before them in their image did, and quantizers with some
     for key, wanted in expected.items():
         width = packed.program.bits()[key].activation
         unsigned = wanted if key.endswith(".map") else wanted + 2 ** (width - 1)
         wrong = (codes[key] != unsigned).reshape(len(images), -1)
         differ, total = differ + int(wrong.sum()), total + wrong.size
         first += int(wrong[clean].sum())
+        places += bool(wrong[clean].any())
         clean &= ~wrong.any(axis=1)
+    second, best = np.sort(exact, axis=1)[:, -2:].T
+    margins, same = best - second, logits.argmax(1) == exact.argmax(1)
     return {
         "model": name,
         "codes_per_100000": 1e5 * differ / total,
         "first_codes_per_100000": 1e5 * first / total,
-        "same_class": 100 * float((logits.argmax(1) == exact.argmax(1)).mean()),
+        "images_with_first": 100 * float((~clean).mean()),
+        "quantizers_with_first": places,
+        "same_class": 100 * float(same.mean()),
+        "largest_margin": 100 * float(margins[~same].max() / np.median(margins)) if not same.all() else None,
         "guided_distance": float(loss_fn.last_parts["guided"]),
         "images": len(images),
     }
@@ -123,14 +131,32 @@ def main() -> None:
     images = torch.cat(batches)
     images = images[:: max(1, len(images) // arguments.images)][: arguments.images].contiguous()
     table = Table(
-        "family", "timm model", "codes that differ (of 100 000)", "of these first", "same class (%)", "guided distance"
+        "family",
+        "timm model",
+        "codes that differ (of 100 000)",
+        "of these first",
+        "in images (%)",
+        "in quantizers",
+        "same class (%)",
+        "margin of others (% of median)",
+        "guided distance",
     )
     results = {}
     for family, (name, options) in MODELS.items():
         record = results[family] = measure(name, options, images, arguments.bits)
-        figures = (f"{record['codes_per_100000']:.2f}", f"{record['first_codes_per_100000']:.2f}")
-        table.add_row(family, name, *figures, f"{record['same_class']:.2f}", f"{record['guided_distance']:.2f}")
-    Console(width=120).print(table)
+        margin = record["largest_margin"]
+        table.add_row(
+            family,
+            name,
+            f"{record['codes_per_100000']:.2f}",
+            f"{record['first_codes_per_100000']:.2f}",
+            f"{record['images_with_first']:.2f}",
+            str(record["quantizers_with_first"]),
+            f"{record['same_class']:.2f}",
+            "" if margin is None else f"{margin:.1f}",
+            f"{record['guided_distance']:.2f}",
+        )
+    Console(width=160).print(table)
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1))
 
