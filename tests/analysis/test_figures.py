@@ -9,7 +9,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from qvit import QuantConfig, calibrate, quantize
-from qvit.analysis.figures import ablation_bars, png, query_histograms, svg, training_curves
+from qvit.analysis.figures import ablation_bars, block_errors, png, query_histograms, svg, training_curves
 from qvit.analysis.statistics import QueryKeyStatistics, query_key_statistics
 from qvit.errors import ConfigError
 
@@ -112,3 +112,15 @@ def test_svg_is_an_element_and_the_same_each_time():
     first, second = (svg(query_histograms({"a": [layer(0, entropy=1.5)]}, [0])) for _ in range(2))
     assert first == second
     assert ET.fromstring(first).tag.endswith("svg")
+
+
+def test_block_errors_are_bars_of_percentages_beside_one_another() -> None:
+    errors = {"calibrated": {"blocks.0": 0.25, "blocks.1": 0.5}, "reconstructed": {"blocks.0": 0.125, "blocks.1": 0.4}}
+    (axes,) = block_errors(errors).axes
+    assert [bar.get_height() for bar in axes.patches] == [25.0, 50.0, 12.5, 40.0]
+    assert len({round(bar.get_x(), 6) for bar in axes.patches}) == 4
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["blocks.0", "blocks.1"]
+    assert "$" not in "".join(label.get_text() for label in axes.get_yticklabels())
+    legend = axes.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == list(errors)

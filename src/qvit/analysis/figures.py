@@ -105,7 +105,7 @@ def training_curves(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> Figu
 
 
 def block_errors(errors: Mapping[str, Mapping[str, float]]) -> Figure:
-    """Draw the error of every block's output, as bars beside one another for several models, on a logarithmic axis.
+    """Draw the error of every block's output, as bars beside one another for several models.
 
     Args:
         errors: for each model, by its name, the relative squared error by the block's name.
@@ -118,7 +118,7 @@ def block_errors(errors: Mapping[str, Mapping[str, float]]) -> Figure:
         for number, (name, by_block) in enumerate(errors.items()):
             axes.bar(
                 [place + (number - (len(errors) - 1) / 2) * width for place in range(len(blocks))],
-                [by_block[block] for block in blocks],
+                [100 * by_block[block] for block in blocks],
                 width,
                 label=name,
                 color=_COLOURS[number % len(_COLOURS)],
@@ -126,9 +126,8 @@ def block_errors(errors: Mapping[str, Mapping[str, float]]) -> Figure:
                 edgecolor="white",
             )
         axes.set_xticks(range(len(blocks)), blocks, rotation=45, ha="right")
-        axes.set_yscale("log")
-        axes.set_ylabel("relative squared error")
-        axes.legend(frameon=False)
+        axes.set_ylabel("relative squared error (%)")
+        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(errors))
     return figure
 
 
