@@ -1,5 +1,6 @@
 """Teachers that transformers saved, of other families than the plain ViT, against transformers itself. No network."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +8,12 @@ import pytest
 import torch
 import transformers as hf
 
+from commands import run
 from qvit import QuantConfig, quantize
 from qvit.errors import CheckpointError, UnsupportedModelError
 from qvit.models.card import ModelCard, describe
 from qvit.models.float_models import load_float
+from qvit.models.transformers_families import CONVERSIONS
 
 CLASSES = ["a", "b", "c"]
 PLAIN: dict[str, Any] = {
@@ -103,3 +106,13 @@ def test_weights_that_are_not_what_the_configuration_says_are_refused(tmp_path: 
     config.write_text(config.read_text().replace("siglip_vision_model", "clip_vision_model").replace("1e-06", "1e-05"))
     with pytest.raises(CheckpointError, match="does not hold what its config.json says: 'cls_token' is absent"):
         load_float(tmp_path, expected, print)
+
+
+def test_what_is_read_is_named_where_people_look(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "other"}')
+    with pytest.raises(UnsupportedModelError) as refused:
+        load_float(tmp_path, None, print)
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    for text in (run("train", "--help").out, readme, str(refused.value), load_float.__doc__):
+        words = set(re.findall(r"\w+", text.lower()))
+        assert {kind.split("_")[0] for kind in ("vit", "deit", *CONVERSIONS)} <= words

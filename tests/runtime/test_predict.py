@@ -199,6 +199,11 @@ def test_feature_extractor_has_no_classes_to_predict(
     assert not done.out
 
 
+def test_feature_extractor_has_no_accuracy(extractor: Path) -> None:
+    said = sentence(run("eval", extractor, "--data", "digits"))
+    assert said == f"qvit: {extractor} holds a feature extractor, which has no classes: there is no accuracy of it."
+
+
 def test_info_and_bench_of_a_feature_extractor(extractor: Path) -> None:
     info = run("info", extractor)
     assert info.status == 0, info.err

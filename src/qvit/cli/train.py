@@ -62,8 +62,8 @@ def train(
     teacher: Annotated[
         str | None,
         typer.Option(
-            help="Float model to distil from: a checkpoint, timm weights, hf-hub:OWNER/NAME (timm, or transformers' "
-            "ViT and DeiT), or the name of a pretrained timm model."
+            help="Float model to distil from: a checkpoint, timm weights, the name of a pretrained timm model, or "
+            "hf-hub:OWNER/NAME or a folder (timm's, or transformers' ViT, DeiT, Swin, BEiT, DINOv2, CLIP and SigLIP)."
         ),
     ] = None,
     start: Annotated[
@@ -203,6 +203,8 @@ def eval(
     options = options_of(Path(), 0, workers, "no", False, skip_corrupt, False, cpu, data)
     model: nn.Module
     model, card = load_packed(checkpoint) if checkpoint.suffix == ".safetensors" else load_checkpoint(checkpoint)
+    if not card.classes:
+        raise ConfigError(f"{checkpoint} holds a feature extractor, which has no classes: there is no accuracy of it.")
     images = open_validation(data, card.classes, mode=card.mode, root=data_root, splits=splits)
     accelerator = make_accelerator(options)
     device = accelerator.device
