@@ -107,7 +107,8 @@ def console() -> Console:
 
 @pytest.fixture(scope="session")
 def recipe() -> Recipe:
-    return load_recipe("digits", ["full_precision.epochs=25", "full_precision.lr=4e-3", "quantized.epochs=2"])
+    changes = {"model_args.depth": 2, "full_precision.epochs": 25, "full_precision.lr": 4e-3, "quantized.epochs": 2}
+    return load_recipe("digits", [f"{name}={value}" for name, value in changes.items()])
 
 
 @pytest.fixture(scope="session")
