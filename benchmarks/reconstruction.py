@@ -37,7 +37,7 @@ from qvit.nn.quantizer import to_codes
 from qvit.quantization.reconstruct import output_distance
 from qvit.train.evaluate import evaluate
 
-BATCH = 64
+BATCH = 32
 RATE = 1e-3
 ROUNDING_RATE = 1e-2
 ROUNDING_WEIGHT = 0.01

@@ -272,7 +272,7 @@ def test_models_that_do_not_fit_are_refused(vit: nn.Module, student: Any, images
         reconstruct(vit, vit, [images], steps=1)
     with pytest.raises(UncalibratedError, match=r"patch_embed\.proj\.input_quantizer has no scale yet"):
         reconstruct(quantize(vit), vit, [images], steps=1)
-    with pytest.raises(TeacherMismatchError, match=r"The student gives \(64, 10\), the teacher \(64, 7\)"):
+    with pytest.raises(TeacherMismatchError, match=r"The student gives \(32, 10\), the teacher \(32, 7\)"):
         reconstruct(student, make_model(num_classes=7), [images], steps=1)
     with pytest.raises(DataError, match="at least one image"):
         reconstruct(student, vit, [], steps=1)

@@ -28,7 +28,7 @@ _OF_SIZE = 10
 """How many times the learning rate a step of weights and the like is, by their root mean square."""
 _SMALLEST = 2.0**-6
 """Root mean square that smaller parameters, such as biases of zeros, are taken to have."""
-BATCH_SIZE = 64
+BATCH_SIZE = 32
 WARMUP = 0.05
 """Fraction of the budget in which the learning rate rises; from there it falls along a cosine to 0."""
 _MOMENTS = ("exp_avg", "exp_avg_sq")
