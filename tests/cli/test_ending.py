@@ -15,6 +15,12 @@ from PIL import Image
 from commands import run, sentence
 from qvit.runtime import info
 
+
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
 # The messages as the libraries write them.
 SHORTAGES = [
     MemoryError(),
@@ -25,6 +31,7 @@ SHORTAGES = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
     RuntimeError("can't start new thread"),
     ImportError("\nA page of advice\n\nOriginal error was: libopenblas.so: failed to map segment from shared object\n"),
+    caused(ImportError("Error importing numpy"), ImportError("libopenblas.so: failed to map segment")),  # NumPy 1
     OSError(errno.ENOMEM, "Cannot allocate memory"),
     MemoryError("Unable to allocate 7.45 GiB for an array with shape (1000, 1000, 1000) and data type float64"),
 ]

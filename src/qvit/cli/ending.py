@@ -95,13 +95,16 @@ def _end_if_a_worker_was_killed(error: BaseException) -> None:
 def memory_shortage(error: BaseException) -> str | None:
     """Return the sentence in which an error tells of a want of memory, or ``None`` if it is about something else.
 
-    Such an error has another class in every library, and in some a page of advice around that sentence.
+    Such an error has another class in every library, in some a page of advice around that sentence, and in some it is
+    only the cause of another.
     """
     for line in str(error).splitlines():
         if any(sign in line for sign in _SIGNS):
             return f"{line.strip()[:200].rstrip('.')}."
     known = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
-    return first_line(error) if known else None
+    if known:
+        return first_line(error)
+    return memory_shortage(error.__cause__) if error.__cause__ else None
 
 
 def end(sentence: str, status: int, *, everywhere: bool = False) -> NoReturn:
