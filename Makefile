@@ -5,7 +5,7 @@ INSTALLED := $(VENV)/.installed
 
 CXX_FOLDERS := src/qvit/kernels src/qvit/kernels/steps tests/kernels benchmarks
 
-.PHONY: install demo test test-fast test-sanitize test-tsan lint
+.PHONY: install demo test test-fast test-lowest test-sanitize test-tsan lint
 
 install: $(INSTALLED)
 
@@ -34,6 +34,18 @@ test: lint
 # What tells most in under a minute: no training, no other process, no compiler.
 test-fast: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+# The lowest versions that pyproject.toml allows, Python and what builds the kernels among them; .venv has the newest.
+# The environment and the build are made anew each time, apart from those of `make install`.
+LOWEST := build/lowest
+LOWEST_PYTHON ?= 3.10
+test-lowest: install
+	$(BIN)/python -m uv venv --clear --python $(LOWEST_PYTHON) $(LOWEST)
+	$(BIN)/python -m uv pip install --python $(LOWEST)/bin/python --resolution lowest-direct \
+	-r pyproject.toml --extra train --extra hub --extra dev
+	$(BIN)/python -m uv pip install --python $(LOWEST)/bin/python --no-deps --no-build-isolation \
+	--config-setting build-dir=$(LOWEST)/kernels --editable .
+	$(LOWEST)/bin/python -m pytest -n 2 --dist worksteal
 
 # The kernels under AddressSanitizer and UndefinedBehaviorSanitizer: their own program, then the engine from Python.
 SANITIZE := build/sanitize
