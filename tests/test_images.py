@@ -207,7 +207,7 @@ NO_IMAGES: list[tuple[object, str]] = [
     (np.zeros((2, 4, 5, 3), np.uint8), "one image"),
     (np.zeros((4, 5, 3)), "float64"),
     (np.zeros((4, 0, 3), np.uint8), "0 x 4 pixels"),
-    (np.zeros((1,) * 60, np.uint8), "one image"),
+    (np.zeros((1,) * 32, np.uint8), "one image"),  # as many dimensions as NumPy 1 has
     (b"", "none of the formats"),
     (b"no image" * 100_000, "none of the formats"),
     ("A" * 500_000, "AAA.*File name too long"),
