@@ -34,7 +34,7 @@ from qvit.data.sources import open_validation
 from qvit.models.checkpoint import load_checkpoint
 from qvit.nn.linear import QuantLinear
 from qvit.nn.quantizer import to_codes
-from qvit.quantization.reconstruct import output_distance
+from qvit.quantization.outputs import output_distance
 from qvit.train.evaluate import evaluate
 
 BATCH = 32

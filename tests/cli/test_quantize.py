@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,8 @@ from commands import Done, run, sentence
 from conftest import make_vit
 from edits import NONSENSE, edited, places
 from qvit import load
+from qvit.data.pictures import open_pictures
+from qvit.errors import NonFiniteLossError
 from qvit.models.card import describe
 from qvit.models.checkpoint import load_checkpoint, save_checkpoint, weights_checksum
 from qvit.quantization.reconstruct import Reconstruction
@@ -63,6 +66,12 @@ def quantize(teacher: Path, pictures: Path, tmp_path: Path) -> Callable[..., Don
     return command
 
 
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the reconstructed model be kept, which on these pictures is no better."""
+    monkeypatch.setattr("qvit.study.quantization._is_worse", lambda one, other: False)
+
+
 def checksum(path: Path) -> str:
     return weights_checksum(load_checkpoint(path)[0])
 
@@ -94,6 +103,7 @@ def test_pictures_become_a_packed_file_a_checkpoint_and_a_report(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.pt", "model.safetensors", "report"]
 
 
+@pytest.mark.usefixtures("kept")
 def test_same_command_same_model_and_calibration_alone_is_another(
     quantize: Callable[..., Done], tmp_path: Path
 ) -> None:
@@ -110,9 +120,10 @@ def test_calibration_alone(teacher: Path, pictures: Path, tmp_path: Path) -> Non
     done = run("quantize", teacher, "--images", pictures, "--method", "calibrate", "--out", out, "--cpu")
     assert done.status == 0, done.err
     assert "reconstructed" not in done.out
-    assert load_checkpoint(tmp_path / "model.pt")[1].method == "calibration"
+    assert load_checkpoint(tmp_path / "model.pt")[1].method == "calibration, without labels"
 
 
+@pytest.mark.usefixtures("kept")
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_what_was_stopped_goes_on_as_if_nothing_had_been(
     quantize: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, status: int
@@ -133,9 +144,12 @@ def test_what_was_stopped_goes_on_as_if_nothing_had_been(
     assert "--resume goes on there" in done.err
     assert not (tmp_path / "model.safetensors").exists()
     assert run("export", tmp_path / "model.partial.pt", tmp_path / "as it is.safetensors").status == 0
+    shutil.copy(tmp_path / "model.partial.pt", tmp_path / "model.partial.pt.copy")
     assert "unfinished reconstruction: give --resume" in sentence(quantize())
-    assert quantize("--resume").status == 0
+    assert quantize("--resume", "--report", tmp_path / "report").status == 0
     assert checksum(tmp_path / "model.pt") == checksum(tmp_path / "whole.pt")
+    assert checksum(tmp_path / "model.pt") != checksum(tmp_path / "model.partial.pt.copy")
+    assert json.loads((tmp_path / "report" / "report.json").read_text())["steps"] == 6
     assert not (tmp_path / "model.partial.pt").exists()
 
 
@@ -154,11 +168,102 @@ def partial(quantize: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.M
     return tmp_path / "model.partial.pt"
 
 
-def test_another_command_does_not_go_on_there(quantize: Callable[..., Done], partial: Path) -> None:
+def test_another_command_does_not_go_on_there(
+    quantize: Callable[..., Done], partial: Path, teacher: Path, pictures: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.pt"
+    model = make_vit()
+    with torch.no_grad():
+        model.head.bias.add_(1.0)  # type: ignore[union-attr, operator]
+    save_checkpoint(other, describe(MODEL, ARGUMENTS, [f"class {n}" for n in range(10)], {}), model)
+    copied = tmp_path / "pictures"
+    shutil.copytree(pictures, copied)
+    Image.new("RGB", (20, 24)).save(next(copied.rglob("1.png")))
     assert "is of another model or of other bits" in sentence(quantize("--resume", "--bits", "3"))
-    assert "was made with" in sentence(quantize("--resume", "--steps", "7"))
-    assert "was made with" in sentence(quantize("--resume", "--pictures", "10"))
+    for changes, what in (
+        (["--steps", "7"], "steps"),
+        (["--pictures", "10"], "pictures"),
+        (["--held-out", "3"], "pictures, pictures held out"),
+        (["--images", copied], "pictures"),
+        (["--seed", "1"], "seed"),
+    ):
+        assert "is of a command that differs in " in (said := sentence(quantize("--resume", *changes)))
+        assert what in said
+    assert "differs in teacher" in sentence(quantize("--resume", source=other))
+    calibration = ["--images", pictures, "--out", tmp_path / "model.safetensors", "--method", "calibrate"]
+    assert "leave out --resume" in sentence(run("quantize", teacher, *calibration, "--resume"))
     assert partial.exists()
+
+
+@pytest.mark.usefixtures("kept")
+def test_what_goes_wrong_after_the_last_step_loses_nothing(
+    quantize: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here a file of the name of the output, which appears meanwhile."""
+    original = Reconstruction._make_step
+
+    def meanwhile(self: Reconstruction, learned: Any) -> float:
+        (tmp_path / "model.safetensors").write_text("precious")
+        return original(self, learned)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Reconstruction, "_make_step", meanwhile)
+        assert "is there already" in sentence(quantize())
+    assert (tmp_path / "model.safetensors").read_text() == "precious"
+    (tmp_path / "model.safetensors").unlink()
+    done = quantize("--resume")
+    assert done.status == 0, done.err
+    assert quantize("--out", tmp_path / "whole.safetensors").status == 0
+    assert checksum(tmp_path / "model.pt") == checksum(tmp_path / "whole.pt")
+
+
+def test_two_commands_do_not_write_one_file(
+    quantize: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, said = Reconstruction._make_step, list[str]()
+
+    def meanwhile(self: Reconstruction, learned: Any) -> float:
+        if not said:
+            said.append(sentence(quantize("--seed", "5")))
+        return original(self, learned)
+
+    monkeypatch.setattr(Reconstruction, "_make_step", meanwhile)
+    assert quantize().status == 0
+    assert "Another command is writing" in said[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.pt", "model.safetensors"]
+
+
+def test_what_cannot_be_written_is_found_out_first(
+    quantize: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setattr(Reconstruction, "_make_step", lambda self, learned: pytest.fail("it began"))
+    for arguments in (
+        ["--out", tmp_path / "file" / "model.safetensors"],
+        ["--out", tmp_path / f"{'x' * 300}.safetensors"],
+        ["--report", tmp_path / "file"],
+    ):
+        assert "Cannot write" in sentence(quantize(*arguments))
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "report.json").write_text("precious")
+    assert "report.json is there already" in sentence(quantize("--report", tmp_path / "report"))
+    same = ["--out", tmp_path / "new" / "report.json", "--report", tmp_path / "new"]
+    assert "is a file of the report too" in sentence(quantize(*same))
+    for empty in (["--out", ""], ["--out", "."], ["--images", ""]):
+        assert "give" in sentence(quantize(*empty))
+
+
+def test_a_loss_without_end_leaves_the_calibrated_model(
+    quantize: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Reconstruction, learned: Any) -> float:
+        raise NonFiniteLossError("The loss of the reconstruction became NaN.")
+
+    monkeypatch.setattr(Reconstruction, "_make_step", fail)
+    done = quantize()
+    assert done.status == 0
+    assert "became NaN" in done.out
+    assert load_checkpoint(tmp_path / "model.pt")[1].method == "calibration, without labels"
 
 
 def test_an_edited_file_is_a_sentence(quantize: Callable[..., Done], partial: Path) -> None:
@@ -182,7 +287,7 @@ def test_an_edited_file_is_a_sentence(quantize: Callable[..., Done], partial: Pa
 def test_nothing_that_was_there_is_lost(quantize: Callable[..., Done], tmp_path: Path) -> None:
     for name in ("model.safetensors", "model.pt"):
         (tmp_path / name).write_text("precious")
-        assert f"{tmp_path / name} is there already: give another --out" in sentence(quantize())
+        assert f"{tmp_path / name} is there already: give another name" in sentence(quantize())
         assert (tmp_path / name).read_text() == "precious"
         (tmp_path / name).unlink()
     assert "There is no" in sentence(quantize("--resume"))
@@ -192,10 +297,13 @@ def test_nothing_that_was_there_is_lost(quantize: Callable[..., Done], tmp_path:
 def test_a_reconstruction_that_makes_it_worse_is_not_kept(
     quantize: Callable[..., Done], teacher: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    original = Reconstruction._make_step
+
     def spoil(self: Reconstruction, learned: Any) -> float:
+        loss = original(self, learned)
         with torch.no_grad():
             self.student.head.weight.mul_(1.0 if self.step else -1.0)  # type: ignore[union-attr, operator]
-        return 1.0
+        return loss
 
     monkeypatch.setattr(Reconstruction, "_make_step", spoil)
     done = quantize("--report", tmp_path / "report")
@@ -207,19 +315,24 @@ def test_a_reconstruction_that_makes_it_worse_is_not_kept(
     assert checksum(tmp_path / "model.pt") == checksum(tmp_path / "other.pt")
 
 
+def open_held_out(folder: Path, seed: int) -> Any:
+    return open_pictures(folder, "RGB", count=9, held_out=256, seed=seed).held_out.sources
+
+
 def test_pictures_that_cannot_be_read_are_named(quantize: Callable[..., Done], tmp_path: Path) -> None:
     folder = tmp_path / "mixed"
     folder.mkdir()
     (folder / "bad.png").write_bytes(b"no picture")
-    only = sentence(quantize("--images", folder, "--skip-corrupt"))
-    assert "bad.png" in only
-    assert "Nor can any other of the pictures be read" in only
+    assert "at least one image" in sentence(quantize("--images", folder, "--skip-corrupt"))
     for number in range(4):
         Image.new("RGB", (9, 9)).save(folder / f"{number}.png")
     assert "bad.png" in sentence(quantize("--images", folder))
     done = quantize("--images", folder, "--skip-corrupt")
     assert done.status == 0
     assert "skipped: 1" in done.out
+    held_out_is_bad = next(seed for seed in range(30) if "bad" in str(open_held_out(folder, seed)))
+    more = ["--out", tmp_path / "m.safetensors", "--seed", str(held_out_is_bad)]
+    assert quantize("--images", folder, "--skip-corrupt", *more).status == 0
 
 
 def test_one_picture_is_enough_and_said(quantize: Callable[..., Done], tmp_path: Path) -> None:

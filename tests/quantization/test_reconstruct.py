@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,8 +19,8 @@ from qvit import QuantConfig, calibrate, quantize, reconstruct
 from qvit.analysis.agreement import agreement
 from qvit.errors import ConfigError, DataError, NonFiniteLossError, TeacherMismatchError, UncalibratedError
 from qvit.models.families import family_of
-from qvit.nn.quantizer import Quantizer
-from qvit.quantization.reconstruct import Progress, Reconstruction, output_distance, views
+from qvit.quantization.outputs import output_distance, views
+from qvit.quantization.reconstruct import Progress, Reconstruction
 
 
 @pytest.fixture
@@ -108,34 +109,58 @@ def test_a_reconstruction_that_was_saved_goes_on_as_if_nothing_had_been(
     with pytest.raises(Cut):
         first.go_on(cut)
     again = quantize(vit, QuantConfig(2, 2))
-    again.load_state_dict(saved["weights"])
+    again.load_state_dict(saved["weights"])  # before it begins, and its rates are not those of the weights of now
     second = Reconstruction(again, vit, [images], steps=6, batch_size=8)
     second.load_state_dict(saved["state"])
     assert second.go_on(lambda progress: None).step == 6
     assert same(weights(again), weights(whole))
 
 
-def test_budget_of_time_becomes_steps_and_is_kept(
-    vit: nn.Module, student: Any, images: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With a clock that the steps move: twenty seconds each, and after some thirty."""
-    now, progresses, rates = [0.0], list[Progress](), list[float]()
-    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
-    run = Reconstruction(student, vit, [images], minutes=10, batch_size=4)
-    step = run._make_step
+def timed(run: Reconstruction, monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int], float]) -> list[float]:
+    """Give a reconstruction a clock that its steps move, and return where their highest rates will be."""
+    now, rates, step = [0.0], list[float](), run._make_step
 
-    def slow(learned: Any) -> float:
-        now[0] += 20 if len(progresses) < 10 else 30
+    def make_step(learned: Any) -> float:
+        now[0] += seconds(len(rates))
         rates.append(max(group["lr"] for group in run.optimizer.param_groups))
         return step(learned)
 
-    monkeypatch.setattr(run, "_make_step", slow)
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(run, "_make_step", make_step)
+    return rates
+
+
+def test_budget_of_time_becomes_steps_that_make_the_same_student_again(
+    vit: nn.Module, student: Any, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, before = copy.deepcopy(student), weights(student)
+    run = Reconstruction(student, vit, [images], minutes=10, batch_size=4)
+    rates = timed(run, monkeypatch, lambda step: 60 if step == 0 else 20)  # the first one compiles
+    progresses: list[Progress] = []
     reached = run.go_on(progresses.append)
-    assert [progress.steps for progress in progresses[:5]] == [None, None, None, 28, 28]  # 95 % of 30
-    assert 600 <= reached.seconds <= 630
-    assert reached.step == 24  # 10 of 20 seconds and 14 of 30
+    assert rates[:4] == [0, 0, 0, 0]
+    assert reached.steps == reached.step == 22  # 95 % of the 480 seconds that are left, 20 each
+    assert {progress.steps for progress in progresses} == {22}
+    assert reached.seconds == 560
+    assert reached.on_time
+    assert not same(weights(student), before)
+    monkeypatch.undo()
+    reconstruct(other, vit, [images], steps=22, batch_size=4)
+    assert same(weights(student), weights(other))
+
+
+def test_budget_of_time_is_kept_where_steps_become_slower(
+    vit: nn.Module, student: Any, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Reconstruction(student, vit, [images], minutes=10, batch_size=4)
+    rates = timed(run, monkeypatch, lambda step: 20 if step < 12 else 40)
+    reached = run.go_on(lambda progress: None)
+    assert reached.steps == 24
+    assert reached.step == 8 + 9  # 80 seconds to plan, 160 of 20 each, and 360 of 40
+    assert reached.seconds == 600
     assert reached.fraction == 1
-    assert max(rates) > 0.95 * max(group["peak"] for group in run.optimizer.param_groups)
+    assert not reached.on_time
+    assert max(rates) > 0.9 * max(run.peaks.values())
     assert rates[-1] < 0.05 * max(rates)  # where time ends, the learning rate has come down
 
 
@@ -294,7 +319,49 @@ def test_zero_parameters_learn_and_scales_move_as_they_are(vit: nn.Module, image
     student = quantize(teacher, QuantConfig(2, 2))
     calibrate(student, [images])
     run = Reconstruction(student, teacher, [images], steps=3)
-    peaks = {id(p): group["peak"] for group in run.optimizer.param_groups for p in group["params"]}
-    assert len(peaks) == len(list(student.parameters()))
-    assert all(0 < peak <= 0.1 for peak in peaks.values())
-    assert {peaks[id(q.log_scale)] for q in student.modules() if isinstance(q, Quantizer)} == {module.LEARNING_RATE}
+    assert all(0 < peak <= 0.1 for peak in run.peaks.values())
+    assert {peak for name, peak in run.peaks.items() if name.endswith("log_scale")} == {module.LEARNING_RATE}
+    before = weights(student)
+    run.go_on(lambda progress: None)
+    assert not torch.equal(student.head.bias, before["head.bias"])
+
+
+def test_batches_that_are_no_images_of_one_size_are_refused(vit: nn.Module, student: Any, images: Tensor) -> None:
+    for batches, said in (
+        (images, r"one is torch.float32 \(3, 16, 16\)"),
+        ([images.byte()], r"one is torch.uint8"),
+        (["x"], "one is str"),
+        ([images, images[..., :8]], r"of one size, not \(3, 16, 16\) and \(3, 16, 8\)"),
+    ):
+        with pytest.raises(DataError, match=said):
+            reconstruct(student, vit, batches, steps=1)
+
+
+def test_a_student_that_cannot_learn_and_weights_without_end_are_refused(
+    vit: nn.Module, student: Any, images: Tensor
+) -> None:
+    with pytest.raises(ConfigError, match="No parameter of this model learns"):
+        reconstruct(copy.deepcopy(student).requires_grad_(False), vit, [images], steps=1)
+    with torch.no_grad():
+        student.head.weight.fill_(math.inf)
+    with pytest.raises(NonFiniteLossError, match="The weights of head.weight hold a NaN or an infinity"):
+        reconstruct(student, vit, [images], steps=1)
+
+
+def test_one_class_is_compared_as_a_vector(make_model: Any, images: Tensor) -> None:
+    teacher = make_model(num_classes=1)
+    student = quantize(teacher, QuantConfig(2, 2))
+    calibrate(student, [images])
+    before = weights(student)
+    assert reconstruct(student, teacher, [images], steps=2).loss > 0
+    assert not same(weights(student), before)
+    assert agreement(student, teacher, [images]).same_class is None
+
+
+def test_agreement_refuses_outputs_without_end_by_the_name_of_the_block(
+    vit: nn.Module, student: Any, images: Tensor
+) -> None:
+    with torch.no_grad():
+        vit.blocks[1].mlp.fc2.bias.fill_(math.inf)  # type: ignore[index, union-attr, operator]
+    with pytest.raises(DataError, match=r"The output of blocks\.1 holds a NaN or an infinity"):
+        agreement(student, vit, [images])

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qvit.models.families import family_of
+from qvit.errors import DataError
+from qvit.models.families import classifies, family_of
 from qvit.nn.modes import evaluating
 
 
@@ -46,10 +47,14 @@ def agreement(student: nn.Module, teacher: nn.Module, batches: Iterable[Any]) ->
         student: a quantized model.
         teacher: the float model that it was made of.
         batches: image tensors ``(B, C, H, W)``, or tuples that start with one; none of them empty.
+
+    Raises:
+        DataError: if an output is NaN or infinite, naming the first block of which it is.
     """
     family, device = family_of(student), next(student.parameters()).device
     names = {module: name for name, module in student.named_modules()}
     pairs = list(zip(family.blocks(student), family.blocks(teacher), strict=True))
+    labels = [names[block] for block, _ in pairs]
     errors = [torch.zeros((), dtype=torch.float64) for _ in pairs]
     sums: list[_Moments] = [_Moments() for _ in pairs]
     images = same = 0
@@ -60,21 +65,28 @@ def agreement(student: nn.Module, teacher: nn.Module, batches: Iterable[Any]) ->
             wanted, floats = _with_outputs(teacher, [block for _, block in pairs], x)
             got, outputs = _with_outputs(student, [block for block, _ in pairs], x)
             for index, (output, target) in enumerate(zip(outputs, floats, strict=True)):
-                errors[index] += (output.double() - target.double()).square().sum().cpu()
+                errors[index] += (output.cpu().double() - target.cpu().double()).square().sum()
                 sums[index].add(target)
             images += len(x)
             same += int((got.argmax(dim=-1) == wanted.argmax(dim=-1)).sum())
-            cosines += float(torch.cosine_similarity(got.double(), wanted.double(), dim=-1).sum())
-    classifies = int(getattr(teacher, "num_classes", 0)) > 0
+            cosines += float(torch.cosine_similarity(got.cpu().double(), wanted.cpu().double(), dim=-1).sum())
+            _check_finite({**dict(zip(labels, outputs, strict=True)), "the quantized model": got})
+            _check_finite({**dict(zip(labels, floats, strict=True)), "the float model": wanted})
     return Agreement(
         images,
-        100 * same / images if classifies else None,
+        100 * same / images if classifies(teacher) else None,
         cosines / images,
         {
             names[block]: float(error / moments.spread())
             for (block, _), error, moments in zip(pairs, errors, sums, strict=True)
         },
     )
+
+
+def _check_finite(outputs: dict[str, Tensor]) -> None:
+    for name, output in outputs.items():
+        if not bool(torch.isfinite(output).all()):
+            raise DataError(f"The output of {name} holds a NaN or an infinity: check the float model and the images.")
 
 
 class _Moments:
@@ -84,7 +96,7 @@ class _Moments:
         self.count, self.total, self.squares = 0, torch.zeros(()), torch.zeros(())
 
     def add(self, values: Tensor) -> None:
-        rows = values.double().flatten(0, -2).cpu()
+        rows = values.cpu().double().flatten(0, -2)
         self.count += len(rows)
         self.total, self.squares = self.total + rows.sum(dim=0), self.squares + rows.square().sum()
 

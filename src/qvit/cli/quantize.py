@@ -34,7 +34,7 @@ def quantize(
             "timm's or transformers'.",
         ),
     ],
-    images: Annotated[Path, typer.Option(help="Folder of pictures, at any depth; no labels needed.")],
+    images: Annotated[str, typer.Option(help="Folder of pictures, at any depth; no labels needed.")],
     out: Annotated[Path, typer.Option(help="Packed file to write; a checkpoint to train on from lies beside it.")],
     bits: Annotated[int, typer.Option(help="Bits of weights and activations, 2..8.")] = 4,
     activation_bits: Annotated[int | None, typer.Option(help="Bits of activations, if others.")] = None,
@@ -71,12 +71,16 @@ def quantize(
         raise ConfigError(f"--method must be reconstruct or calibrate, not {method!r}.")
     if method == "calibrate" and (minutes is not None or steps is not None):
         raise ConfigError("--method calibrate has no budget: leave out --minutes and --steps.")
+    if not images:  # an unset variable of a script; the empty path would be this folder
+        raise ConfigError("--images is empty: give a folder of pictures.")
+    if resume and method == "calibrate":
+        raise ConfigError("--method calibrate takes seconds and leaves nothing to go on with: leave out --resume.")
     if minutes is not None and steps is not None:
         raise ConfigError("Give either --minutes or --steps.")
-    options = options_of(out, seed, workers, precision, compile_models, skip_corrupt, resume, cpu, str(images))
+    options = options_of(out, seed, workers, precision, compile_models, skip_corrupt, resume, cpu, images)
     request = Request(
         source,
-        images,
+        Path(images),
         QuantConfig(*check_bits(bits, activation_bits), rectify=None, overrides=parse_overrides(override)),
         "calibrate" if method == "calibrate" else "reconstruct",
         model,

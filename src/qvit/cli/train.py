@@ -69,8 +69,8 @@ def train(
     start: Annotated[
         str | None,
         typer.Option(
-            help="Model to start from, given like --teacher, or a quantized checkpoint, whose scales count if its bits "
-            "are the same [default: the teacher]."
+            help="Model to start from, given like --teacher, or a quantized checkpoint, whose scales count if bits "
+            "and rectification are the same [default: the teacher]."
         ),
     ] = None,
     override: Override = None,

@@ -40,7 +40,7 @@ def open_pictures(folder: Path, mode: Mode, *, count: int, held_out: int, seed: 
         mode: ``"RGB"`` or ``"L"``.
         count: pictures to work with, at most.
         held_out: pictures held out, at most, and at most :data:`HELD_OUT` of all.
-        seed: of the choice; the same pictures are chosen for any ``count`` and ``held_out`` above.
+        seed: of the choice.
 
     Raises:
         DataError: if the folder is absent, cannot be read or holds no picture, or a link leads into it again.

@@ -18,7 +18,8 @@ bool Calls::enter() {
 
 void Calls::leave() {
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (--running_ == 0) left_.notify_all();
+    // In a child that was forked within a call there are none; the call that goes on there was not counted.
+    if (running_ > 0 && --running_ == 0) left_.notify_all();
 }
 
 void Calls::close() {

@@ -18,7 +18,7 @@ from timm.models import VisionTransformer
 from torch import nn
 
 from qvit.config import QuantConfig
-from qvit.errors import ConfigError, PackedFileError, UnsupportedModelError
+from qvit.errors import ConfigError, DataError, PackedFileError, UnsupportedModelError
 from qvit.files import first_line, shown
 from qvit.format.fields import is_number, is_whole
 from qvit.format.header import check_preprocessing
@@ -170,6 +170,18 @@ def describe(
             )
     _check_images(card.preprocessing)
     return card
+
+
+def check_class_name(name: str) -> None:
+    """Refuse a class whose name no packed file can hold.
+
+    Raises:
+        DataError: naming it.
+    """
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"The class {name!r} has a name that is not UTF-8: rename it.") from None
 
 
 def same_architecture(one: ModelCard, other: ModelCard) -> bool:

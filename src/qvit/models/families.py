@@ -74,6 +74,11 @@ def family_of(model: nn.Module) -> ModuleType:
     raise UnsupportedModelError(f"Cannot quantize the model ({type(model).__name__}): qvit knows timm's {known}.")
 
 
+def classifies(model: nn.Module) -> bool:
+    """Return whether a model's outputs are logits of classes; of one class alone there is nothing to tell apart."""
+    return int(getattr(model, "num_classes", 0)) > 1
+
+
 def _name_of(model: nn.Module) -> str:
     configuration = getattr(model, "pretrained_cfg", None) or {}
     return str(configuration.get("architecture") or type(model).__name__)

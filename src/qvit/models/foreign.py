@@ -79,11 +79,20 @@ def count_classes(content: Any, model: VisionTransformer, source: str) -> int:
     """Return how many classes the weights in a file tell apart, by the classifier that ``model`` has; 0 without one.
 
     Raises:
-        CheckpointError: if the file holds no weights, or those of several models.
+        CheckpointError: if the file holds no weights, those of several models, or what may be a classifier of another
+            name.
     """
     weights = _without_prefixes(_state_dict(content, source, lambda sentence: None)[0], source)
-    head = weights.get(f"{_classifier(model)}.weight")
-    return len(head) if isinstance(head, Tensor) and head.ndim == 2 else 0
+    name = f"{_classifier(model)}.weight"
+    head = weights.get(name)
+    if isinstance(head, Tensor) and head.ndim == 2:
+        return len(head)
+    width = int(model.num_features)
+    for other, value in weights.items():
+        called_so = any(word in other for word in ("head", "classifier", "fc.")) and "." not in other.partition(".")[2]
+        if called_so and isinstance(value, Tensor) and value.ndim == 2 and value.shape[1] == width:
+            raise CheckpointError(f"{source} has {shown(other)} and no {name}: call its classifier so.")
+    return 0
 
 
 def _classifier(model: VisionTransformer) -> str:

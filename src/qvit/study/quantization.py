@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -20,16 +21,17 @@ from qvit.config import QuantConfig
 from qvit.data.datasets import Images
 from qvit.data.loader import make_loader, make_transform, readable
 from qvit.data.pictures import open_pictures
-from qvit.errors import CheckpointError, ConfigError, CorruptImageError
+from qvit.errors import CheckpointError, ConfigError, NonFiniteLossError, OutputError
 from qvit.exporting.packed import export, origin_of
-from qvit.files import printable, shown, write_text
-from qvit.models.card import ModelCard
+from qvit.files import printable, write_text
+from qvit.models.card import ModelCard, check_class_name
 from qvit.models.checkpoint import read_checkpoint, rebuilt, save_checkpoint, weights_checksum
 from qvit.models.float_models import card_of_weights, load_float
 from qvit.quantization.calibrate import calibrate
 from qvit.quantization.convert import quantize
 from qvit.quantization.reconstruct import Progress, Reconstruction
 from qvit.study.quantization_report import write_quantization_report
+from qvit.study.targets import Targets
 from qvit.train.display import progress_bar
 from qvit.train.options import Options, make_accelerator
 from qvit.train.preemption import Interrupts
@@ -83,22 +85,34 @@ def run_quantization(request: Request, options: Options, console: Console) -> Re
         TrainingStopped: after SIGTERM, likewise.
     """
     began = time.perf_counter()
-    out, checkpoint, partial = _outputs(options)
+    targets = Targets.of(options.out, request.report)
+    with targets.alone():
+        targets.begin(resume=options.resume)
+        result = _quantized(request, options, console, targets, began)
+        if request.report is not None:
+            write_quantization_report(targets.page, result)
+            write_text(targets.record, json.dumps(result, indent=1))
+    return result
+
+
+def _quantized(request: Request, options: Options, console: Console, targets: Targets, began: float) -> Result:
     teacher, card = _float_model(request, console)
     device = make_accelerator(options).device
     student = quantize(teacher, request.config)
-    method = "calibration" if request.method == "calibrate" else "calibration and reconstruction, without labels"
-    card = dataclasses.replace(card, quant_config=request.config.to_dict(), method=method, metrics={}, recipe={})
+    card = dataclasses.replace(card, quant_config=request.config.to_dict(), metrics={}, recipe={})
     chosen = open_pictures(
         request.images, card.mode, count=request.pictures, held_out=request.held_out, seed=options.seed
     )
     if chosen.remark:
         console.print(printable(chosen.remark), soft_wrap=True)
+    told: dict[str, Any] = {}
     with progress_bar(console) as bar:
         used, held_out = (
             _decoded(images, card, options, bar, title)
             for images, title in ((chosen.used, "pictures"), (chosen.held_out, "pictures held out"))
         )
+        apart = bool(used and held_out) and chosen.held_out.sources != chosen.used.sources
+        used, held_out = used or held_out, held_out or used[:1]
         teacher, student = teacher.to(device).requires_grad_(False), student.to(device)
         with _task(bar, "calibration") as task:
             calibrate(
@@ -106,22 +120,35 @@ def run_quantization(request: Request, options: Options, console: Console) -> Re
                 _first(used, CALIBRATION_PICTURES),
                 report=lambda done, total: bar.update(task, completed=done, total=total),
             )
-        measured = {"calibrated": agreement(student, teacher, held_out)}
-        told: dict[str, Any] = {}
+        with _task(bar, "agreement"):
+            measured = {"calibrated": agreement(student, teacher, held_out)}
+        card.method = "calibration, without labels"
         if request.method == "reconstruct":
             before = {name: value.cpu().clone() for name, value in student.state_dict().items()}
-            reached = _reconstruct(student, teacher, used, request, options, card, partial, bar)
-            measured["reconstructed"] = agreement(student, teacher, held_out)
-            if _is_worse(measured["reconstructed"], measured["calibrated"]):
+            identity = _identity(teacher, card, used, held_out)
+            try:
+                reached = _reconstruct(student, teacher, used, identity, request, options, card, targets.partial, bar)
+                told |= {"steps": reached.step, "reconstruction_seconds": reached.seconds, "loss": reached.loss}
+                told["on_time"] = reached.on_time
+                with _task(bar, "agreement"):
+                    measured["reconstructed"] = agreement(student, teacher, held_out)
+                worse = _is_worse(measured["reconstructed"], measured["calibrated"])
+            except NonFiniteLossError as error:
+                bar.console.print(printable(str(error)), soft_wrap=True)
+                worse = True
+            if worse:
                 student.load_state_dict(before)
                 told["kept"] = "calibrated"
-            told |= {"steps": reached.step, "reconstruction_seconds": reached.seconds, "loss": reached.loss}
+            else:
+                card.method = "calibration and reconstruction, without labels"
     student = student.cpu().eval()
     kept = measured.get(told.get("kept", "reconstructed"), measured["calibrated"])
     card.metrics = _metrics(kept)
-    save_checkpoint(checkpoint, card, student)
-    export(student, out, preprocessing=card.preprocessing, classes=card.classes, origin=origin_of(card))
-    result = Result(
+    targets.check()  # something may have come there meanwhile
+    save_checkpoint(targets.checkpoint, card, student)
+    export(student, targets.packed, preprocessing=card.preprocessing, classes=card.classes, origin=origin_of(card))
+    targets.partial.unlink(missing_ok=True)
+    return Result(
         source=request.source,
         model=card.name,
         bits=[request.config.weight_bits, request.config.activation_bits],
@@ -129,19 +156,14 @@ def run_quantization(request: Request, options: Options, console: Console) -> Re
         seed=options.seed,
         pictures=sum(map(len, used)),
         held_out=kept.images,
-        apart=chosen.held_out.sources != chosen.used.sources,
+        apart=apart,
         agreement={name: dataclasses.asdict(one) for name, one in measured.items()},
-        bytes=out.stat().st_size,
+        bytes=targets.packed.stat().st_size,
         float_bytes=4 * sum(parameter.numel() for parameter in teacher.parameters()),
         checksum=weights_checksum(student),
         seconds=time.perf_counter() - began,
         **told,
     )
-    if request.report is not None:
-        write_quantization_report(request.report / "report.html", result)
-        write_text(request.report / "report.json", json.dumps(result, indent=1))
-    partial.unlink(missing_ok=True)
-    return result
 
 
 def summary(result: Result, out: Path) -> list[Any]:
@@ -161,36 +183,28 @@ def summary(result: Result, out: Path) -> list[Any]:
             "--minutes or more pictures."
         )
     ratio = result["float_bytes"] / result["bytes"]
-    steps = f", {result['steps']} steps (--steps {result['steps']} makes the same again)" if "steps" in result else ""
+    again = " (--steps {steps} makes the same again)" if result.get("on_time") else ""
+    steps = f", {result['steps']} steps{again.format(**result)}" if "steps" in result else ""
     lines.append(
         printable(
             f"{out}: {result['bytes'] / 1e6:.2f} MB, {ratio:.1f} times smaller than float32; {out.with_suffix('.pt')} "
-            f"to train on from (qvit train --start); {result['seconds'] / 60:.1f} minutes{steps}."
+            f"to train on from (qvit train --start; with --method baseline or distill its scales count); "
+            f"{result['seconds'] / 60:.1f} minutes{steps}."
         )
     )
     return lines
 
 
-def _outputs(options: Options) -> tuple[Path, Path, Path]:
-    out = options.out
-    checkpoint, partial = out.with_suffix(".pt"), out.with_suffix(".partial.pt")
-    if checkpoint == out:
-        raise ConfigError(
-            f"--out {out} is the packed file and the checkpoint lies beside it: call it {out.stem}.safetensors."
-        )
-    if options.resume and not partial.exists():
-        raise ConfigError(f"There is no {partial} to go on from: leave out --resume to start.")
-    for path in (partial,) if not options.resume and partial.exists() else ():
-        raise ConfigError(f"{path} holds an unfinished reconstruction: give --resume to go on with it, or remove it.")
-    for path in (out, checkpoint):
-        if path.exists() and not options.resume:
-            raise ConfigError(f"{path} is there already: give another --out, or remove it.")
-    return out, checkpoint, partial
-
-
 def _float_model(request: Request, console: Console) -> tuple[Any, ModelCard]:
+    if request.model is not None and not Path(request.source).is_file():
+        raise ConfigError(f"--model names the model of a file of weights, which {request.source} is not: leave it out.")
     expected = None if request.model is None else card_of_weights(request.model, Path(request.source))
-    return load_float(request.source, expected, lambda sentence: console.print(printable(sentence), soft_wrap=True))
+    model, card = load_float(
+        request.source, expected, lambda sentence: console.print(printable(sentence), soft_wrap=True)
+    )
+    for name in card.classes:
+        check_class_name(name)
+    return model, card
 
 
 def _decoded(images: Images, card: ModelCard, options: Options, bar: Bar, title: str) -> list[Tensor]:
@@ -205,8 +219,6 @@ def _decoded(images: Images, card: ModelCard, options: Options, bar: Bar, title:
             if len(batch.labels):
                 batches.append(batch.images)
             bar.update(task, advance=1)
-    if not batches:
-        raise CorruptImageError(f"{unreadable[0].message} Nor can any other of the {title} be read.")
     if unreadable:
         bar.console.print(f"Unreadable {title} skipped: {len(unreadable)}.")
     return batches
@@ -220,6 +232,7 @@ def _reconstruct(
     student: nn.Module,
     teacher: nn.Module,
     used: Sequence[Tensor],
+    identity: dict[str, str],
     request: Request,
     options: Options,
     card: ModelCard,
@@ -228,7 +241,7 @@ def _reconstruct(
 ) -> Progress:
     """Reconstruct, or go on with it, and leave an unfinished one in a file; what is written then can be used."""
     settings = {
-        "pictures": sum(map(len, used)),
+        **identity,
         "seed": options.seed,
         "minutes": request.minutes,
         "steps": request.steps,
@@ -246,8 +259,8 @@ def _reconstruct(
 
     def save() -> None:
         nonlocal saved
-        save_checkpoint(partial, card, student, {"settings": settings, "reconstruction": run.state_dict()})
         saved = time.monotonic()
+        save_checkpoint(partial, card, student, {"settings": settings, "reconstruction": run.state_dict()})
 
     with Interrupts() as interrupts, _task(bar, "reconstruction", 1.0) as task:
 
@@ -256,16 +269,35 @@ def _reconstruct(
             rate = f"{progress.images_per_second:.0f} images/s"
             text = f"reconstruction, step {progress.step}{of}, loss {progress.loss:.4f}, {rate}"
             bar.update(task, completed=progress.fraction, description=text)
-            if interrupts.error is not None:
+            if progress.fraction == 1 or interrupts.error is not None:
                 save()
+            if interrupts.error is not None:
                 raise interrupts.error(
                     f"Stopped at step {progress.step}; {partial} is saved: the same command with --resume goes on "
                     "there, and qvit export makes a packed file of it as it is."
                 )
             if time.monotonic() - saved > _SAVE_SECONDS:
-                save()
+                try:
+                    save()
+                except OutputError as error:  # there may be room again when it matters
+                    bar.console.print(printable(str(error)), soft_wrap=True)
 
         return run.go_on(show)
+
+
+def _identity(
+    teacher: nn.Module, card: ModelCard, used: Sequence[Tensor], held_out: Sequence[Tensor]
+) -> dict[str, str]:
+    """Return checksums of what a reconstruction learns from and is measured on."""
+    described = json.dumps([card.classes, card.preprocessing], sort_keys=True)
+    return {
+        "teacher": weights_checksum(teacher),
+        "classes and preprocessing": hashlib.sha256(described.encode()).hexdigest(),
+        **{
+            name: hashlib.sha256(b"".join(batch.numpy().tobytes() for batch in batches)).hexdigest()
+            for name, batches in (("pictures", used), ("pictures held out", held_out))
+        },
+    }
 
 
 def _restore(run: Reconstruction, card: ModelCard, settings: dict[str, Any], path: Path) -> None:
@@ -281,8 +313,10 @@ def _restore(run: Reconstruction, card: ModelCard, settings: dict[str, Any], pat
             f"{path} is of another model or of other bits: give the same arguments, or another --out."
         )
     if saved != settings:
+        saved = saved if isinstance(saved, dict) else {}
+        other = [name for name in settings if saved.get(name) != settings[name]] or ["other settings"]
         raise CheckpointError(
-            f"{path} was made with {shown(saved)}, this command has {shown(settings)}: give the same, or another --out."
+            f"{path} is of a command that differs in {', '.join(other)}: give the same, or another --out."
         )
     rebuilt(its, weights, path)
     try:

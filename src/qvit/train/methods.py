@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -20,9 +21,9 @@ from qvit.data.loader import Batches, make_loader, make_transform, readable
 from qvit.data.order import ALONE, EvaluationOrder, Share, TrainOrder
 from qvit.data.resident import ResidentImages, ResidentLoader
 from qvit.data.sources import ImageSets, open_data
-from qvit.errors import ConfigError, DataError, PackedFileError, TeacherMismatchError
+from qvit.errors import ConfigError, PackedFileError, TeacherMismatchError
 from qvit.format.header import check_preprocessing
-from qvit.models.card import ModelCard, create_model, describe
+from qvit.models.card import ModelCard, check_class_name, create_model, describe
 from qvit.models.checkpoint import save_checkpoint
 from qvit.nn.quantizer import Quantizer
 from qvit.quantization.calibrate import calibrate
@@ -110,10 +111,7 @@ def open_images(
     except PackedFileError as error:
         raise ConfigError(str(error)) from error
     for name in sets.classes:
-        try:
-            name.encode()
-        except UnicodeEncodeError:
-            raise DataError(f"The class {name!r} has a name that is not UTF-8: rename it.") from None
+        check_class_name(name)
     return sets, card
 
 
@@ -169,7 +167,9 @@ def train_quantized(
     )
     if isinstance(student, VisionTransformerDistilled):
         student.set_distilled_training(teacher is not None)
-    if start.card.quant_config == card.quant_config:  # trained or reconstructed before, scales and all
+    if json.dumps(start.card.quant_config) == json.dumps(
+        card.quant_config
+    ):  # the order of the overrides counts; trained or reconstructed before, scales and all
         student.load_state_dict(start.model.state_dict())
     else:
         keep = chosen.rectify and (start.card.quant_config or {}).get("rectify") == rectify

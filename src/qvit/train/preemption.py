@@ -39,13 +39,15 @@ class Interrupts(Sigterm):
 
     def __enter__(self) -> Interrupts:
         super().__enter__()
-        if self._in_main:
+        # Of a process in the background Ctrl-C is none of its own, and ignored.
+        self._noted = self._in_main and signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, None)
+        if self._noted:
             self._before_ctrl_c = signal.signal(signal.SIGINT, self._note)
         return self
 
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
-        if self._in_main:
+        if self._noted:
             signal.signal(signal.SIGINT, self._before_ctrl_c)
 
     def _note(self, number: int, frame: FrameType | None) -> None:

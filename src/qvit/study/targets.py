@@ -1,0 +1,104 @@
+"""The files that a quantization writes: nothing that was there is replaced, and no other command writes them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from qvit.errors import ConfigError, OutputError
+from qvit.files import first_line, shown, write_atomically
+
+
+@dataclasses.dataclass(frozen=True)
+class Targets:
+    """The files that are written.
+
+    Args:
+        packed: the packed file.
+        checkpoint: beside it, to train on from.
+        partial: beside it, an unfinished reconstruction.
+        report: the folder of the report, if there is to be one.
+    """
+
+    packed: Path
+    checkpoint: Path
+    partial: Path
+    report: Path | None
+
+    @classmethod
+    def of(cls, out: Path, report: Path | None) -> Targets:
+        """Return what is written for a packed file ``out``.
+
+        Raises:
+            ConfigError: if two of them would be one file, or it has no name.
+        """
+        if not out.name:
+            raise ConfigError(f"--out {shown(str(out))} is no name of a file: give one such as model.safetensors.")
+        if out.suffix == ".pt":
+            raise ConfigError(
+                f"--out {out} is the packed file and the checkpoint lies beside it: call it {out.stem}.safetensors."
+            )
+        targets = cls(out, out.with_suffix(".pt"), out.with_suffix(".partial.pt"), report)
+        if report is not None and {targets.page, targets.record} & {out, targets.checkpoint}:
+            raise ConfigError(f"--out {out} is a file of the report too: give another name.")
+        return targets
+
+    @property
+    def page(self) -> Path:
+        """The report."""
+        return (self.report or self.packed) / "report.html"
+
+    @property
+    def record(self) -> Path:
+        """The report's figures."""
+        return (self.report or self.packed) / "report.json"
+
+    def begin(self, *, resume: bool) -> None:
+        """See that there is something to go on with, or nothing, and that all can be written.
+
+        Raises:
+            ConfigError: otherwise, naming the file; as :meth:`check`.
+            OutputError: as :meth:`check`.
+        """
+        if resume and not self.partial.exists():
+            raise ConfigError(f"There is no {self.partial} to go on from: leave out --resume to start.")
+        if self.partial.exists() and not resume:
+            raise ConfigError(
+                f"{self.partial} holds an unfinished reconstruction: give --resume to go on with it, or move it away."
+            )
+        self.check()
+
+    def check(self) -> None:
+        """See that no file is there that would be replaced, and that files can be written in its place.
+
+        Raises:
+            ConfigError: if one is there.
+            OutputError: if one cannot be written.
+        """
+        for path in (self.packed, self.checkpoint, *((self.page, self.record) if self.report is not None else ())):
+            if path.exists():
+                raise ConfigError(f"{path} is there already: give another name, or move it away.")
+            write_atomically(path, lambda temporary: temporary.write_bytes(b""))
+            path.unlink()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Let no other command write these files until the block ends."""
+        name = self.partial.with_name(f".{self.partial.name}.lock")
+        try:
+            name.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(name)
+            lock.acquire(blocking=False)
+        except Timeout:
+            raise ConfigError(f"Another command is writing {self.packed} at present: give another --out.") from None
+        except OSError as error:
+            raise OutputError(f"Cannot write {self.packed}: {first_line(error)}") from error
+        try:
+            yield
+        finally:
+            lock.release()
+            name.unlink(missing_ok=True)
