@@ -240,19 +240,25 @@ def _reconstruct(
     bar: Bar,
 ) -> Progress:
     """Reconstruct, or go on with it, and leave an unfinished one in a file; what is written then can be used."""
+    run = Reconstruction(
+        student,
+        teacher,
+        used,
+        steps=request.steps,
+        minutes=request.minutes,
+        seed=options.seed,
+        precision=options.precision,
+        compile=options.compile,
+    )
     settings = {
         **identity,
         "seed": options.seed,
         "minutes": request.minutes,
         "steps": request.steps,
+        "batch size": run.batch_size,
         "precision": options.precision,
         "compile": options.compile,
     }
-    run = Reconstruction(
-        student, teacher, used, steps=request.steps, minutes=request.minutes, seed=options.seed,
-        precision=options.precision,
-        compile=options.compile,
-    )  # fmt: skip
     if options.resume:
         _restore(run, card, settings, partial)
     saved = time.monotonic()
@@ -290,14 +296,16 @@ def _identity(
 ) -> dict[str, str]:
     """Return checksums of what a reconstruction learns from and is measured on."""
     described = json.dumps([card.classes, card.preprocessing], sort_keys=True)
-    return {
+    identity = {
         "teacher": weights_checksum(teacher),
         "classes and preprocessing": hashlib.sha256(described.encode()).hexdigest(),
-        **{
-            name: hashlib.sha256(b"".join(batch.numpy().tobytes() for batch in batches)).hexdigest()
-            for name, batches in (("pictures", used), ("pictures held out", held_out))
-        },
     }
+    for name, batches in (("pictures", used), ("pictures held out", held_out)):
+        digest = hashlib.sha256()
+        for batch in batches:
+            digest.update(batch.numpy())
+        identity[name] = digest.hexdigest()
+    return identity
 
 
 def _restore(run: Reconstruction, card: ModelCard, settings: dict[str, Any], path: Path) -> None:
