@@ -303,7 +303,7 @@ def _identity(
     for name, batches in (("pictures", used), ("pictures held out", held_out)):
         digest = hashlib.sha256()
         for batch in batches:
-            digest.update(batch.numpy())
+            digest.update(batch.numpy().tobytes())
         identity[name] = digest.hexdigest()
     return identity
 
