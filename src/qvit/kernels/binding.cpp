@@ -56,9 +56,8 @@ nb::dict trace(Model& model, Array<float, 4> images) {
     std::vector<float> outputs(batch * model.plan().outputs());
     {
         const Call call;  // it ends before Python's objects are made, whose making may run any code
-        call.run([&](const std::atomic<bool>* stop) {
-            model.forward(images.data(), batch, outputs.data(), &trace, stop);
-        });
+        call.run(
+            [&](const std::atomic<bool>* stop) { model.forward(images.data(), batch, outputs.data(), &trace, stop); });
     }
     nb::dict codes;
     for (const Trace::Codes& each : trace.all()) {
@@ -123,7 +122,7 @@ class Matrix {
 }  // namespace
 
 NB_MODULE(_kernels, m) {
-    Calls::all();  // made before there is a thread that could fork meanwhile
+    Calls::all();                  // made before there is a thread that could fork meanwhile
     nb::set_leak_warnings(false);  // daemon threads may keep models to the end
     m.doc() = "qvit's kernels: a packed vision transformer on codes, in integer arithmetic.";
     m.def("instruction_sets", [] {
