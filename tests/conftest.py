@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ from qvit.train.recipe import Recipe, load_recipe
 # tenfold. What a test starts inherits it.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+# In the background of a script Ctrl-C is ignored, here and in all that is started here, and tests send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 FAST = ("format", "nn", "runtime")
 """Folders whose tests neither train nor start processes; with the tests beside this file they are the fast part."""

@@ -23,8 +23,8 @@ CHANGES = [
     "quantized.reconstruction_steps=20",
 ]
 TABLE_ROW = re.compile(
-    r"^ *(4|2) +(post-training|QAT baseline|Q-ViT \(both\)) +(\d+\.\d\d) +\d\.\d\d of \1 +\d\.\d{3} +(\d+\.\d)"
-    r" +(\d+\.\d\d) +(\d+\.\d\d) +\d+\.\d\d *$",
+    r"^ *(4|2) +(post-training|reconstructed|QAT baseline|Q-ViT \(both\)) +(\d+\.\d\d) +\d\.\d\d of \1"
+    r" +\d\.\d{3} +(\d+\.\d) +(\d+\.\d\d) +(\d+\.\d\d) +\d+\.\d\d *$",
     re.MULTILINE,
 )
 
