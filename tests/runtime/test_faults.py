@@ -27,6 +27,13 @@ from qvit.format.packed import write_packed
 from qvit.runtime.engine import Engine, load
 
 Images = NDArray[np.float32]
+FORKING = """
+import os, sys, warnings, numpy, qvit
+warnings.simplefilter("ignore")
+engine = qvit.load(sys.argv[1], threads=2)
+images = numpy.ones((2, 3, 16, 16), numpy.float32)
+"""
+"""How a script begins that forks with an engine."""
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
@@ -85,11 +92,8 @@ def test_a_child_has_an_engine_of_its_own(path: Path, images: Images, expected: 
 @forks
 def test_a_hundred_forks(path: Path) -> None:
     run(
-        """
-import os, sys, warnings, numpy, qvit
-warnings.simplefilter("ignore")
-engine = qvit.load(sys.argv[1], threads=2)
-images = numpy.ones((2, 3, 16, 16), numpy.float32)
+        FORKING
+        + """
 expected = engine(images)
 for _ in range(100):
     assert (engine(images) == expected).all()
@@ -233,13 +237,36 @@ def run(script: str, *arguments: str | Path) -> None:
 
 
 @forks
+def test_a_child_that_was_forked_while_codes_are_handed_out_comes_to_its_end(path: Path) -> None:
+    """The making of Python's objects may run any code: here the garbage collector's, which forks."""
+    run(
+        FORKING
+        + """
+import gc
+children = []
+def fork(phase, info):
+    if not children:
+        children.append(os.fork())
+trace = engine._model.trace
+gc.disable()
+gc.callbacks.append(fork)
+gc.set_threshold(1)
+gc.enable()
+trace(images)
+gc.disable()
+assert children
+if children[0]:
+    assert os.waitpid(children[0], 0)[1] == 0
+""",
+        path,
+    )
+
+
+@forks
 def test_parent_and_child_come_to_their_ends(path: Path) -> None:
     run(
-        """
-import os, sys, warnings, numpy, qvit
-warnings.simplefilter("ignore")
-engine = qvit.load(sys.argv[1], threads=2)
-images = numpy.zeros((2, 3, 16, 16), numpy.float32)
+        FORKING
+        + """
 engine(images)
 pid = os.fork()
 for _ in range(10):

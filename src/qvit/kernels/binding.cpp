@@ -27,26 +27,16 @@ const Isa& isa_named(const std::string& name) {
     throw std::invalid_argument("this processor or build has no instruction set called " + name);
 }
 
-// A call into the kernels, without Python's global lock where that is allowed.
-class Call {
-  public:
-    Call() : without_lock_(Calls::all().enter()) {}
-    ~Call() {
-        if (without_lock_) Calls::all().leave();
-    }
-    Call(const Call&) = delete;
-    Call& operator=(const Call&) = delete;
-
-    template <class Function>
-    void run(Function function) const {
-        if (!without_lock_) return function(nullptr);
-        const nb::gil_scoped_release release;
-        function(&Calls::all().closing());
-    }
-
-  private:
-    bool without_lock_;
-};
+// Calls function(stop), without Python's global lock where that is allowed.
+template <class Function>
+void call(Function function) {
+    if (!Calls::all().enter()) return function(nullptr);
+    struct Leave {
+        ~Leave() { Calls::all().leave(); }
+    } const leave;
+    const nb::gil_scoped_release release;  // ends before leave, which has the lock again
+    function(&Calls::all().closing());
+}
 
 // {(operation, branch, part): codes (images, rows, width)} of at most Model::kImagesAtOnce images.
 nb::dict trace(Model& model, Array<float, 4> images) {
@@ -54,11 +44,7 @@ nb::dict trace(Model& model, Array<float, 4> images) {
     need(batch > 0 && batch <= Model::kImagesAtOnce, "images");
     Trace trace(batch);
     std::vector<float> outputs(batch * model.plan().outputs());
-    {
-        const Call call;  // it ends before Python's objects are made, whose making may run any code
-        call.run(
-            [&](const std::atomic<bool>* stop) { model.forward(images.data(), batch, outputs.data(), &trace, stop); });
-    }
+    call([&](const std::atomic<bool>* stop) { model.forward(images.data(), batch, outputs.data(), &trace, stop); });
     nb::dict codes;
     for (const Trace::Codes& each : trace.all()) {
         const nb::bytes values(each.values.data(), each.values.size());
@@ -187,8 +173,7 @@ NB_MODULE(_kernels, m) {
                          images.shape(3) == plan.width && outputs.shape(0) == images.shape(0) &&
                          outputs.shape(1) == plan.outputs(),
                      "shapes do not fit");
-                const Call call;
-                call.run([&](const std::atomic<bool>* stop) {
+                call([&](const std::atomic<bool>* stop) {
                     model.forward(images.data(), images.shape(0), outputs.data(), nullptr, stop);
                 });
             },
