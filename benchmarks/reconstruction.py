@@ -17,7 +17,7 @@ import copy
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +206,6 @@ def output_importance(student: Any, teacher: Any, images: Tensor) -> list[Tensor
         hidden = stem(student, x).detach()
         for block in student.blocks:
             hidden = block(hidden)
-            hidden.retain_grad() if hidden.requires_grad else hidden.requires_grad_()
             kept.append(hidden)
         loss = output_distance(student.forward_head(student.norm(hidden)), teacher(x), classes=True) * len(x)
         for found, gradient in zip(squares, torch.autograd.grad(loss, kept), strict=True):
@@ -223,12 +222,7 @@ def stem(model: Any, images: Tensor) -> Tensor:
 @torch.no_grad()
 def in_chunks(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     """Return ``function`` of all images, computed in batches."""
-
-    def parts() -> Iterator[Tensor]:
-        for chunk in images.split(256):
-            yield function(chunk)
-
-    return torch.cat(list(parts()))
+    return torch.cat([function(chunk) for chunk in images.split(256)])
 
 
 if __name__ == "__main__":

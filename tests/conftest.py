@@ -36,7 +36,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 FAST = ("format", "nn", "runtime")
 """Folders whose tests neither train nor start processes; with the tests beside this file they are the fast part."""
 SLOW = ("test_hooks.py", "test_hub.py", "test_import.py", "test_readme.py", "test_recompute.py", "test_rectify.py")
-SLOW += ("test_faults.py", "test_programs.py")
+SLOW += ("test_faults.py", "test_programs.py", "test_image_memory.py")
 """Files of these that do, or that take long."""
 
 

@@ -9,6 +9,15 @@ import numpy as np
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+PREPROCESSING = {
+    "input_size": (3, 8, 8),
+    "mean": (0.5,) * 3,
+    "std": (0.5,) * 3,
+    "crop_pct": 1.0,
+    "crop_mode": "center",
+    "interpolation": "bilinear",
+}
+"""Of images of 8 x 8."""
 FORMATS = {
     "1": ("PNG", "TIFF"),
     "L": ("PNG", "JPEG", "TIFF", "BMP"),

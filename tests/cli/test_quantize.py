@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -14,10 +15,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from commands import Done, run, sentence
-from conftest import make_vit
+from conftest import MODEL, TINY, make_vit
 from edits import NONSENSE, edited, places
+from members import CLASSES
 from qvit import load
 from qvit.data.pictures import open_pictures
 from qvit.errors import NonFiniteLossError
@@ -25,15 +28,28 @@ from qvit.models.card import describe
 from qvit.models.checkpoint import load_checkpoint, save_checkpoint, weights_checksum
 from qvit.quantization.reconstruct import Reconstruction
 
-MODEL = "vit_tiny_patch16_224"
-ARGUMENTS = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
+
+def save_float(path: Path, model: nn.Module) -> Path:
+    """Write a model like :func:`make_vit`'s as a float checkpoint."""
+    arguments = {name: value for name, value in TINY.items() if name != "num_classes"}
+    save_checkpoint(path, describe(MODEL, arguments, CLASSES, {}), model)
+    return path
+
+
+def before_step(patch: pytest.MonkeyPatch, action: Callable[[int], object]) -> None:
+    """Call ``action`` with its number, from 1, before every step that is made from now on."""
+    numbers, original = itertools.count(1), Reconstruction._make_step
+
+    def make_step(self: Reconstruction, learned: Any) -> float:
+        action(next(numbers))
+        return original(self, learned)
+
+    patch.setattr(Reconstruction, "_make_step", make_step)
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("teacher") / "float.pt"
-    save_checkpoint(path, describe(MODEL, ARGUMENTS, [f"class {n}" for n in range(10)], {}), make_vit())
-    return path
+    return save_float(tmp_path_factory.mktemp("teacher") / "float.pt", make_vit())
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +61,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         place = folder / ("a/b" if number % 2 else "c")
         place.mkdir(parents=True, exist_ok=True)
         pixels = rng.integers(0, 256, (20, 24, 3)).astype(np.uint8)
-        image = [
-            lambda pixels=pixels: Image.fromarray(pixels),
-            lambda pixels=pixels: Image.fromarray(pixels[..., 0]),
-            lambda pixels=pixels: Image.fromarray(pixels[..., 0].astype(np.uint16) * 256),
-        ][number % 3]()
-        image.save(place / f"{number}.png")
+        kinds = [pixels, pixels[..., 0], pixels[..., 0].astype(np.uint16) * 256]
+        Image.fromarray(kinds[number % 3]).save(place / f"{number}.png")
     return folder
 
 
@@ -129,15 +141,7 @@ def test_what_was_stopped_goes_on_as_if_nothing_had_been(
     quantize: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, status: int
 ) -> None:
     assert quantize("--out", tmp_path / "whole.safetensors").status == 0
-    steps, original = [0], Reconstruction._make_step
-
-    def stopped(self: Reconstruction, learned: Any) -> float:
-        steps[0] += 1
-        if steps[0] == 3:
-            os.kill(os.getpid(), number)
-        return original(self, learned)
-
-    monkeypatch.setattr(Reconstruction, "_make_step", stopped)
+    before_step(monkeypatch, lambda step: os.kill(os.getpid(), number) if step == 3 else None)
     done = quantize()
     assert done.status == status
     assert "Stopped at step 3" in done.err
@@ -157,13 +161,7 @@ def test_what_was_stopped_goes_on_as_if_nothing_had_been(
 def partial(quantize: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return the file of a reconstruction that was stopped at its first step."""
     with monkeypatch.context() as patch:
-        original = Reconstruction._make_step
-
-        def stopped(self: Reconstruction, learned: Any) -> float:
-            os.kill(os.getpid(), signal.SIGINT)
-            return original(self, learned)
-
-        patch.setattr(Reconstruction, "_make_step", stopped)
+        before_step(patch, lambda step: os.kill(os.getpid(), signal.SIGINT))
         assert quantize().status == 130
     return tmp_path / "model.partial.pt"
 
@@ -175,7 +173,7 @@ def test_another_command_does_not_go_on_there(
     model = make_vit()
     with torch.no_grad():
         model.head.bias.add_(1.0)  # type: ignore[union-attr, operator]
-    save_checkpoint(other, describe(MODEL, ARGUMENTS, [f"class {n}" for n in range(10)], {}), model)
+    save_float(other, model)
     copied = tmp_path / "pictures"
     shutil.copytree(pictures, copied)
     Image.new("RGB", (20, 24)).save(next(copied.rglob("1.png")))
@@ -200,14 +198,8 @@ def test_what_goes_wrong_after_the_last_step_loses_nothing(
     quantize: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Here a file of the name of the output, which appears meanwhile."""
-    original = Reconstruction._make_step
-
-    def meanwhile(self: Reconstruction, learned: Any) -> float:
-        (tmp_path / "model.safetensors").write_text("precious")
-        return original(self, learned)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Reconstruction, "_make_step", meanwhile)
+        before_step(patch, lambda step: (tmp_path / "model.safetensors").write_text("precious"))
         assert "is there already" in sentence(quantize())
     assert (tmp_path / "model.safetensors").read_text() == "precious"
     (tmp_path / "model.safetensors").unlink()
@@ -220,14 +212,8 @@ def test_what_goes_wrong_after_the_last_step_loses_nothing(
 def test_two_commands_do_not_write_one_file(
     quantize: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, said = Reconstruction._make_step, list[str]()
-
-    def meanwhile(self: Reconstruction, learned: Any) -> float:
-        if not said:
-            said.append(sentence(quantize("--seed", "5")))
-        return original(self, learned)
-
-    monkeypatch.setattr(Reconstruction, "_make_step", meanwhile)
+    said: list[str] = []
+    before_step(monkeypatch, lambda step: said.append(sentence(quantize("--seed", "5"))) if step == 1 else None)
     assert quantize().status == 0
     assert "Another command is writing" in said[0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.pt", "model.safetensors"]
@@ -375,6 +361,5 @@ def test_a_block_that_gives_infinities_is_named(quantize: Callable[..., Done], t
     model = make_vit()
     with torch.no_grad():
         model.blocks[1].mlp.fc1.weight.fill_(3e38)  # type: ignore[index, union-attr, operator]
-    path = tmp_path / "float.pt"
-    save_checkpoint(path, describe(MODEL, ARGUMENTS, [f"class {n}" for n in range(10)], {}), model)
+    path = save_float(tmp_path / "float.pt", model)
     assert "a NaN or an infinity at blocks.1.mlp.fc2.input_quantizer" in sentence(quantize(source=path))

@@ -17,7 +17,7 @@ from timm.data.readers.reader_image_folder import find_images_and_targets
 
 from commands import run, sentence
 from qvit.data.datasets import Images
-from qvit.data.listing import list_folder, natural_key
+from qvit.data.listing import Visited, list_folder, natural_key
 from qvit.data.sources import open_data, open_validation
 from qvit.errors import DataError
 from qvit.images import suffixes
@@ -279,7 +279,7 @@ def test_classes_and_images_have_timms_order(tree: dict[str, set[str]]) -> None:
             (Path(temporary) / name).mkdir()
             for file in {file.lower() for file in files}:
                 (Path(temporary) / name / f"{file}.png").touch()
-        listing = list_folder(Path(temporary))
+        listing = list_folder(Path(temporary), Visited())
         found, numbers = find_images_and_targets(temporary)
         keys = [natural_key(name) for name in listing.classes]
         assert keys == sorted(keys)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pictures import PREPROCESSING
 from qvit.data.datasets import Images
 from qvit.data.loader import make_loader, make_transform, readable
 from qvit.data.order import Share
@@ -15,14 +16,6 @@ from qvit.data.sources import open_data, open_validation
 from qvit.errors import CorruptImageError, DataError
 from qvit.images import suffixes
 
-PREPROCESSING = {
-    "input_size": (3, 8, 8),
-    "mean": (0.5,) * 3,
-    "std": (0.5,) * 3,
-    "crop_pct": 1.0,
-    "crop_mode": "center",
-    "interpolation": "bilinear",
-}
 MakeShard = Callable[..., Path]
 
 

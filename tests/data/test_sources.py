@@ -8,21 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
+from pictures import PREPROCESSING
 from qvit.data.datasets import Images
 from qvit.data.loader import make_loader, make_transform, readable
 from qvit.data.order import Share
 from qvit.data.sources import ImageSets, open_data, open_validation
 from qvit.errors import CorruptImageError, DataError
 from qvit.images import open_picture
-
-PREPROCESSING = {
-    "input_size": (3, 8, 8),
-    "mean": (0.5,) * 3,
-    "std": (0.5,) * 3,
-    "crop_pct": 1.0,
-    "crop_mode": "center",
-    "interpolation": "bilinear",
-}
 
 
 def test_digits_split_is_stratified_disjoint_and_whole(digits: ImageSets) -> None:

@@ -53,7 +53,7 @@ def test_a_students_step_keeps_at_most_a_quarter_more_than_a_float_step(make_mod
     teacher.train()
     float_bytes = saved_bytes(teacher, lambda: teacher(x))
     if compiled:
-        if int(torch.__version__.split(".")[1]) < 12:
+        if torch.__version__ < (2, 12):
             pytest.skip("what PyTorch 2.11 compiles keeps more")
         torch._dynamo.reset()
         student.compile(fullgraph=True, backend="aot_eager_decomp_partition")  # with the partitioner of inductor

@@ -20,7 +20,7 @@ from qvit.analysis.agreement import agreement
 from qvit.errors import ConfigError, DataError, NonFiniteLossError, TeacherMismatchError, UncalibratedError
 from qvit.models.families import family_of
 from qvit.quantization.outputs import output_distance, views
-from qvit.quantization.reconstruct import Progress, Reconstruction
+from qvit.quantization.reconstruct import Progress, Reconstruction, Settings
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_a_reconstruction_that_was_saved_goes_on_as_if_nothing_had_been(
     class Cut(Exception):  # noqa: N818
         pass
 
-    first = Reconstruction(student, vit, [images], steps=6, batch_size=8)
+    first = Reconstruction(student, vit, [images], Settings(steps=6, batch_size=8))
 
     def cut(progress: Progress) -> None:
         if progress.step == 3:
@@ -110,7 +110,7 @@ def test_a_reconstruction_that_was_saved_goes_on_as_if_nothing_had_been(
         first.go_on(cut)
     again = quantize(vit, QuantConfig(2, 2))
     again.load_state_dict(saved["weights"])  # before it begins, and its rates are not those of the weights of now
-    second = Reconstruction(again, vit, [images], steps=6, batch_size=8)
+    second = Reconstruction(again, vit, [images], Settings(steps=6, batch_size=8))
     second.load_state_dict(saved["state"])
     assert second.go_on(lambda progress: None).step == 6
     assert same(weights(again), weights(whole))
@@ -134,7 +134,7 @@ def test_budget_of_time_becomes_steps_that_make_the_same_student_again(
     vit: nn.Module, student: Any, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other, before = copy.deepcopy(student), weights(student)
-    run = Reconstruction(student, vit, [images], minutes=10, batch_size=4)
+    run = Reconstruction(student, vit, [images], Settings(minutes=10, batch_size=4))
     rates = timed(run, monkeypatch, lambda step: 60 if step == 0 else 20)  # the first one compiles
     progresses: list[Progress] = []
     reached = run.go_on(progresses.append)
@@ -152,7 +152,7 @@ def test_budget_of_time_becomes_steps_that_make_the_same_student_again(
 def test_budget_of_time_is_kept_where_steps_become_slower(
     vit: nn.Module, student: Any, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = Reconstruction(student, vit, [images], minutes=10, batch_size=4)
+    run = Reconstruction(student, vit, [images], Settings(minutes=10, batch_size=4))
     rates = timed(run, monkeypatch, lambda step: 20 if step < 12 else 40)
     reached = run.go_on(lambda progress: None)
     assert reached.steps == 24
@@ -318,7 +318,7 @@ def test_zero_parameters_learn_and_scales_move_as_they_are(vit: nn.Module, image
         teacher.head.bias.zero_()  # type: ignore[union-attr, operator]
     student = quantize(teacher, QuantConfig(2, 2))
     calibrate(student, [images])
-    run = Reconstruction(student, teacher, [images], steps=3)
+    run = Reconstruction(student, teacher, [images], Settings(steps=3))
     assert all(0 < peak <= 0.1 for peak in run.peaks.values())
     assert {peak for name, peak in run.peaks.items() if name.endswith("log_scale")} == {module.LEARNING_RATE}
     before = weights(student)

@@ -14,7 +14,7 @@ from rich.console import Console
 from commands import run, sentence
 from qvit.errors import ConfigError
 from qvit.study.demo import run_demo
-from qvit.train.lock import alone_in, locked
+from qvit.train.lock import LOCK, alone_in, locked
 from qvit.train.options import Options, make_accelerator
 
 TRAIN = ["train", jobs.MODEL, "--full-precision", "--data", "digits", "--cpu"]
@@ -52,7 +52,7 @@ def test_a_killed_command_keeps_nobody_out(tmp_path: Path) -> None:
     process.join()
     child = int((tmp_path / "child").read_text())
     os.kill(child, 0)  # it is still there
-    with locked(tmp_path, make_accelerator(Options(tmp_path, cpu=True))) as free:
+    with locked(tmp_path / LOCK, make_accelerator(Options(tmp_path, cpu=True))) as free:
         assert free
     os.kill(child, signal.SIGKILL)
 
@@ -73,7 +73,7 @@ def _together(folder: Path) -> None:
     with alone_in(folder, accelerator):
         (folder / f"{rank}-was-alone").touch()
         accelerator.wait_for_everyone()
-        with locked(folder, accelerator) as free:  # as another command would ask
+        with locked(folder / LOCK, accelerator) as free:  # as another command would ask
             if not free:
                 (folder / f"{rank}-refused").touch()
 

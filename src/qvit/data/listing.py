@@ -9,7 +9,7 @@ import dataclasses
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from qvit.errors import DataError
@@ -29,6 +29,9 @@ CLASSES = "classes.txt"
 KINDS = ".jpg, .png, .webp or other files that Pillow decodes"
 _NAMED = 5
 """Suffixes or classes that a sentence names."""
+
+
+Check = Callable[[str, Sequence[os.DirEntry[str]], int], None]
 
 
 @dataclasses.dataclass
@@ -105,7 +108,7 @@ class Visited:
         self._around.update((str(parent), path) for parent in real.parents if str(parent) not in self._paths)
 
 
-def list_folder(folder: Path, visited: Visited | None = None) -> Listing:
+def list_folder(folder: Path, visited: Visited) -> Listing:
     """Return what is in a folder: class folders with images, or shards.
 
     Images are the files with a suffix that Pillow decodes (:func:`qvit.images.suffixes`), in any case; those in folders
@@ -120,7 +123,6 @@ def list_folder(folder: Path, visited: Visited | None = None) -> Listing:
         DataError: naming a folder that cannot be read, that is a link to one listed already, that looks like a split,
             or that has no images; pictures or shards beside class folders.
     """
-    visited = visited or Visited()
     listing = Listing(folder)
     visited.enter(str(folder))
     pictures, empty = [], []
@@ -128,9 +130,10 @@ def list_folder(folder: Path, visited: Visited | None = None) -> Listing:
         if entry.name == CLASSES or is_left_out(entry, listing.left_out):
             continue
         if is_folder(entry):
-            images = list(_walk(entry, listing, visited))
+            images = list(walk(entry.path, listing.left_out, visited, _refuse_split))
+            listing.deeper += sum(depth > 0 for _, depth in images)
             if images:
-                listing.images[entry.name] = images
+                listing.images[entry.name] = [path for path, _ in images]
             else:
                 empty.append(entry)
         elif _suffix(entry.name) == ".tar":
@@ -221,24 +224,42 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(cut(name, 60) for name in names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
-def _walk(folder: os.DirEntry[str], listing: Listing, visited: Visited, depth: int = 0) -> Iterator[str]:
-    """Yield the images in a class folder and in the folders inside it.
+def walk(
+    path: str, left_out: Counter[str], visited: Visited, check: Check | None = None, depth: int = 0
+) -> Iterator[tuple[str, int]]:
+    """Yield the images in a folder and in the folders inside it, and how deep each lies, from 0.
 
-    A class may have the name of a split (CIFAR-100 has the class "train"), but then it has images and no folders.
+    Args:
+        path: of the folder.
+        left_out: counts what is left out.
+        visited: the folders that were listed before.
+        check: is called with every folder's path, what is in it, and its depth.
+        depth: of the folder.
+
+    Raises:
+        DataError: if a folder cannot be read or a link leads to one again; or what ``check`` raises.
     """
-    visited.enter(folder.path)
-    entries = [entry for entry in entries_of(folder.path) if not is_left_out(entry, listing.left_out)]
-    if looks_like_split(folder.name) and (depth or any(map(is_folder, entries))):
-        raise DataError(
-            f"{cut(folder.path)} looks like a split of a data set and not like a class: give the folder that holds "
-            "train/ and val/, or rename it."
-        )
+    visited.enter(path)
+    entries = [entry for entry in entries_of(path) if not is_left_out(entry, left_out)]
+    if check is not None:
+        check(path, entries, depth)
     for entry in entries:
         if is_folder(entry):
-            yield from _walk(entry, listing, visited, depth + 1)
-        elif is_image(entry, listing.left_out):
-            listing.deeper += depth > 0
-            yield entry.path
+            yield from walk(entry.path, left_out, visited, check, depth + 1)
+        elif is_image(entry, left_out):
+            yield entry.path, depth
+
+
+def _refuse_split(path: str, entries: Sequence[os.DirEntry[str]], depth: int) -> None:
+    """Refuse a class folder, or one inside it, that looks like a split.
+
+    A class may have the name of one (CIFAR-100 has the class "train"), but then it has images and no folders.
+    """
+    if looks_like_split(os.path.basename(path)) and (depth or any(map(is_folder, entries))):
+        raise DataError(
+            f"{cut(path)} looks like a split of a data set and not like a class: give the folder that holds "
+            "train/ and val/, or rename it."
+        )
 
 
 def is_left_out(entry: os.DirEntry[str], left_out: Counter[str]) -> bool:

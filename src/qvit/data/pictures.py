@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from qvit.data.datasets import Images
-from qvit.data.listing import KINDS, Visited, entries_of, is_folder, is_image, is_left_out, natural_key, remark
+from qvit.data.listing import KINDS, Visited, natural_key, remark, walk
 from qvit.errors import DataError
 from qvit.images import Mode
 
@@ -48,7 +46,8 @@ def open_pictures(folder: Path, mode: Mode, *, count: int, held_out: int, seed: 
     if not folder.is_dir():
         raise DataError(f"There is no folder {folder}: --images takes a folder with pictures in it, at any depth.")
     left_out: Counter[str] = Counter()
-    paths = sorted(_walk(str(folder), left_out, Visited()), key=lambda path: (natural_key(path), path))
+    paths = [path for path, _ in walk(str(folder), left_out, Visited())]
+    paths.sort(key=lambda path: (natural_key(path), path))
     if not paths:
         raise DataError(f"{folder} holds no pictures ({KINDS}), nor do the folders in it.")
     random.Random(seed).shuffle(paths)
@@ -59,14 +58,3 @@ def open_pictures(folder: Path, mode: Mode, *, count: int, held_out: int, seed: 
         Images(first or second, [0] * len(first or second), mode),
         remark(folder, left_out),
     )
-
-
-def _walk(folder: str, left_out: Counter[str], visited: Visited) -> Iterator[str]:
-    visited.enter(folder)
-    for entry in entries_of(folder):
-        if is_left_out(entry, left_out):
-            continue
-        if is_folder(entry):
-            yield from _walk(os.path.join(folder, entry.name), left_out, visited)
-        elif is_image(entry, left_out):
-            yield entry.path

@@ -5,9 +5,10 @@ Read with ``weights_only=True``: tensors and plain data, no code.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,14 @@ def build(card: ModelCard, weights: Mapping[str, Any], source: str) -> VisionTra
         CheckpointError: naming ``source`` and the first weight that does not fit.
         ConfigError: as :func:`qvit.models.card.create_model`.
     """
-    fit = fitting(weights, _quantized(shape_of(card), card), f"{source} does not fit {card.name}")
+    fit = _fitting(card, weights, source)
     model = _quantized(create_model(card), card)
     model.load_state_dict(fit)
     return model.eval()
+
+
+def _fitting(card: ModelCard, weights: Mapping[str, Any], source: str) -> dict[str, Any]:
+    return fitting(weights, _quantized(shape_of(card), card), f"{source} does not fit {card.name}")
 
 
 def _quantized(model: VisionTransformer, card: ModelCard) -> VisionTransformer:
@@ -157,7 +162,23 @@ def rebuilt(card: ModelCard, weights: Mapping[str, Any], path: str | Path) -> Vi
     Raises:
         CheckpointError: as :func:`build`, also for a card that describes no model.
     """
-    try:
+    with _of_a_model(path):
         return build(card, weights, str(path))
+
+
+def check_weights(card: ModelCard, weights: Mapping[str, Any], path: str | Path) -> None:
+    """Refuse weights of the checkpoint at ``path`` from which :func:`rebuilt` would make no model; takes no memory.
+
+    Raises:
+        CheckpointError: as :func:`rebuilt`.
+    """
+    with _of_a_model(path):
+        _fitting(card, weights, str(path))
+
+
+@contextlib.contextmanager
+def _of_a_model(path: str | Path) -> Iterator[None]:
+    try:
+        yield
     except (ConfigError, UnsupportedModelError) as error:
         raise CheckpointError(f"{path} was edited or damaged: {error}") from error

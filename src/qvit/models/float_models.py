@@ -27,7 +27,12 @@ _PREPROCESSING = ("mean", "std", "crop_pct", "crop_mode", "interpolation")
 
 
 def load_float(
-    source: str | Path, expected: ModelCard | None, report: Report, *, quantized: bool = False
+    source: str | Path,
+    expected: ModelCard | None,
+    report: Report,
+    *,
+    quantized: bool = False,
+    model_name: str | None = None,
 ) -> tuple[VisionTransformer, ModelCard]:
     """Return a float model and its card, wherever it is, for images of the size that ``expected`` has.
 
@@ -42,6 +47,7 @@ def load_float(
         report: takes a sentence about each decision that is made on the way, such as which of two sets of weights is
             taken, or that a position embedding was resampled.
         quantized: whether a file may also be a checkpoint of a quantized model.
+        model_name: timm's, of a file of weights alone, where nothing is expected.
 
     Raises:
         HubError: if the Hub or timm cannot hand it out.
@@ -62,7 +68,7 @@ def load_float(
             raise ConfigError(
                 f"There is no file {source} and no model of timm's of that name: did you mean {' or '.join(near)}?"
             )
-        model, card = _from_file(Path(source), expected, report, quantized=quantized)
+        model, card = _from_file(Path(source), expected, report, quantized=quantized, model_name=model_name)
     if expected is None:
         return model, card
     _fit_images(model, card, source, expected, report)
@@ -72,29 +78,25 @@ def load_float(
 
 
 def _from_file(
-    path: Path, expected: ModelCard | None, report: Report, *, quantized: bool
+    path: Path, expected: ModelCard | None, report: Report, *, quantized: bool, model_name: str | None = None
 ) -> tuple[VisionTransformer, ModelCard]:
     content = read_file(path)
     if not is_checkpoint(content):
+        if model_name is not None:
+            expected = _card_of_weights(model_name, content, path)
         if expected is None:
             raise CheckpointError(f"{path} holds weights and does not say of which model: name it (--model).")
         return build(expected, adapted(content, expected, str(path), report), str(path)), dataclasses.replace(expected)
+    if model_name is not None:
+        raise CheckpointError(f"{path} is a checkpoint of qvit's, which says itself of which model: leave out --model.")
     card, weights, _ = parts_of(content, path)
     if card.quant_config is not None and not quantized:
         raise CheckpointError(f"{path} holds a quantized model; a teacher must be a float one.")
     return rebuilt(card, weights, path), card
 
 
-def card_of_weights(name: str, path: Path) -> ModelCard:
-    """Return the card of timm's model ``name`` for a file of weights alone, with as many classes as they tell apart.
-
-    Raises:
-        CheckpointError: if the file cannot be read, or is a checkpoint of qvit's, which says itself what it is.
-        ConfigError: as :func:`qvit.models.card.describe`.
-    """
-    content = read_file(path)
-    if is_checkpoint(content):
-        raise CheckpointError(f"{path} is a checkpoint of qvit's, which says itself of which model: leave out --model.")
+def _card_of_weights(name: str, content: Any, path: Path) -> ModelCard:
+    """Return the card of timm's model ``name`` for weights alone, with as many classes as they tell apart."""
     count = count_classes(content, shape_of(describe(name, {}, ["a", "b"], {})), str(path))
     return describe(name, {}, _classes(None, count, None) if count else [], {})
 

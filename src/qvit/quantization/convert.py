@@ -138,9 +138,9 @@ def _check_float(model: nn.Module) -> None:
         return
     elif isinstance(model, torch.jit.ScriptModule):
         way = "it is compiled to TorchScript; give the model that it was made of"
-    elif inside := [name for name, module in model.named_modules() if name and type(module) in MODELS]:
-        way = f"a {type(model.get_submodule(inside[0])).__name__} is inside it; give model.{inside[0]}"
-    elif any(issubclass(type(model), known) for known in MODELS):
+    elif inside := next(((name, m) for name, m in model.named_modules() if name and type(m) in MODELS), None):
+        way = f"a {type(inside[1]).__name__} is inside it; give model.{inside[0]}"
+    elif isinstance(model, MODELS):
         way = "it may compute otherwise than the class of timm's that it extends; give one of that class"
     elif origin == "transformers":
         way = (

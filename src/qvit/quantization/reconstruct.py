@@ -18,9 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from qvit.errors import ConfigError, NonFiniteLossError, UncalibratedError
+from qvit.format.fields import is_whole
 from qvit.models.families import classifies
 from qvit.nn.modes import evaluating
 from qvit.nn.quantizer import Quantizer
+from qvit.nn.state import is_finite, why_not_like
 from qvit.quantization.convert import check_quantized
 from qvit.quantization.outputs import joined, output_distance, views
 
@@ -69,6 +71,35 @@ class Progress:
 Report = Callable[[Progress], None]
 
 
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the result depends on beside models and images; see :func:`reconstruct`.
+
+    Raises:
+        ConfigError: unless either ``steps`` or ``minutes`` is given, or for a value that cannot be meant.
+    """
+
+    steps: int | None = None
+    minutes: float | None = None
+    batch_size: int = BATCH_SIZE
+    learning_rate: float = LEARNING_RATE
+    seed: int = 0
+    precision: str = "no"
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.minutes is None):
+            raise ConfigError("Reconstruction needs a budget: give either steps or minutes.")
+        for name, value in (("steps", self.steps), ("batch_size", self.batch_size)):
+            if value is not None and not (type(value) is int and value >= 1):
+                raise ConfigError(f"{name} must be a whole number from 1 up, not {value!r}.")
+        for name, amount in (("minutes", self.minutes), ("learning_rate", self.learning_rate)):
+            if amount is not None and not (math.isfinite(amount) and amount > 0):
+                raise ConfigError(f"{name} must be a number above 0, not {amount!r}.")
+        if self.precision not in ("no", "bf16"):
+            raise ConfigError(f"precision must be no or bf16, not {self.precision!r}.")
+
+
 def reconstruct(
     student: nn.Module,
     teacher: nn.Module,
@@ -115,18 +146,8 @@ def reconstruct(
         DataError: if there are no images, or what there is are no images of one size.
         NonFiniteLossError: if the loss becomes NaN or infinite.
     """
-    run = Reconstruction(
-        student,
-        teacher,
-        batches,
-        steps=steps,
-        minutes=minutes,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        seed=seed,
-        precision=precision,
-        compile=compile,
-    )
+    settings = Settings(steps, minutes, batch_size, learning_rate, seed, precision, compile)
+    run = Reconstruction(student, teacher, batches, settings)
     before = copy.deepcopy(student.state_dict())
     try:
         return run.go_on(report or (lambda progress: None))
@@ -136,39 +157,16 @@ def reconstruct(
 
 
 class Reconstruction:
-    """A reconstruction that can be saved and gone on with; arguments and errors as of :func:`reconstruct`."""
+    """A reconstruction that can be saved and gone on with; models, batches and errors as of :func:`reconstruct`."""
 
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        batches: Iterable[Any],
-        *,
-        steps: int | None = None,
-        minutes: float | None = None,
-        batch_size: int = BATCH_SIZE,
-        learning_rate: float = LEARNING_RATE,
-        seed: int = 0,
-        precision: str = "no",
-        compile: bool = False,
-    ) -> None:
-        if (steps is None) == (minutes is None):
-            raise ConfigError("Reconstruction needs a budget: give either steps or minutes.")
-        for name, value in (("steps", steps), ("batch_size", batch_size)):
-            if value is not None and not (type(value) is int and value >= 1):
-                raise ConfigError(f"{name} must be a whole number from 1 up, not {value!r}.")
-        for name, amount in (("minutes", minutes), ("learning_rate", learning_rate)):
-            if amount is not None and not (math.isfinite(amount) and amount > 0):
-                raise ConfigError(f"{name} must be a number above 0, not {amount!r}.")
-        if precision not in ("no", "bf16"):
-            raise ConfigError(f"precision must be no or bf16, not {precision!r}.")
+    def __init__(self, student: nn.Module, teacher: nn.Module, batches: Iterable[Any], settings: Settings) -> None:
         _check_student(student)
+        self.student, self.teacher, self.settings = student, teacher, settings
         self.images = joined(batches)
-        self.student, self.teacher = student, teacher
-        self.steps, self.minutes, self.batch_size, self.precision = steps, minutes, batch_size, precision
-        self.compile, self.seed, self.planned_at, self.on_time = compile, seed, 0.0, True
-        self.peaks = _peaks(self._learned(), learning_rate)
-        self.step, self.seconds, self.losses = 0, 0.0, list[float]()
+        self.peaks = _peaks(self._learned(), settings.learning_rate)
+        self.step, self.steps = 0, settings.steps
+        self.seconds, self.planned_at, self.on_time = 0.0, 0.0, True
+        self.losses: list[float] = []
         self._begin()
 
     def _begin(self) -> None:
@@ -178,7 +176,7 @@ class Reconstruction:
         self.optimizer = torch.optim.Adam(
             [{"params": parameters, "lr": 0.0, "peak": peak} for peak, parameters in groups.items()], foreach=True
         )
-        self.generator = torch.Generator().manual_seed(self.seed)
+        self.generator = torch.Generator().manual_seed(self.settings.seed)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that :meth:`load_state_dict` needs to go on after a step, beside the student's weights."""
@@ -205,22 +203,22 @@ class Reconstruction:
         moments, peaks, losses, on_time = (state[name] for name in ("moments", "peaks", "losses", "on_time"))
         generator = torch.Generator()
         generator.set_state(state["generator"])
-        if not all(type(count) is int and 1 <= count < 2**48 for count in (step, steps)):
+        if not all(is_whole(count, 1, 2**48) for count in (step, steps)):
             raise ValueError("no number of steps")
-        if not _are_numbers(times) or min(times) < 0 or type(on_time) is not bool:
+        if not all(map(is_finite, times)) or min(times) < 0 or type(on_time) is not bool:
             raise ValueError("no time")
-        if self.minutes is None and steps != self.steps:
+        if self.settings.minutes is None and steps != self.steps:
             raise ValueError("another number of steps")
-        if not isinstance(losses, list) or len(losses) > _LOSSES or not _are_numbers(losses):
+        if not isinstance(losses, list) or len(losses) > _LOSSES or not all(map(is_finite, losses)):
             raise ValueError("no losses")
         learned = self._learned()
         if not all(isinstance(own, dict) and own.keys() == learned.keys() for own in (moments, peaks)):
             raise ValueError("other parameters")
-        if not _are_numbers(peaks.values()) or not all(isinstance(own, dict) for own in moments.values()):
+        if not all(map(is_finite, peaks.values())) or not all(isinstance(own, dict) for own in moments.values()):
             raise ValueError("no moments or rates by name")
         for name, parameter in learned.items():
-            for key in _MOMENTS:
-                _check_like(moments[name][key], parameter)
+            if any(why_not_like(moments[name][key], parameter) for key in _MOMENTS):
+                raise ValueError("no moments of its gradients")
         self.peaks = dict(peaks)
         self._begin()
         for name, parameter in learned.items():
@@ -237,7 +235,10 @@ class Reconstruction:
         learned = list(self._learned().values())
         began = time.perf_counter() - self.seconds
         try:
-            with evaluating(self.student, self.teacher), _compiled(self.student, self.teacher, wanted=self.compile):
+            with (
+                evaluating(self.student, self.teacher),
+                _compiled(self.student, self.teacher, wanted=self.settings.compile),
+            ):
                 if self.steps is None:
                     self._plan(learned, began)
                 while self.fraction < 1:
@@ -255,17 +256,17 @@ class Reconstruction:
 
     def _plan(self, learned: Sequence[Tensor], began: float) -> None:
         """Find out how many steps there is time for, by making some at a learning rate of 0."""
-        assert self.minutes is not None
+        assert self.settings.minutes is not None
         durations = []
         for _ in range(1 + _TIMED):
             start = time.perf_counter()
             self._make_step(learned)
             durations.append(time.perf_counter() - start)
-            if time.perf_counter() - began > 60 * self.minutes:
+            if time.perf_counter() - began > 60 * self.settings.minutes:
                 break
         self._begin()
         self.seconds = self.planned_at = time.perf_counter() - began
-        left = _MARGIN * (60 * self.minutes - self.seconds)
+        left = _MARGIN * (60 * self.settings.minutes - self.seconds)
         self.steps = max(1, int(left / min(durations[1:] or durations)))
 
     @property
@@ -276,9 +277,9 @@ class Reconstruction:
     @property
     def _of_time(self) -> float:
         """Of the time that was left when the steps were planned, the fraction that is spent."""
-        if self.minutes is None:
+        if self.settings.minutes is None:
             return 0.0
-        left = 60 * self.minutes - self.planned_at
+        left = 60 * self.settings.minutes - self.planned_at
         return (self.seconds - self.planned_at) / left if left > 0 else float(self.step > 0)
 
     @property
@@ -294,15 +295,15 @@ class Reconstruction:
             self.seconds,
             self.fraction,
             sum(self.losses) / len(self.losses) if self.losses else math.nan,
-            self.step * self.batch_size / max(self.seconds, 1e-9),
+            self.step * self.settings.batch_size / max(self.seconds, 1e-9),
             self.on_time,
         )
 
     def _make_step(self, learned: Sequence[Tensor]) -> float:
         device = learned[0].device
-        chosen = torch.randint(len(self.images), (self.batch_size,), generator=self.generator)
+        chosen = torch.randint(len(self.images), (self.settings.batch_size,), generator=self.generator)
         images = views(self.images[chosen], self.generator).to(device)
-        autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
         with autocast, torch.no_grad():
             wanted = self.teacher(images)
         with autocast, torch.enable_grad():
@@ -354,16 +355,6 @@ def _rate(fraction: float, steps: int) -> float:
     """Return the learning rate at a fraction of the budget, as a fraction of its peak; of the first step not 0."""
     risen = min(1.0, (fraction + 1 / steps) / WARMUP)
     return risen * (0.5 + 0.5 * math.cos(math.pi * fraction))
-
-
-def _are_numbers(values: Iterable[Any]) -> bool:
-    return all(type(value) in (int, float) and math.isfinite(value) for value in values)
-
-
-def _check_like(value: Any, parameter: Tensor) -> None:
-    kind = type(value) is Tensor and (value.shape, value.dtype) == (parameter.shape, parameter.dtype)
-    if not kind or value.layout != torch.strided or value.is_meta or not bool(torch.isfinite(value).all()):
-        raise ValueError("no moments of its gradients")
 
 
 def _check_student(student: nn.Module) -> None:

@@ -25,7 +25,9 @@ _REACH = 3
 Box = tuple[float, float, float, float]
 
 
-def preprocess(image: ImageSource | Picture, preprocessing: Mapping[str, Any]) -> NDArray[np.float32]:
+def preprocess(
+    image: ImageSource | Picture, preprocessing: Mapping[str, Any], name: str | None = None
+) -> NDArray[np.float32]:
     """Return one image as a model takes it.
 
     Args:
@@ -34,6 +36,7 @@ def preprocess(image: ImageSource | Picture, preprocessing: Mapping[str, Any]) -
             and ``std`` (a number a channel, of values from 0 to 1), ``crop_pct`` (edge of the crop to that of the
             resized image) and ``crop_mode``: ``"center"`` (shorter edge resized, the rest cut off), ``"squash"`` (both
             edges resized) or ``"border"`` (longer edge resized, the rest filled with the mean).
+        name: of the image in errors; by default what it was opened from.
 
     Returns:
         float32, ``(C, H, W)``.
@@ -43,28 +46,26 @@ def preprocess(image: ImageSource | Picture, preprocessing: Mapping[str, Any]) -
         ConfigError: if the model takes neither 1 channel nor 3.
     """
     mean, std = (np.asarray(preprocessing[name], np.float32)[:, None, None] for name in ("mean", "std"))
-    scaled: NDArray[np.float32] = np.divide(fit(image, preprocessing), np.float32(255), dtype=np.float32, order="C")
+    scaled: NDArray[np.float32] = np.divide(
+        fit(image, preprocessing, name), np.float32(255), dtype=np.float32, order="C"
+    )
     scaled -= mean
     scaled /= std
     return scaled
 
 
-def preprocess_batch(images: Sequence[ImageSource | Picture], preprocessing: Mapping[str, Any]) -> NDArray[np.float32]:
+def preprocess_batch(images: Sequence[ImageSource], preprocessing: Mapping[str, Any]) -> NDArray[np.float32]:
     """Return images as a model takes them: float32, ``(B, C, H, W)``, each as :func:`preprocess` gives it."""
-    mode = mode_of(preprocessing["input_size"][0])
     batch = np.empty((len(images), *preprocessing["input_size"]), np.float32)
     for number, (slot, image) in enumerate(zip(batch, images, strict=True)):
-        slot[:] = preprocess(  # without a name for the picture, which would keep it until the next one is decoded
-            image if isinstance(image, Picture) else open_picture(image, mode, name_of(image, f"Image {number}")),
-            preprocessing,
-        )
+        slot[:] = preprocess(image, preprocessing, name_of(image, f"Image {number}"))
     return batch
 
 
-def fit(image: ImageSource | Picture, preprocessing: Mapping[str, Any]) -> NDArray[np.uint8]:
+def fit(image: ImageSource | Picture, preprocessing: Mapping[str, Any], name: str | None = None) -> NDArray[np.uint8]:
     """Return one image resized, then cut or filled around its middle: uint8, ``(C, H, W)``; see :func:`preprocess`."""
     mode = mode_of(preprocessing["input_size"][0])
-    picture = image if isinstance(image, Picture) else open_picture(image, mode)
+    picture = image if isinstance(image, Picture) else open_picture(image, mode, name)
     crop_height, crop_width = preprocessing["input_size"][1:]
     crop_mode = preprocessing["crop_mode"]
     width, height = _resized(

@@ -30,7 +30,7 @@ from qvit.files import write_text
 from qvit.models.card import ModelCard
 from qvit.models.checkpoint import load_checkpoint, weights_checksum
 from qvit.quantization.distill import DistillationLoss
-from qvit.train.lock import locked
+from qvit.train.lock import LOCK, locked
 from qvit.train.methods import METHODS, FloatModel, Overrides, Result, make_student, train_quantized, training_batches
 from qvit.train.options import Options, make_accelerator
 from qvit.train.recipe import Recipe
@@ -65,6 +65,9 @@ ROWS = [
     for name, method in METHODS.items()
     for reading in (("head", "token") if method.rectify else (None,))
 ]
+
+_COMPARED = [row.name for row in ROWS if METHODS[row.method].trained and row.method != "baseline"]
+"""Rows whose gain is over the baseline's."""
 
 
 def rows_named(names: str | None) -> list[Row]:
@@ -129,7 +132,7 @@ def ablate(
     accelerator.wait_for_everyone()
     for number, (b, row, seed) in enumerate(cells, 1):
         folder = _folder(options.out, b, row, seed)
-        with locked(folder, accelerator) as mine:
+        with locked(folder / LOCK, accelerator) as mine:
             if not mine or (folder / "result.json").exists():
                 continue
             start = teacher
@@ -197,7 +200,7 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for (bits, row), by_seed in cells.items():
         base = cells.get((bits, "baseline"), {})
         gains = [record["top1"] - base[seed]["top1"] for seed, record in by_seed.items() if seed in base]
-        compared = gains if row not in ("ptq", "reconstruct", "baseline") else []
+        compared = gains if row in _COMPARED else []
         runs = list(by_seed.values())
         top1 = [run["top1"] for run in runs]
         summary.append(

@@ -25,11 +25,11 @@ from qvit.errors import CheckpointError, ConfigError, NonFiniteLossError, Output
 from qvit.exporting.packed import export, origin_of
 from qvit.files import printable, write_text
 from qvit.models.card import ModelCard, check_class_name
-from qvit.models.checkpoint import read_checkpoint, rebuilt, save_checkpoint, weights_checksum
-from qvit.models.float_models import card_of_weights, load_float
+from qvit.models.checkpoint import check_weights, read_checkpoint, save_checkpoint, weights_checksum
+from qvit.models.float_models import load_float
 from qvit.quantization.calibrate import calibrate
 from qvit.quantization.convert import quantize
-from qvit.quantization.reconstruct import Progress, Reconstruction
+from qvit.quantization.reconstruct import Progress, Reconstruction, Settings
 from qvit.study.quantization_report import write_quantization_report
 from qvit.study.targets import Targets
 from qvit.train.display import progress_bar
@@ -38,6 +38,11 @@ from qvit.train.preemption import Interrupts
 
 Method = Literal["reconstruct", "calibrate"]
 CALIBRATION_PICTURES = 512
+_METHODS = {
+    "calibrated": "calibration, without labels",
+    "reconstructed": "calibration and reconstruction, without labels",
+}
+"""What is written of a model's making, by which of the two is kept."""
 _BATCH = 32
 _SAVE_SECONDS = 60.0
 
@@ -71,8 +76,8 @@ class Request:
     report: Path | None = None
 
 
-class Result(dict[str, Any]):
-    """What ``report.json`` holds."""
+Result = dict[str, Any]
+"""What ``report.json`` holds."""
 
 
 def run_quantization(request: Request, options: Options, console: Console) -> Result:
@@ -86,7 +91,7 @@ def run_quantization(request: Request, options: Options, console: Console) -> Re
     """
     began = time.perf_counter()
     targets = Targets.of(options.out, request.report)
-    with targets.alone():
+    with targets.alone(make_accelerator(options)):
         targets.begin(resume=options.resume)
         result = _quantized(request, options, console, targets, began)
         if request.report is not None:
@@ -100,12 +105,13 @@ def _quantized(request: Request, options: Options, console: Console, targets: Ta
     device = make_accelerator(options).device
     student = quantize(teacher, request.config)
     card = dataclasses.replace(card, quant_config=request.config.to_dict(), metrics={}, recipe={})
+    card.method = _METHODS["calibrated"]
     chosen = open_pictures(
         request.images, card.mode, count=request.pictures, held_out=request.held_out, seed=options.seed
     )
     if chosen.remark:
         console.print(printable(chosen.remark), soft_wrap=True)
-    told: dict[str, Any] = {}
+    told: dict[str, Any] = {"kept": "calibrated"}
     with progress_bar(console) as bar:
         used, held_out = (
             _decoded(images, card, options, bar, title)
@@ -122,7 +128,6 @@ def _quantized(request: Request, options: Options, console: Console, targets: Ta
             )
         with _task(bar, "agreement"):
             measured = {"calibrated": agreement(student, teacher, held_out)}
-        card.method = "calibration, without labels"
         if request.method == "reconstruct":
             before = {name: value.cpu().clone() for name, value in student.state_dict().items()}
             identity = _identity(teacher, card, used, held_out)
@@ -132,18 +137,15 @@ def _quantized(request: Request, options: Options, console: Console, targets: Ta
                 told["on_time"] = reached.on_time
                 with _task(bar, "agreement"):
                     measured["reconstructed"] = agreement(student, teacher, held_out)
-                worse = _is_worse(measured["reconstructed"], measured["calibrated"])
+                if not _is_worse(measured["reconstructed"], measured["calibrated"]):
+                    told["kept"] = "reconstructed"
             except NonFiniteLossError as error:
                 bar.console.print(printable(str(error)), soft_wrap=True)
-                worse = True
-            if worse:
+            if told["kept"] == "calibrated":
                 student.load_state_dict(before)
-                told["kept"] = "calibrated"
-            else:
-                card.method = "calibration and reconstruction, without labels"
     student = student.cpu().eval()
-    kept = measured.get(told.get("kept", "reconstructed"), measured["calibrated"])
-    card.metrics = _metrics(kept)
+    kept = measured[told["kept"]]
+    card.method, card.metrics = _METHODS[told["kept"]], _metrics(kept)
     targets.check()  # something may have come there meanwhile
     save_checkpoint(targets.checkpoint, card, student)
     export(student, targets.packed, preprocessing=card.preprocessing, classes=card.classes, origin=origin_of(card))
@@ -177,7 +179,7 @@ def summary(result: Result, out: Path) -> list[Any]:
     lines: list[Any] = [table]
     if not result["apart"]:
         lines.append("The folder has one picture: nothing could be held out, and these figures are of that picture.")
-    if result.get("kept") == "calibrated":
+    if result["kept"] == "calibrated" and "reconstructed" in result["agreement"]:
         lines.append(
             "Reconstruction made it worse on the pictures held out, so the calibrated model was kept: give more "
             "--minutes or more pictures."
@@ -198,9 +200,11 @@ def summary(result: Result, out: Path) -> list[Any]:
 def _float_model(request: Request, console: Console) -> tuple[Any, ModelCard]:
     if request.model is not None and not Path(request.source).is_file():
         raise ConfigError(f"--model names the model of a file of weights, which {request.source} is not: leave it out.")
-    expected = None if request.model is None else card_of_weights(request.model, Path(request.source))
     model, card = load_float(
-        request.source, expected, lambda sentence: console.print(printable(sentence), soft_wrap=True)
+        request.source,
+        None,
+        lambda sentence: console.print(printable(sentence), soft_wrap=True),
+        model_name=request.model,
     )
     for name in card.classes:
         check_class_name(name)
@@ -240,33 +244,23 @@ def _reconstruct(
     bar: Bar,
 ) -> Progress:
     """Reconstruct, or go on with it, and leave an unfinished one in a file; what is written then can be used."""
-    run = Reconstruction(
-        student,
-        teacher,
-        used,
+    settings = Settings(
         steps=request.steps,
         minutes=request.minutes,
         seed=options.seed,
         precision=options.precision,
         compile=options.compile,
     )
-    settings = {
-        **identity,
-        "seed": options.seed,
-        "minutes": request.minutes,
-        "steps": request.steps,
-        "batch size": run.batch_size,
-        "precision": options.precision,
-        "compile": options.compile,
-    }
+    run = Reconstruction(student, teacher, used, settings)
+    command = {**identity, **dataclasses.asdict(settings)}
     if options.resume:
-        _restore(run, card, settings, partial)
+        _restore(run, card, command, partial)
     saved = time.monotonic()
 
     def save() -> None:
         nonlocal saved
         saved = time.monotonic()
-        save_checkpoint(partial, card, student, {"settings": settings, "reconstruction": run.state_dict()})
+        save_checkpoint(partial, card, student, {"settings": command, "reconstruction": run.state_dict()})
 
     with Interrupts() as interrupts, _task(bar, "reconstruction", 1.0) as task:
 
@@ -308,7 +302,7 @@ def _identity(
     return identity
 
 
-def _restore(run: Reconstruction, card: ModelCard, settings: dict[str, Any], path: Path) -> None:
+def _restore(run: Reconstruction, card: ModelCard, command: dict[str, Any], path: Path) -> None:
     """Put a reconstruction where it was saved.
 
     Raises:
@@ -320,13 +314,13 @@ def _restore(run: Reconstruction, card: ModelCard, settings: dict[str, Any], pat
         raise CheckpointError(
             f"{path} is of another model or of other bits: give the same arguments, or another --out."
         )
-    if saved != settings:
+    if saved != command:
         saved = saved if isinstance(saved, dict) else {}
-        other = [name for name in settings if saved.get(name) != settings[name]] or ["other settings"]
+        other = [name for name in command if saved.get(name) != command[name]] or ["other settings"]
         raise CheckpointError(
             f"{path} is of a command that differs in {', '.join(other)}: give the same, or another --out."
         )
-    rebuilt(its, weights, path)
+    check_weights(its, weights, path)
     try:
         run.student.load_state_dict(weights)
         run.load_state_dict((training or {})["reconstruction"])

@@ -29,7 +29,6 @@ def write_quantization_report(path: Path, result: Mapping[str, Any]) -> None:
     weights, activations = result["bits"]
     measured: Mapping[str, Mapping[str, Any]] = result["agreement"]
     classifies = all(one["same_class"] is not None for one in measured.values())
-    kept = result.get("kept", list(measured)[-1])
     apart = "held out: no step saw them" if result["apart"] else "the only one there was, which the model was made with"
     columns = ["model", *(["same class (%)"] if classifies else []), "cosine of outputs", "largest block error"]
     rows = [
@@ -40,7 +39,7 @@ def write_quantization_report(path: Path, result: Mapping[str, Any]) -> None:
         "Agreement with the float model",
         [
             f"{result['model']} at {weights} bits for weights and {activations} for activations, from "
-            f"{result['pictures']} pictures without labels. The packed file holds the {kept} model.",
+            f"{result['pictures']} pictures without labels. The packed file holds the {result['kept']} model.",
             *(f"{name}: {_STEPS[name]}." for name in measured),
         ],
         [

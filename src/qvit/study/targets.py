@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from accelerate import Accelerator
 
 from qvit.errors import ConfigError, OutputError
 from qvit.files import first_line, shown, write_atomically
+from qvit.train.lock import locked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,19 +88,20 @@ class Targets:
             path.unlink()
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Let no other command write these files until the block ends."""
-        name = self.partial.with_name(f".{self.partial.name}.lock")
-        try:
-            name.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(name)
-            lock.acquire(blocking=False)
-        except Timeout:
-            raise ConfigError(f"Another command is writing {self.packed} at present: give another --out.") from None
-        except OSError as error:
-            raise OutputError(f"Cannot write {self.packed}: {first_line(error)}") from error
-        try:
+    def alone(self, accelerator: Accelerator) -> Iterator[None]:
+        """Let no other command write these files until the block ends.
+
+        Raises:
+            ConfigError: if another one does at present.
+            OutputError: if nothing can be written there.
+        """
+        file = self.partial.with_name(f".{self.partial.name}.lock")
+        with contextlib.ExitStack() as stack:
+            try:
+                free = stack.enter_context(locked(file, accelerator))
+            except OSError as error:
+                raise OutputError(f"Cannot write {self.packed}: {first_line(error)}") from error
+            if not free:
+                raise ConfigError(f"Another command is writing {self.packed} at present: give another --out.")
+            stack.callback(file.unlink, missing_ok=True)
             yield
-        finally:
-            lock.release()
-            name.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""A folder that one command at a time writes to."""
+"""Files and folders that one command at a time writes to."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ from filelock import FileLock, Timeout
 
 from qvit.errors import ConfigError
 
+LOCK = "lock"
+"""Name of the lock file of a folder that one command at a time writes to."""
+
 
 @contextmanager
-def locked(folder: Path, accelerator: Accelerator) -> Iterator[bool]:
-    """Say whether this command, and no other, writes to ``folder`` until the block ends; all its processes must ask.
+def locked(file: Path, accelerator: Accelerator) -> Iterator[bool]:
+    """Say whether this command, and no other, has the lock ``file`` until the block ends; all its processes must ask.
 
     The main process holds the lock. The system takes it away when that process ends, however it ends, so what a killed
     command leaves behind keeps nobody out; its loaders' processes, which may live on for seconds, do not inherit it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / "lock")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(file)
     answer = [True]
     if accelerator.is_main_process:
         try:
@@ -41,7 +44,7 @@ def alone_in(folder: Path, accelerator: Accelerator) -> Iterator[None]:
     Raises:
         ConfigError: if another one does at present.
     """
-    with locked(folder, accelerator) as free:
+    with locked(folder / LOCK, accelerator) as free:
         if not free:
             raise ConfigError(f"Another command is writing to {folder} at present: give another --out, or wait for it.")
         yield

@@ -21,8 +21,7 @@ from qvit.data.loader import Batches, make_loader, make_transform, readable
 from qvit.data.order import ALONE, EvaluationOrder, Share, TrainOrder
 from qvit.data.resident import ResidentImages, ResidentLoader
 from qvit.data.sources import ImageSets, open_data
-from qvit.errors import ConfigError, PackedFileError, TeacherMismatchError
-from qvit.format.header import check_preprocessing
+from qvit.errors import ConfigError, TeacherMismatchError
 from qvit.models.card import ModelCard, check_class_name, create_model, describe
 from qvit.models.checkpoint import save_checkpoint
 from qvit.nn.quantizer import Quantizer
@@ -105,12 +104,7 @@ def open_images(
     mode = describe(model, recipe.model_args, ["a", "b"], recipe.preprocessing).mode
     sets = open_data(data, mode=mode, root=root, splits=splits)
     card = describe(model, recipe.model_args, sets.classes, recipe.preprocessing)
-    # What no packed file could hold should not be trained for days.
-    try:
-        check_preprocessing(card.preprocessing, card.preprocessing["input_size"])
-    except PackedFileError as error:
-        raise ConfigError(str(error)) from error
-    for name in sets.classes:
+    for name in sets.classes:  # what no packed file could hold should not be trained for days
         check_class_name(name)
     return sets, card
 
@@ -167,11 +161,7 @@ def train_quantized(
     )
     if isinstance(student, VisionTransformerDistilled):
         student.set_distilled_training(teacher is not None)
-    if json.dumps(start.card.quant_config) == json.dumps(
-        card.quant_config
-    ):  # the order of the overrides counts; trained or reconstructed before, scales and all
-        student.load_state_dict(start.model.state_dict())
-    else:
+    if not all(module.calibrated for module in student.modules() if isinstance(module, Quantizer)):
         keep = chosen.rectify and (start.card.quant_config or {}).get("rectify") == rectify
         calibrate(
             student,
@@ -244,13 +234,15 @@ def make_student(
 
 
 def _student(start: FloatModel, config: QuantConfig) -> VisionTransformer:
-    """Return the student with the weights of ``start``, its scales not set."""
+    """Return the student with the weights of ``start``, and with its scales if it is quantized in the same way."""
     if start.card.quant_config is None:
         return quantize(start.model, config)
     student = quantize(create_model(dataclasses.replace(start.card, quant_config=None)), config)
-    quantizers = tuple(f"{name}." for name, m in student.named_modules() if isinstance(m, Quantizer))
+    # One that is quantized in the same way keeps its scales; as text, for the order of the overrides counts.
+    same = json.dumps(start.card.quant_config) == json.dumps(config.to_dict())
+    quantizers = tuple(f"{name}." for name, m in student.named_modules() if isinstance(m, Quantizer) and not same)
     carried = {name: value for name, value in start.model.state_dict().items() if not name.startswith(quantizers)}
-    student.load_state_dict(carried, strict=False)  # which has no scales, and maybe rectifiers that this one lacks
+    student.load_state_dict(carried, strict=False)  # which may lack scales, and have rectifiers that this one lacks
     return student
 
 

@@ -51,4 +51,5 @@ class Interrupts(Sigterm):
             signal.signal(signal.SIGINT, self._before_ctrl_c)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        super()._note(number, frame)
         self.error = KeyboardInterrupt if number == signal.SIGINT else TrainingStopped

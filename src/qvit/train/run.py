@@ -33,7 +33,7 @@ from qvit.data.randomness import random_state, set_random_state
 from qvit.errors import CheckpointError, ConfigError, NewerCheckpointError, NonFiniteLossError
 from qvit.files import printable
 from qvit.models.card import ModelCard
-from qvit.models.checkpoint import read_checkpoint, rebuilt, save_checkpoint
+from qvit.models.checkpoint import check_weights, read_checkpoint, save_checkpoint
 from qvit.train.distributed import whole_weights
 from qvit.train.oscillation import Oscillation
 from qvit.train.saved import broken, check_like, check_training, optimizer_state
@@ -236,7 +236,7 @@ def read_last(folder: Path, card: ModelCard, settings: Mapping[str, Any], consol
         )
     for state in (weights, training["trained"]):
         if state is not None:
-            rebuilt(its, state, path)
+            check_weights(its, state, path)
     return Saved(path, weights, training)
 
 

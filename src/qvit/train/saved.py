@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, isfinite, strided
+from torch import Tensor, strided
 
 from qvit.errors import CheckpointError, ConfigError
 from qvit.files import shown
 from qvit.format.fields import is_whole
 from qvit.models.card import check_plain
+from qvit.nn.state import is_finite, why_not_like
 
 PARTS = ("trained", "optimizer", "oscillation", "random", "order", "progress")
 EVALUATED = ("val_top1", "val_top5", "val_images", "unreadable")
@@ -68,11 +68,11 @@ def check_like(saved: Any, own: Any, place: str, path: object) -> None:
         for index, pair in enumerate(zip(saved, own, strict=True)):
             check_like(*pair, f"{place}[{index}]", path)
     elif isinstance(own, Tensor):
-        why = _why_not_like(saved, own)
+        why = why_not_like(saved, own)
         if why:
             raise broken(path, f"{place} {why}")
-    elif _is_number(own):
-        if not _is_number(saved):
+    elif is_finite(own):
+        if not is_finite(saved):
             raise broken(path, f"{place} must be a number, not {shown(saved)}")
     elif type(saved) is not type(own) or saved != own:
         raise broken(path, f"{place} must be {shown(own)}, not {shown(saved)}")
@@ -100,7 +100,7 @@ def optimizer_state(saved: Any, own: dict[str, Any], path: object) -> dict[str, 
         numbers = {
             name: found.get(name)
             for name, value in settings.items()
-            if name != CLIPPING and (isinstance(value, Tensor) or _is_number(value))
+            if name != CLIPPING and (isinstance(value, Tensor) or is_finite(value))
         }
         for name, value in numbers.items():
             if not _is_scalar(value):
@@ -113,18 +113,6 @@ def optimizer_state(saved: Any, own: dict[str, Any], path: object) -> dict[str, 
 def broken(path: object, why: str) -> CheckpointError:
     """Return the error of a training state that this run cannot go on from."""
     return CheckpointError(f"{path} was edited, is damaged or is of another run: {why}.")
-
-
-def _why_not_like(saved: Any, own: Tensor) -> str | None:
-    if type(saved) is not Tensor or saved.is_sparse or saved.is_quantized or saved.is_meta:
-        return f"must be a dense tensor, not {shown(saved)}"
-    if saved.shape != own.shape:
-        return f"has shape {tuple(saved.shape)}, this run needs {tuple(own.shape)}"
-    if saved.dtype != own.dtype:
-        return f"is of type {saved.dtype}, this run needs {own.dtype}".replace("torch.", "")
-    if not bool(isfinite(saved).all()):
-        return "holds a NaN or an infinity"
-    return None
 
 
 def _why_no_progress(progress: Any) -> str | None:
@@ -150,15 +138,11 @@ def _why_no_progress(progress: Any) -> str | None:
 
 
 def _are_numbers(values: Any) -> bool:
-    return all(map(_is_number, values))
+    return all(map(is_finite, values))
 
 
 def _is_scalar(value: Any) -> bool:
     """Return whether it is a number, or a tensor of one; of an edited file it may be on a device without values."""
     if type(value) is not Tensor:
-        return _is_number(value)
-    return value.device.type == "cpu" and value.layout == strided and value.numel() == 1 and _is_number(value.item())
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        return is_finite(value)
+    return value.device.type == "cpu" and value.layout == strided and value.numel() == 1 and is_finite(value.item())
