@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 NONSENSE: list[Any] = [
-    None, True, 0, -1, 2.5, 10**30, math.nan, math.inf, "", "x", "two\nlines \x1b[31m", b"bytes", [], [1], {}, (),
-    {"x": 1},
-    {1, 2}, complex(1, 1), torch.zeros(7, 7, 7), torch.full((2, 3), math.nan), torch.zeros(2, dtype=torch.complex64),
-    torch.eye(3).to_sparse(), torch.zeros(2, device="meta"), torch.zeros(1).expand(10**12), torch.float32,
+    None, True, 0, -1, 2.5, 10**30, 10**400, math.nan, math.inf, "", "x", "two\nlines \x1b[31m", b"bytes", [], [1], {},
+    (), {"x": 1}, {1, 2}, complex(1, 1), torch.zeros(7, 7, 7), torch.full((2, 3), math.nan),
+    torch.zeros(2, dtype=torch.complex64), torch.eye(3).to_sparse(), torch.zeros(2, device="meta"),
+    torch.zeros(1).expand(10**12), torch.float32,
 ]  # fmt: skip
 
 
