@@ -9,7 +9,15 @@ from matplotlib.text import Text
 from PIL import Image
 
 from qvit import QuantConfig, calibrate, quantize
-from qvit.analysis.figures import ablation_bars, block_errors, png, query_histograms, svg, training_curves
+from qvit.analysis.figures import (
+    ablation_bars,
+    block_errors,
+    layer_profiles,
+    png,
+    query_histograms,
+    svg,
+    training_curves,
+)
 from qvit.analysis.statistics import QueryKeyStatistics, query_key_statistics
 from qvit.errors import ConfigError
 
@@ -124,3 +132,13 @@ def test_block_errors_are_bars_of_percentages_beside_one_another() -> None:
     legend = axes.get_legend()
     assert legend is not None
     assert [text.get_text() for text in legend.get_texts()] == list(errors)
+
+
+def test_layers_are_told_apart_without_colour_and_axes_show_no_markup() -> None:
+    gradients = {"labels": 0.3, "guided": 0.004, "cosine": 0.1}
+    one = {"query_entropy": 1.5, "attention_distance": 0.2, "query_bits": 2, "gradients": gradients}
+    figure = layer_profiles({f"model {n}": [one, one] for n in range(5)})
+    png(figure)  # ticks have no texts before
+    assert not [text for text in texts(figure) if "$" in text]
+    assert {"0.01", "0.1"} <= set(texts(figure))
+    assert len({line.get_marker() for line in figure.axes[0].get_lines()}) == 5

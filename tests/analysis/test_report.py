@@ -2,42 +2,14 @@ from __future__ import annotations
 
 import base64
 import re
-from html.parser import HTMLParser
 
 import pytest
 
+from pages import HOSTILE, Page, check_page
 from qvit.analysis.figures import png, svg, training_curves
 from qvit.analysis.report import Figure, Section, Table, write_report
 from qvit.errors import OutputError
-
-VOID = {"meta", "img", "br", "hr", "link", "input"}
-
-
-class Page(HTMLParser):
-    """Keeps the elements with their attributes and the text in them, and checks that they are closed in order."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.elements = [], []
-        self.feed(text)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        element = {"tag": tag, "attrs": dict(attrs), "text": ""}
-        self.elements.append(element)
-        if tag not in VOID:
-            self.open.append(element)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop()["tag"] == tag
-
-    def handle_data(self, data):
-        if self.open:
-            self.open[-1]["text"] += data
-
-    def all(self, tag):
-        return [element for element in self.elements if element["tag"] == tag]
+from qvit.files import printable
 
 
 @pytest.fixture
@@ -64,13 +36,23 @@ def report(tmp_path, figure):
 
 
 def test_text_is_escaped(report):
-    page = Page(report.read_text())
-    assert not page.all("script")
-    assert not page.all("b")
+    page = check_page(report.read_text())
     assert page.all("h1")[0]["text"] == page.all("title")[0]["text"] == "Title <script>"
     assert [h["text"] for h in page.all("h2")] == ["Results <script>alert(1)</script>", "Empty"]
     assert [p["text"] for p in page.all("p")] == ["One paragraph.", "a < b"]
     assert [c["text"] for c in page.all("figcaption")] == ["Caption & more", "As SVG", "As PNG"]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_whatever_a_text_holds_it_is_shown_as_text(tmp_path, figure, text):
+    path, image = tmp_path / "report.html", Figure(png(figure), text, text)
+    section = Section(text, [text], [Table([text, "n"], [[text, 1], [text, 2]], text)], [image], [image])
+    write_report(path, text, [section])
+    page = check_page(path.read_text())
+    texts = {tag: {element["text"] for element in page.all(tag)} for tag in ("title", "h1", "h2", "p", "figcaption")}
+    assert texts == {tag: {printable(text)} for tag in texts}
+    assert [cell["text"] for cell in page.all("td")] == [printable(text), "1", printable(text), "2"]
+    assert {image["attrs"]["alt"] for image in page.all("img")} == {printable(text)}
 
 
 def test_report_is_self_contained(report):

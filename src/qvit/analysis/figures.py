@@ -6,6 +6,7 @@ import io
 import math
 import statistics
 import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,9 +16,12 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.text import Text
+from matplotlib.ticker import LogFormatter
 
 from qvit.analysis.statistics import QueryKeyStatistics
 from qvit.errors import ConfigError
+from qvit.files import printable
 
 # Okabe and Ito's colours, told apart with any kind of colour vision; the yellow, too faint on white, is left out, and
 # a dark grey stands in for it.
@@ -25,6 +29,7 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 # For whoever sees no colour at all. Their numbers have no common divisor with the colours': the pairs repeat late.
 _DASHES = ("-", "--", "-.", ":")
 _HATCHES = ("", "///", "...", "\\\\\\", "xxx")
+_MARKERS = "os^Dv"
 _INK, _FAINT = "#1A1A1A", "#D9D9D9"
 _STYLE: dict[Any, Any] = {
     "font.size": 11,
@@ -125,7 +130,7 @@ def block_errors(errors: Mapping[str, Mapping[str, float]]) -> Figure:
                 hatch=_HATCHES[number % len(_HATCHES)],
                 edgecolor="white",
             )
-        axes.set_xticks(range(len(blocks)), blocks, rotation=45, ha="right")
+        axes.set_xticks(range(len(blocks)), [printable(block) for block in blocks], rotation=45, ha="right")
         axes.set_ylabel("relative squared error (%)")
         axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(errors))
     return figure
@@ -207,7 +212,8 @@ def layer_profiles(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
         figure = _figure(10, 7)
         entropy, distance, norms, cosines = figure.subplots(2, 2).flat
         for number, (name, layers) in enumerate(rows.items()):
-            style: dict[str, Any] = {"color": _COLOURS[number % len(_COLOURS)], "marker": "o", "markersize": 4}
+            colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
+            style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 5}
             entropy.plot([layer["query_entropy"] for layer in layers], label=name, **style)
             distance.plot([layer["attention_distance"] for layer in layers], **style)
             trained = [layer["gradients"] for layer in layers if "gradients" in layer]
@@ -215,6 +221,8 @@ def layer_profiles(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
             norms.plot([gradients["guided"] for gradients in trained], "--", **style)
             cosines.plot([gradients["cosine"] for gradients in trained], **style)
         norms.set_yscale("log")
+        norms.yaxis.set_major_formatter("{x:g}")  # by itself it writes TeX, which stays as it is
+        norms.yaxis.set_minor_formatter(LogFormatter())
         cosines.axhline(0, color="#808080", linewidth=0.8)
         bound = next(iter(rows.values()))[0]["query_bits"]
         titles = {
@@ -262,26 +270,31 @@ def latency_bars(panels: Mapping[str, Mapping[str, float]], highlighted: Sequenc
             axes.margins(x=0.15)
             axes.grid(axis="x", color=_FAINT, linewidth=0.8)
             axes.set_axisbelow(True)
-        axes.set_yticks(range(len(runtimes)), runtimes)
+        axes.set_yticks(range(len(runtimes)), [printable(runtime) for runtime in runtimes])
         axes.invert_yaxis()
     return figure
 
 
 def png(figure: Figure) -> bytes:
     """Return the figure as a PNG file, at twice the resolution of a plain screen."""
-    buffer = io.BytesIO()
-    with rc_context(_STYLE):
-        figure.savefig(buffer, format="png", dpi=2 * _DPI)
-    return buffer.getvalue()
+    return _saved(figure, format="png", dpi=2 * _DPI)
 
 
 def svg(figure: Figure) -> str:
     """Return the figure as an ``<svg>`` element, text as outlines, for a page or a file of its own."""
-    buffer = io.StringIO()
-    with rc_context(_STYLE):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
+    text = _saved(figure, format="svg", metadata={"Date": None}).decode()
     return text[text.index("<svg") :]
+
+
+def _saved(figure: Figure, **options: Any) -> bytes:
+    """Return the file of a figure, in which names are text; a character that the font does not have is a box."""
+    for text in figure.findobj(Text):
+        text.set_text("\n".join(map(printable, text.get_text().split("\n"))))
+    buffer = io.BytesIO()
+    with rc_context(_STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(buffer, **options)
+    return buffer.getvalue()
 
 
 def _figure(width: float, height: float) -> Figure:

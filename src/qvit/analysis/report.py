@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment
+from jinja2 import Environment, FileSystemLoader
 
 from qvit.files import printable, write_text
 
@@ -48,12 +49,16 @@ class Figure:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, and under it paragraphs, then tables, then figures. All text is plain text, not HTML."""
+    """A heading, and under it paragraphs, then tables, then figures. All text is plain text, not HTML.
+
+    ``thumbnails`` are figures too, small ones side by side at the end.
+    """
 
     heading: str
     paragraphs: Sequence[str] = ()
     tables: Sequence[Table] = ()
     figures: Sequence[Figure] = ()
+    thumbnails: Sequence[Figure] = ()
 
 
 def write_report(path: str | Path, title: str, sections: Sequence[Section]) -> None:
@@ -62,8 +67,8 @@ def write_report(path: str | Path, title: str, sections: Sequence[Section]) -> N
     Raises:
         OutputError: if the file cannot be written; what was at ``path`` is still there.
     """
-    text = _TEMPLATE.render(title=title, sections=sections)
-    write_text(Path(path), text)
+    page = _environment.get_template("page.html")
+    write_text(Path(path), page.render(title=title, sections=sections, policy=_POLICY))
 
 
 def _data_uri(image: bytes | str) -> str:
@@ -81,6 +86,7 @@ def _is_number(table: Table, column: int) -> bool:
 
 
 _environment = Environment(
+    loader=FileSystemLoader(Path(__file__).parent / "page"),
     autoescape=True,
     trim_blocks=True,
     lstrip_blocks=True,
@@ -88,77 +94,16 @@ _environment = Environment(
 )
 _environment.filters |= {"data_uri": _data_uri, "shown": _shown}
 _environment.tests["number"] = _is_number
-_TEMPLATE = _environment.from_string("""\
-<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
-<style>
-:root { color-scheme: light dark; --text: #1a1a1a; --page: #ffffff; --line: #d0d0d0; --soft: #595959; --head: #f3f3f3; }
-@media (prefers-color-scheme: dark) {
-  :root { --text: #e8e8e8; --page: #17191c; --line: #45484d; --soft: #b0b3b8; --head: #23262a; }
-}
-body { font: 16px/1.55 system-ui, sans-serif; color: var(--text); background: var(--page);
-       max-width: 68rem; margin: 2rem auto; padding: 0 1.25rem; }
-p { max-width: 44rem; }
-h1 { line-height: 1.2; }
-h2 { margin-top: 2.5rem; padding-top: .75rem; border-top: 1px solid var(--line); }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; }
-figcaption { color: var(--soft); font-size: .92rem; padding-top: .5rem; max-width: 48rem; }
-th, td { text-align: left; padding: .35rem .8rem; border-bottom: 1px solid var(--line); }
-th { background: var(--head); vertical-align: bottom; }
-td:not(.number) { min-width: 7rem; }
-.number { text-align: right; font-variant-numeric: tabular-nums; }
-td.number { white-space: nowrap; }
-@media (max-width: 45rem) { th, td { padding: .35rem .5rem; } }
-figure { margin: 1.5rem 0; }
-/* Drawn on white, in dark mode too; on a narrow screen to be scrolled rather than too small to read. */
-img { max-width: max(100%, 38rem); height: auto; box-sizing: border-box; padding: .5rem; background: #ffffff;
-      border-radius: 4px; }
-</style>
-</head>
-<body>
-<h1>{{ title }}</h1>
-{% for section in sections %}
-<section>
-<h2>{{ section.heading }}</h2>
-{% for paragraph in section.paragraphs %}
-<p>{{ paragraph }}</p>
-{% endfor %}
-{% for table in section.tables %}
-<figure>
-<div class="wide"><table>
-<thead><tr>
-{% for column in table.columns %}
-<th scope="col"{% if table is number(loop.index0) %} class="number"{% endif %}>{{ column }}</th>
-{% endfor %}
-</tr></thead>
-<tbody>
-{% for row in table.rows %}
-<tr>
-{% for cell in row %}
-<td{% if table is number(loop.index0) %} class="number"{% endif %}>{{ cell | shown }}</td>
-{% endfor %}
-</tr>
-{% endfor %}
-</tbody>
-</table></div>
-{% if table.caption %}
-<figcaption>{{ table.caption }}</figcaption>
-{% endif %}
-</figure>
-{% endfor %}
-{% for figure in section.figures %}
-<figure>
-<div class="wide"><img src="{{ figure.image | data_uri }}" alt="{{ figure.alt }}"></div>
-<figcaption>{{ figure.caption }}</figcaption>
-</figure>
-{% endfor %}
-</section>
-{% endfor %}
-</body>
-</html>
-""")
+
+
+def _source_of(name: str) -> str:
+    """Return what a content security policy calls the style or the script of this name, which stands in the page."""
+    text = _environment.get_template(name).render()
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+_POLICY = (
+    f"default-src 'none'; img-src data:; style-src {_source_of('page.css')}; script-src {_source_of('page.js')}; "
+    "base-uri 'none'; form-action 'none'"
+)
+"""What a browser lets the page do: show what is in it, run its one script, and ask nobody for anything."""
