@@ -8,71 +8,49 @@ import statistics
 import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.text import Text
 from matplotlib.ticker import LogFormatter
 
 from qvit.analysis.statistics import QueryKeyStatistics
+from qvit.analysis.style import COLOURS, DASHES, DPI, FAINT, HATCHES, INK, MARKERS, STYLE, new_figure
 from qvit.errors import ConfigError
 from qvit.files import printable
 
-# Okabe and Ito's colours, told apart with any kind of colour vision; the yellow, too faint on white, is left out, and
-# a dark grey stands in for it.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D4D4D")
-# For whoever sees no colour at all. Their numbers have no common divisor with the colours': the pairs repeat late.
-_DASHES = ("-", "--", "-.", ":")
-_HATCHES = ("", "///", "...", "\\\\\\", "xxx")
-_MARKERS = "os^Dv"
-_INK, _FAINT = "#1A1A1A", "#D9D9D9"
-_STYLE: dict[Any, Any] = {
-    "font.size": 11,
-    "axes.titlesize": 12,
-    "axes.labelsize": 11,
-    "axes.edgecolor": "#808080",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "hatch.linewidth": 0.6,
-    "text.parse_math": False,  # a name may have dollars
-    "svg.hashsalt": "qvit",  # the same figure is the same file
-}
-_DPI = 100
 
-
-def query_histograms(rows: Mapping[str, Sequence[QueryKeyStatistics]], layers: Sequence[int]) -> Figure:
+def query_histograms(
+    rows: Mapping[str, Sequence[QueryKeyStatistics]], layers: Sequence[int], operand: Literal["query", "key"] = "query"
+) -> Figure:
     """Draw the paper's Figure 1: how queries are distributed, and the Gaussian N(mu, sigma^2) of the same moments.
 
     Args:
         rows: for each model, by its name, what :func:`qvit.analysis.statistics.query_key_statistics` returned.
         layers: index of the blocks to draw, a column each.
+        operand: whether queries or keys are drawn.
 
     Raises:
         ConfigError: naming a block that a model does not have.
     """
-    with rc_context(_STYLE):
-        figure = _figure(1.6 + 3.1 * len(layers), 0.9 + 2.1 * len(rows))
+    with rc_context(STYLE):
+        figure = new_figure(1.6 + 3.1 * len(layers), 0.9 + 2.1 * len(rows))
         axes = figure.subplots(len(rows), len(layers), sharex="col", squeeze=False)
         for row, (name, all_layers) in enumerate(rows.items()):
             by_layer = {layer.layer: layer for layer in all_layers}
             for column, index in enumerate(layers):
                 if index not in by_layer:
                     raise ConfigError(f"{name} has no block {index}: its blocks are 0 to {len(by_layer) - 1}.")
-                _query_histogram(axes[row, column], by_layer[index], _COLOURS[row % len(_COLOURS)])
+                _query_histogram(axes[row, column], by_layer[index], operand, COLOURS[row % len(COLOURS)])
             label = "\n".join(textwrap.fill(line, 22) for line in name.splitlines())
             axes[row, 0].set_ylabel(label, fontweight="bold")
         for column, index in enumerate(layers):
             axes[0, column].set_title(f"block {index}")
-            axes[-1, column].set_xlabel("query value")
+            axes[-1, column].set_xlabel(f"{operand} value")
     return figure
 
 
@@ -85,8 +63,8 @@ def training_curves(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> Figu
     Args:
         curves: for each run, by its name, a record an epoch with ``epoch``, ``train_loss`` and ``val_top1`` (percent).
     """
-    with rc_context(_STYLE):
-        figure = _figure(10, 4)
+    with rc_context(STYLE):
+        figure = new_figure(10, 4)
         loss, top1 = figure.subplots(1, 2)
         for number, (name, records) in enumerate(curves.items()):
             for axes, key in ((loss, "train_loss"), (top1, "val_top1")):
@@ -94,8 +72,8 @@ def training_curves(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> Figu
                     [record["epoch"] for record in records],
                     [record[key] for record in records],
                     label=name,
-                    color=_COLOURS[number % len(_COLOURS)],
-                    linestyle=_DASHES[number % len(_DASHES)],
+                    color=COLOURS[number % len(COLOURS)],
+                    linestyle=DASHES[number % len(DASHES)],
                     linewidth=1.8,
                     marker="o" if len(records) == 1 else None,
                 )
@@ -116,8 +94,8 @@ def block_errors(errors: Mapping[str, Mapping[str, float]]) -> Figure:
         errors: for each model, by its name, the relative squared error by the block's name.
     """
     blocks = list(next(iter(errors.values())))
-    with rc_context(_STYLE):
-        figure = _figure(max(5.0, 1.6 + 0.55 * len(blocks)), 3.6)
+    with rc_context(STYLE):
+        figure = new_figure(max(5.0, 1.6 + 0.55 * len(blocks)), 3.6)
         axes = figure.subplots()
         width = 0.8 / len(errors)
         for number, (name, by_block) in enumerate(errors.items()):
@@ -126,8 +104,8 @@ def block_errors(errors: Mapping[str, Mapping[str, float]]) -> Figure:
                 [100 * by_block[block] for block in blocks],
                 width,
                 label=name,
-                color=_COLOURS[number % len(_COLOURS)],
-                hatch=_HATCHES[number % len(_HATCHES)],
+                color=COLOURS[number % len(COLOURS)],
+                hatch=HATCHES[number % len(HATCHES)],
                 edgecolor="white",
             )
         axes.set_xticks(range(len(blocks)), [printable(block) for block in blocks], rotation=45, ha="right")
@@ -159,8 +137,8 @@ def ablation_bars(records: Sequence[Mapping[str, Any]]) -> Figure:
     )
     bottom = max(0, math.floor((lowest - 0.15 * (highest - lowest) - 1) / 5) * 5)
 
-    with rc_context(_STYLE):
-        figure = _figure(max(6.0, 1.5 + len(widths) * (0.4 + 0.42 * len(methods))), 4.6)
+    with rc_context(STYLE):
+        figure = new_figure(max(6.0, 1.5 + len(widths) * (0.4 + 0.42 * len(methods))), 4.6)
         axes = figure.subplots()
         slot = 0.85 / len(methods)
         for number, method in enumerate(methods):
@@ -174,12 +152,12 @@ def ablation_bars(records: Sequence[Mapping[str, Any]]) -> Figure:
                     mean - bottom,
                     0.9 * slot,
                     bottom,
-                    color=_COLOURS[number % len(_COLOURS)],
-                    hatch=_HATCHES[number % len(_HATCHES)],
+                    color=COLOURS[number % len(COLOURS)],
+                    hatch=HATCHES[number % len(HATCHES)],
                     edgecolor="white",
                 )
                 if spread is not None:
-                    axes.errorbar(x, mean, spread, color=_INK, capsize=3, linewidth=1.2)
+                    axes.errorbar(x, mean, spread, color=INK, capsize=3, linewidth=1.2)
                 axes.annotate(
                     f"{mean:.1f}",
                     (x, mean + (spread or 0.0)),
@@ -192,10 +170,10 @@ def ablation_bars(records: Sequence[Mapping[str, Any]]) -> Figure:
         axes.tick_params(axis="x", length=0)
         axes.set_ylim(bottom, highest + 0.08 * (highest - bottom))
         axes.set_ylabel("top-1 (%)" + (f", axis from {bottom}" if bottom else ""))
-        axes.grid(axis="y", color=_FAINT, linewidth=0.8)
+        axes.grid(axis="y", color=FAINT, linewidth=0.8)
         axes.set_axisbelow(True)
         handles = [
-            Patch(facecolor=_COLOURS[n % len(_COLOURS)], hatch=_HATCHES[n % len(_HATCHES)], edgecolor="white", label=m)
+            Patch(facecolor=COLOURS[n % len(COLOURS)], hatch=HATCHES[n % len(HATCHES)], edgecolor="white", label=m)
             for n, m in enumerate(methods)
         ]
         figure.legend(handles=handles, loc="outside upper center", ncols=min(3, len(methods)), frameon=False)
@@ -208,11 +186,11 @@ def layer_profiles(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     Args:
         rows: for each model, by its name, the ``layers`` of a record of :func:`qvit.study.ablation.read_results`.
     """
-    with rc_context(_STYLE):
-        figure = _figure(10, 7)
+    with rc_context(STYLE):
+        figure = new_figure(10, 7)
         entropy, distance, norms, cosines = figure.subplots(2, 2).flat
         for number, (name, layers) in enumerate(rows.items()):
-            colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
+            colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
             style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 5}
             entropy.plot([layer["query_entropy"] for layer in layers], label=name, **style)
             distance.plot([layer["attention_distance"] for layer in layers], **style)
@@ -249,14 +227,14 @@ def latency_bars(panels: Mapping[str, Mapping[str, float]], highlighted: Sequenc
         raise ConfigError("There are no timings to draw.")
     runtimes = list(dict.fromkeys(runtime for panel in panels.values() for runtime in panel))
     places = {runtime: place for place, runtime in enumerate(runtimes)}
-    with rc_context(_STYLE):
-        figure = _figure(2.6 + 3.4 * len(panels), 1.1 + 0.36 * len(runtimes))
+    with rc_context(STYLE):
+        figure = new_figure(2.6 + 3.4 * len(panels), 1.1 + 0.36 * len(runtimes))
         for axes, (title, panel) in zip(
             figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items(), strict=True
         ):
             for runtime, milliseconds in panel.items():
                 ours = runtime in highlighted
-                axes.barh(places[runtime], milliseconds, color=_COLOURS[0 if ours else -1], alpha=1.0 if ours else 0.5)
+                axes.barh(places[runtime], milliseconds, color=COLOURS[0 if ours else -1], alpha=1.0 if ours else 0.5)
                 axes.annotate(
                     f"{milliseconds:.3g}",
                     (milliseconds, places[runtime]),
@@ -268,7 +246,7 @@ def latency_bars(panels: Mapping[str, Mapping[str, float]], highlighted: Sequenc
             axes.set_title(title)
             axes.set_xlabel("milliseconds")
             axes.margins(x=0.15)
-            axes.grid(axis="x", color=_FAINT, linewidth=0.8)
+            axes.grid(axis="x", color=FAINT, linewidth=0.8)
             axes.set_axisbelow(True)
         axes.set_yticks(range(len(runtimes)), [printable(runtime) for runtime in runtimes])
         axes.invert_yaxis()
@@ -277,7 +255,7 @@ def latency_bars(panels: Mapping[str, Mapping[str, float]], highlighted: Sequenc
 
 def png(figure: Figure) -> bytes:
     """Return the figure as a PNG file, at twice the resolution of a plain screen."""
-    return _saved(figure, format="png", dpi=2 * _DPI)
+    return _saved(figure, format="png", dpi=2 * DPI)
 
 
 def svg(figure: Figure) -> str:
@@ -291,16 +269,10 @@ def _saved(figure: Figure, **options: Any) -> bytes:
     for text in figure.findobj(Text):
         text.set_text("\n".join(map(printable, text.get_text().split("\n"))))
     buffer = io.BytesIO()
-    with rc_context(_STYLE), warnings.catch_warnings():
+    with rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure.savefig(buffer, **options)
     return buffer.getvalue()
-
-
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def _label(figure: Figure, titles: Mapping[Axes, str], counted: str) -> None:
@@ -309,23 +281,24 @@ def _label(figure: Figure, titles: Mapping[Axes, str], counted: str) -> None:
         axes.set_title(title)
         axes.set_xlabel(counted)
         axes.locator_params(axis="x", integer=True)
-        axes.grid(color=_FAINT, linewidth=0.8)
+        axes.grid(color=FAINT, linewidth=0.8)
     handles, labels = next(iter(titles)).get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=min(3, len(labels)), frameon=False)
 
 
-def _query_histogram(axes: Axes, layer: QueryKeyStatistics, colour: str) -> None:
-    mu, sigma = layer.query_mean, layer.query_std
-    density = layer.counts / (layer.values * np.diff(layer.edges))
-    axes.stairs(density, layer.edges, fill=True, color=colour, alpha=0.45)
+def _query_histogram(axes: Axes, layer: QueryKeyStatistics, operand: str, colour: str) -> None:
+    mu, sigma, entropy, bits = (getattr(layer, f"{operand}_{part}") for part in ("mean", "std", "entropy", "bits"))
+    counts, edges = (layer.counts, layer.edges) if operand == "query" else (layer.key_counts, layer.key_edges)
+    density = counts / (layer.values * np.diff(edges))
+    axes.stairs(density, edges, fill=True, color=colour, alpha=0.45)
     gaussian = np.zeros(0)
     if sigma > 0:
-        x = np.linspace(layer.edges[0], layer.edges[-1], 300)
+        x = np.linspace(edges[0], edges[-1], 300)
         gaussian = np.exp(-0.5 * ((x - mu) / sigma) ** 2) / (sigma * math.sqrt(2 * math.pi))
-        axes.plot(x, gaussian, color=_INK, linewidth=1.4)
+        axes.plot(x, gaussian, color=INK, linewidth=1.4)
     lines = [f"μ = {mu:.3f}".replace("-", "−"), f"σ = {sigma:.3f}"]
-    if layer.query_entropy is not None:
-        lines.append(f"H = {layer.query_entropy:.2f} of {layer.query_bits} bits")
+    if entropy is not None:
+        lines.append(f"H = {entropy:.2f} of {bits} bits")
     axes.set_yticks([])
     axes.locator_params(axis="x", nbins=5)
     axes.spines["left"].set_visible(False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,8 @@ class QueryKeyStatistics:
         key_entropy: the same of the keys.
         query_bits: bound of ``query_entropy``, the quantizer's bits; ``None`` in a float model.
         key_bits: bound of ``key_entropy``.
+        key_counts: as ``counts``, of the keys; empty in records that were written without it.
+        key_edges: borders of its bins.
     """
 
     layer: int
@@ -55,17 +57,19 @@ class QueryKeyStatistics:
     key_entropy: float | None
     query_bits: int | None
     key_bits: int | None
+    key_counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    key_edges: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, for a JSON file."""
-        arrays = {"counts": self.counts.tolist(), "edges": self.edges.tolist()}
-        return {**{field.name: getattr(self, field.name) for field in fields(self)}, **arrays}
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in values.items()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> QueryKeyStatistics:
         """Return what :meth:`to_dict` made; other entries are ignored."""
-        own = {field.name: data[field.name] for field in fields(cls)}
-        return cls(**{**own, "counts": np.array(own["counts"]), "edges": np.array(own["edges"])})
+        own = {each.name: data[each.name] for each in fields(cls) if each.name in data}
+        return cls(**own | {name: np.array(value) for name, value in own.items() if isinstance(value, list)})
 
 
 def code_entropy(codes: Tensor, levels: int) -> float:
@@ -98,7 +102,7 @@ def query_key_statistics(model: nn.Module, batches: Iterable[Any]) -> list[Query
         UncalibratedError: if the model is quantized and has no scales yet.
     """
     layers = _layers(model)
-    running = [_RunningStatistics(index, layer) for index, layer in enumerate(layers)]
+    running = [RunningStatistics(index, layer) for index, layer in enumerate(layers)]
     with evaluating(model), torch.no_grad():
         for images in _images(batches):
             _, queries, keys = run_with_queries(model, images.to(_device(model)))
@@ -136,51 +140,75 @@ def attention_distance(teacher: nn.Module, student: nn.Module, batches: Iterable
     models = (teacher, student)
     for model in models:
         _layers(model)
-    totals: list[Tensor] = []
-    rows: list[int] = []
+    distance = AttentionDistance()
     with evaluating(*models), torch.no_grad():
         for batch in _images(batches):
             for images in batch.split(_IMAGES_AT_ONCE):
                 theirs, ours = (run_with_maps(model, images.to(_device(model)))[1] for model in models)
-                _check_comparable(theirs, ours)
-                distances = [_distance(*pair) for pair in zip(theirs, ours, strict=True)]
-                counts = [maps.shape[0] * maps.shape[2] for maps in theirs]
-                totals = [a + b for a, b in zip(totals, distances, strict=True)] if totals else distances
-                rows = [a + b for a, b in zip(rows, counts, strict=True)] if rows else counts
-    means = [total / count for total, count in zip(totals, rows, strict=True)]
-    return torch.nn.utils.rnn.pad_sequence(means, batch_first=True, padding_value=math.nan)
+                distance.add(theirs, ours)
+    return torch.nn.utils.rnn.pad_sequence(distance.result(), batch_first=True, padding_value=math.nan)
 
 
-class _RunningStatistics:
-    """What :class:`QueryKeyStatistics` is computed from, for one layer, batch by batch."""
+class AttentionDistance:
+    """What :func:`attention_distance` is computed from, batch by batch."""
 
-    def __init__(self, index: int, layer: nn.Module) -> None:
+    def __init__(self) -> None:
+        self._totals: list[Tensor] = []
+        self._rows: list[int] = []
+
+    def add(self, theirs: list[Tensor], ours: list[Tensor]) -> None:
+        """Take in the maps of every layer of teacher and student, ``(B, H, N, N)`` each.
+
+        Raises:
+            TeacherMismatchError: if layers, heads or tokens differ, saying how.
+        """
+        _check_comparable(theirs, ours)
+        distances = [_distance(*pair) for pair in zip(theirs, ours, strict=True)]
+        counts = [maps.shape[0] * maps.shape[2] for maps in theirs]
+        if self._totals:
+            distances = [a + b for a, b in zip(self._totals, distances, strict=True)]
+            counts = [a + b for a, b in zip(self._rows, counts, strict=True)]
+        self._totals, self._rows = distances, counts
+
+    def result(self) -> list[Tensor]:
+        """Return the mean distance by head, ``(H,)`` float64 for every layer."""
+        return [total / count for total, count in zip(self._totals, self._rows, strict=True)]
+
+
+class RunningStatistics:
+    """What :class:`QueryKeyStatistics` is computed from, for one layer, batch by batch.
+
+    Args:
+        index: of the layer.
+        layer: its attention.
+        bins_of: the statistics whose bins are taken, and which see the first batch first; ``None`` to choose them.
+    """
+
+    def __init__(self, index: int, layer: nn.Module, bins_of: RunningStatistics | None = None) -> None:
         self.index = index
-        self.queries, self.keys = _Moments(), _Moments()
-        self.counts = np.zeros(BINS, np.int64)
-        self.edges = np.zeros(BINS + 1)
+        self.queries: _Distribution = _Distribution(None if bins_of is None else bins_of.queries)
+        self.keys: _Distribution = _Distribution(None if bins_of is None else bins_of.keys)
         self.query_codes = self.key_codes = None
         if isinstance(layer, QuantAttention):
             self.query_codes = _CodeCounts(layer.query_quantizer, layer.num_heads)
             self.key_codes = _CodeCounts(layer.key_quantizer, layer.num_heads)
 
     def add(self, q: Tensor, k: Tensor) -> None:
-        """Take in the queries and keys of a batch, ``(B, H, N, D)``."""
-        queries = q.float().cpu().numpy()
-        first = self.queries.count == 0
-        self.queries.add(queries)
-        self.keys.add(k.float().cpu().numpy())
-        if not math.isfinite(self.queries.sum + self.keys.sum):
-            raise DataError(f"The queries or keys of attention layer {self.index} hold a NaN or an infinity.")
-        if first:
-            low, high = np.percentile(queries, [OUTSIDE, 100 - OUTSIDE])
-            self.edges = np.histogram_bin_edges([], BINS, (low, high))
-        self.counts += np.histogram(queries, BINS, (self.edges[0], self.edges[-1]))[0]
+        """Take in the queries and keys of a batch, ``(B, H, N, D)``.
+
+        Raises:
+            DataError: if they hold a NaN or an infinity.
+        """
+        for distribution, values in ((self.queries, q), (self.keys, k)):
+            if not bool(torch.isfinite(values).all()):
+                raise DataError(f"The queries or keys of attention layer {self.index} hold a NaN or an infinity.")
+            distribution.add(values.float().cpu().numpy())
         if self.query_codes is not None and self.key_codes is not None:
             self.query_codes.add(q)
             self.key_codes.add(k)
 
     def result(self) -> QueryKeyStatistics:
+        """Return the statistics of all that was taken in."""
         return QueryKeyStatistics(
             layer=self.index,
             query_mean=self.queries.mean,
@@ -188,22 +216,35 @@ class _RunningStatistics:
             key_mean=self.keys.mean,
             key_std=self.keys.std,
             values=self.queries.count,
-            counts=self.counts,
-            edges=self.edges,
+            counts=self.queries.counts,
+            edges=self.queries.edges,
             query_entropy=None if self.query_codes is None else self.query_codes.entropy(),
             key_entropy=None if self.key_codes is None else self.key_codes.entropy(),
             query_bits=None if self.query_codes is None else self.query_codes.quantizer.bits,
             key_bits=None if self.key_codes is None else self.key_codes.quantizer.bits,
+            key_counts=self.keys.counts,
+            key_edges=self.keys.edges,
         )
 
 
-class _Moments:
-    """Mean and standard deviation of a stream of values."""
+class _Distribution:
+    """Mean, standard deviation and histogram of a stream of values.
 
-    def __init__(self) -> None:
+    Its first values choose the bins, unless those of another one are to be taken.
+    """
+
+    def __init__(self, bins_of: _Distribution | None) -> None:
         self.count, self.sum, self.sum_of_squares = 0, 0.0, 0.0
+        self.counts, self.edges = np.zeros(BINS, np.int64), np.zeros(BINS + 1)
+        self.bins_of = bins_of
 
     def add(self, values: NDArray[np.float32]) -> None:
+        if not self.count and self.bins_of is not None:
+            self.edges = self.bins_of.edges
+        elif not self.count:
+            low, high = np.percentile(values, [OUTSIDE, 100 - OUTSIDE])
+            self.edges = np.histogram_bin_edges([], BINS, (low, high))
+        self.counts += np.histogram(values, BINS, (self.edges[0], self.edges[-1]))[0]
         self.count += values.size
         self.sum += float(values.sum(dtype=np.float64))
         self.sum_of_squares += float(np.square(values, dtype=np.float64).sum())

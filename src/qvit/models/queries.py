@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -44,6 +44,24 @@ def run_with_maps(model: nn.Module, images: Tensor) -> tuple[Any, list[Tensor]]:
     """
     maps: list[Tensor] = []
     return _run(model, images, {"attention_quantizer": maps}), maps
+
+
+class Attended(NamedTuple):
+    """What a model gave, and what its attention layers had on the way: as :func:`run_with_queries` and the maps."""
+
+    output: Any
+    queries: list[Tensor]
+    keys: list[Tensor]
+    maps: list[Tensor]
+
+
+def run_with_attention(model: nn.Module, images: Tensor) -> Attended:
+    """Return what :func:`run_with_queries` and :func:`run_with_maps` do, of one run."""
+    queries: list[Tensor] = []
+    keys: list[Tensor] = []
+    maps: list[Tensor] = []
+    watched = {"query_rectifier": queries, "key_rectifier": keys, "attention_quantizer": maps}
+    return Attended(_run(model, images, watched), queries, keys, maps)
 
 
 def _run(model: nn.Module, images: Tensor, watched: dict[str, list[Tensor]]) -> Any:

@@ -1,11 +1,12 @@
-"""Modes of a model: evaluation for a while, and everything as it was after that."""
+"""A model for a while: in evaluation, with modules switched off or watched, and everything as it was after that."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -19,3 +20,34 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, training in found:
             module.training = training
+
+
+@contextmanager
+def switched_off(modules: Iterable[Any]) -> Iterator[None]:
+    """Let quantizers or rectifiers pass on what they get; after that each is on or off as it was found."""
+    found = [(module, module.enabled) for module in modules]
+    for module, _ in found:
+        module.enabled = False
+    try:
+        yield
+    finally:
+        for module, enabled in found:
+            module.enabled = enabled
+
+
+@contextmanager
+def watching(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call ``see(name, input)`` with what enters each of ``modules`` while the block runs the model.
+
+    Compiled code does not notice it.
+    """
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda module, args: see(name, args[0])
+
+    handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

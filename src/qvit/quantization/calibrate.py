@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qvit.errors import ConfigError, DataError, UnsupportedModelError
 from qvit.nn.linear import QuantConv2d, QuantLinear
-from qvit.nn.modes import evaluating
+from qvit.nn.modes import evaluating, switched_off, watching
 from qvit.nn.quantizer import Float32Module, Quantizer, from_codes, to_codes
 from qvit.nn.rectify import Rectifier, Start
 from qvit.quantization.convert import check_quantized
@@ -82,7 +82,7 @@ def calibrate(
             report(next(done), len(images) + len(quantizers))
 
     with _all_or_nothing(model), evaluating(model), torch.no_grad():
-        with _switched_off(quantizers.values()):
+        with switched_off(quantizers.values()):
             _start_rectifiers(model, images, rectify_start)
             samples = _collect(model, images, quantizers, advance)
         for name, quantizer in quantizers.items():
@@ -171,7 +171,7 @@ def _start_rectifiers(model: nn.Module, images: list[Tensor], start: Start) -> N
         count += len(few[-1])
         if count >= RECTIFIER_IMAGES:
             break
-    with _switched_off(rectifiers.values()), _watching(rectifiers, lambda name, x: seen[name].append(x)):
+    with switched_off(rectifiers.values()), watching(rectifiers, lambda name, x: seen[name].append(x)):
         for batch in few:
             model(batch)
     for name, rectifier in rectifiers.items():
@@ -198,7 +198,7 @@ def _collect(
             rows = rows[:, chosen]
         parts[name].append(rows)
 
-    with _watching(activations, keep):
+    with watching(activations, keep):
         for batch in images:
             model(batch)
             advance()
@@ -216,29 +216,3 @@ def _all_or_nothing(model: nn.Module) -> Iterator[None]:
         for module, state in zip(own, before, strict=True):
             module.load_state_dict(state)
         raise
-
-
-@contextmanager
-def _switched_off(modules: Iterable[Quantizer | Rectifier]) -> Iterator[None]:
-    """Let quantizers or rectifiers pass on what they get; after that each is on or off as it was found."""
-    found = [(module, module.enabled) for module in modules]
-    for module, _ in found:
-        module.enabled = False
-    try:
-        yield
-    finally:
-        for module, enabled in found:
-            module.enabled = enabled
-
-
-@contextmanager
-def _watching(modules: dict[str, Any], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda module, args: see(name, args[0])
-
-    handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
