@@ -99,7 +99,7 @@ def attention_overlays(
             height, breadth = picture.shape[:2]
             most = max(float(by_picture[row].max()) for by_picture in maps.values())
             grid[row, 0].imshow(picture, interpolation="nearest")
-            grid[row, 0].set_ylabel(textwrap.fill(title, 24), fontsize=9)
+            grid[row, 0].set_ylabel(textwrap.fill(printable(title), 24), fontsize=9)
             for column, by_picture in enumerate(maps.values(), 1):
                 image = grid[row, column].imshow(
                     100 * by_picture[row],
@@ -113,7 +113,7 @@ def attention_overlays(
             bar.set_label("attention (%)", fontsize=9)
             bar.outline.set_visible(False)
         for column, name in enumerate(["picture", *maps]):
-            grid[0, column].set_title(textwrap.fill(name, 20), fontsize=10)
+            grid[0, column].set_title(textwrap.fill(printable(name), 20), fontsize=10)
         for axes in grid.flat:
             axes.set_xticks([])
             axes.set_yticks([])
