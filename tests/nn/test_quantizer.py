@@ -330,7 +330,7 @@ def test_deepcopy_is_equal_and_independent() -> None:
 
 
 @pytest.mark.parametrize("rectify", ["head", "token", None])
-def test_float_state_dict_loads_strictly_and_leaves_scales_alone(make_model, images: Tensor, rectify) -> None:
+def test_float_state_dict_loads_strictly_and_leaves_no_scale(make_model, images: Tensor, rectify) -> None:
     from qvit import calibrate
 
     teacher = make_model()
@@ -340,6 +340,9 @@ def test_float_state_dict_loads_strictly_and_leaves_scales_alone(make_model, ima
     calibrate(student, [images])
     before = student(images)
     student.load_state_dict(teacher.state_dict(), strict=True)
+    with pytest.raises(UncalibratedError):
+        student(images)
+    calibrate(student, [images])
     assert torch.equal(student(images), before)
 
 

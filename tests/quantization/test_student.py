@@ -127,10 +127,10 @@ def test_copy_of_a_student_is_a_student(vit: nn.Module, images: Tensor, again: C
     assert other.no_weight_decay() == student.no_weight_decay()
     with torch.no_grad():
         student.head.weight.zero_()
-        student.blocks[0].attn.query_quantizer.log_scale.zero_()
-    other.load_state_dict(vit.state_dict())  # of a float model: its own scales stay, and are not the first student's
+    other.load_state_dict(vit.state_dict())  # of a float model: its own scales go, and not the first student's
     assert torch.equal(other.head.weight, vit.head.weight)
-    assert other.blocks[0].attn.query_quantizer.log_scale.abs().min() > 0
+    assert not other.blocks[0].attn.query_quantizer.calibrated
+    assert student.blocks[0].attn.query_quantizer.calibrated
     with pytest.raises(ConfigError, match="2 bits at"):
         other.load_state_dict(quantize(vit, QuantConfig(2, 2)).state_dict())
 

@@ -69,6 +69,8 @@ class Lowering:
 
     def __init__(self, model: nn.Module, image_size: tuple[int, int]) -> None:
         self.model, self.image_size = model, image_size
+        self.parts: dict[str, Sequence[str]] = {}
+        """Names of the modules that make up each layer."""
         self._values: dict[str, Values] = {}
 
     def module(self, name: str) -> Any:
@@ -100,14 +102,15 @@ class Lowering:
             of: the modules that make up the layer, one after the other, where it is not the one called ``name``. They
                 share one input quantizer.
         """
-        modules: list[Any] = [self.module(part) for part in of or (name,)]
-        for part, module in zip(of or (name,), modules, strict=True):
+        self.parts[name] = of or (name,)
+        modules: list[Any] = [self.module(part) for part in self.parts[name]]
+        for part, module in zip(self.parts[name], modules, strict=True):
             if not isinstance(module, (QuantLinear, QuantConv2d)):
                 refuse(part, module, "it is not quantized: it was put in after qvit.quantize, or is of an unknown kind")
             if module.weight_quantizer.bits != modules[0].weight_quantizer.bits:
-                refuse(part, module, f"it is one layer with {(of or (name,))[0]}, whose weights have other bits")
+                refuse(part, module, f"it is one layer with {self.parts[name][0]}, whose weights have other bits")
             if module.input_quantizer is not modules[0].input_quantizer:
-                refuse(part, module, f"it is one layer with {(of or (name,))[0]}, whose input has another quantizer")
+                refuse(part, module, f"it is one layer with {self.parts[name][0]}, whose input has another quantizer")
         inputs: Quantizer = modules[0].input_quantizer
         offset: Any = inputs.offset  # activations of a layer have one
         outputs, bits = sum(len(module.weight) for module in modules), modules[0].weight_quantizer.bits

@@ -16,6 +16,7 @@ from qvit.nn.linear import QuantConv2d, QuantLinear
 from qvit.nn.modes import evaluating, switched_off, watching
 from qvit.nn.quantizer import Float32Module, Quantizer, from_codes, to_codes
 from qvit.nn.rectify import Rectifier, Start
+from qvit.quantization.balance import Undo, balance
 from qvit.quantization.convert import check_quantized
 
 WeightStart = Literal["minimum_error", "lsq"]
@@ -40,10 +41,11 @@ def calibrate(
 ) -> None:
     """Set every scale, offset and rectifier of a quantized model, in place.
 
-    Two passes in floating point: the first fits the rectifiers to the queries and keys, the second collects what
-    enters each quantizer. Then scale and offset minimise the mean squared error of the quantized values, for weights
-    and activations alike. Every module is left in the mode it was found in; if anything fails, the scales and
-    rectifiers are what they were before.
+    Passes in floating point: the first, of a few images, finds channels of norms that are far larger than the rest and
+    moves their size into the weights behind, which changes no output (docs/method.md, section 10); the second fits the
+    rectifiers to the queries and keys, the last collects what enters each quantizer. Then scale and offset minimise the
+    mean squared error of the quantized values, for weights and activations alike. Every module is left in the mode it
+    was found in; if anything fails, weights, scales and rectifiers are what they were before.
 
     Args:
         model: what :func:`qvit.quantize` returned.
@@ -81,8 +83,10 @@ def calibrate(
         if report is not None:
             report(next(done), len(images) + len(quantizers))
 
-    with _all_or_nothing(model), evaluating(model), torch.no_grad():
+    with _all_or_nothing(model) as undo, evaluating(model), torch.no_grad():
         with switched_off(quantizers.values()):
+            with switched_off(m for m in model.modules() if isinstance(m, Rectifier)):
+                balance(model, images, undo)
             _start_rectifiers(model, images, rectify_start)
             samples = _collect(model, images, quantizers, advance)
         for name, quantizer in quantizers.items():
@@ -206,13 +210,16 @@ def _collect(
 
 
 @contextmanager
-def _all_or_nothing(model: nn.Module) -> Iterator[None]:
-    """Put the scales and rectifiers back as they were if the block fails."""
+def _all_or_nothing(model: nn.Module) -> Iterator[Undo]:
+    """Put the scales and rectifiers back as they were if the block fails, and what it has noted down."""
     own = [module for module in model.modules() if isinstance(module, Float32Module)]
     before = [copy.deepcopy(module.state_dict()) for module in own]
+    undo: Undo = []
     try:
-        yield
+        yield undo
     except BaseException:
+        for parameter, value in undo:
+            parameter.copy_(value)
         for module, state in zip(own, before, strict=True):
             module.load_state_dict(state)
         raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import functools
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -78,7 +79,7 @@ def quantize(teacher: nn.Module, config: QuantConfig | None = None) -> Any:
     kept += [f"_orig_mod.{name}" for name in kept]
     # Of this one model, not of its class; a partial of plain data, that copies and pickles of the student take along.
     student.no_weight_decay = functools.partial(set, kept)
-    student.register_load_state_dict_pre_hook(_keep_scales)
+    student.register_load_state_dict_pre_hook(_drop_scales)
     return student.train()
 
 
@@ -196,13 +197,17 @@ def check_overrides(model: nn.Module, config: QuantConfig) -> None:
         raise ConfigError(f"The override {pattern!r} matches no layer of the model: {hint}")
 
 
-def _keep_scales(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-    """Let a float model's state dict, which has no scales at all, leave those of a student as they are."""
-    own = {
-        f"{prefix}{path}.{name}": value
-        for path, part in module.named_modules(remove_duplicate=False)
-        if isinstance(part, Float32Module)
-        for name, value in part.state_dict().items()
-    }
-    if not own.keys() & state_dict.keys():
-        state_dict.update(own)
+def _drop_scales(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Let a float model's state dict, which has no scales at all, into a student, which then has to be calibrated.
+
+    Scales are those of the weights that they were made for, which calibration may have balanced with their norms.
+    """
+    parts = module.named_modules(remove_duplicate=False)
+    own = [(f"{prefix}{path}.", part) for path, part in parts if isinstance(part, Float32Module)]
+    states = {f"{path}{name}": value for path, part in own for name, value in part.state_dict().items()}
+    if states.keys() & state_dict.keys():
+        return
+    state_dict.update(states)
+    for path, part in own:
+        if isinstance(part, Quantizer):
+            state_dict[f"{path}log_scale"] = torch.full_like(part.log_scale, math.nan)
