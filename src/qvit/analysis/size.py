@@ -17,6 +17,10 @@ from qvit.nn.rectify import Rectifier
 from qvit.quantization.convert import quantize
 
 _FLOAT_BITS = 32
+RULE = (
+    f"a multiply-add of {_FLOAT_BITS} bits counts 1, one of b bits b/{_FLOAT_BITS}, with b the bits of its wider factor"
+)
+"""How operations of different widths are added up. A rule, and no statement about time."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,11 @@ class Operations:
         """Each multiply-accumulate weighted with the product of its factors' bits."""
         return sum(count * bits.weight * bits.activation for bits, count in self.macs.items())
 
+    @property
+    def float_equivalent(self) -> float:
+        """Multiply-adds of float32 that count as much, by the rule :data:`RULE`."""
+        return sum(count * max(bits) for bits, count in self.macs.items()) / _FLOAT_BITS
+
 
 def model_size(model: nn.Module) -> ModelSize:
     """Return the size of a float or quantized model; a quantized one need not be calibrated."""
@@ -102,8 +111,5 @@ def operations(model: nn.Module, image_size: int | tuple[int, int]) -> Operation
     quantized = any(isinstance(module, Quantizer) for module in model.modules())
     probe = model if quantized else quantize(copy.deepcopy(model).to("meta"))
     program, _ = lower(probe, to_2tuple(image_size))
-    counts: dict[Bits, int] = {}
-    for product in program.products():
-        bits = product.bits if quantized else Bits(_FLOAT_BITS, _FLOAT_BITS)
-        counts[bits] = counts.get(bits, 0) + product.macs
-    return Operations(dict(sorted(counts.items())))
+    macs = program.macs()
+    return Operations(macs if quantized else {Bits(_FLOAT_BITS, _FLOAT_BITS): sum(macs.values())})

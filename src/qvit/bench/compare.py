@@ -37,6 +37,7 @@ ROUNDS = 20
 PAUSE = 0.02
 """Seconds between turns: idle threads of OpenMP, ONNX Runtime and TBB look for work for some milliseconds more."""
 _T = TypeVar("_T")
+_Key = TypeVar("_Key")
 Report = Callable[[str], None]
 
 
@@ -198,6 +199,26 @@ def compare(
     return comparison
 
 
+def interleaved(timers: Mapping[_Key, Callable[[], float]], rounds: int) -> dict[_Key, list[float]]:
+    """Return the seconds that each of ``timers`` has measured, one a round: all take turns, with a pause between."""
+    seconds: dict[_Key, list[float]] = {key: [] for key in timers}
+    for number in range(rounds):
+        # Another one starts each round, so that nobody always follows the same neighbour.
+        order = list(timers)
+        for key in order[number % len(order) :] + order[: number % len(order)]:
+            seconds[key].append(timers[key]())
+            time.sleep(PAUSE)
+    return seconds
+
+
+def time_once(run: Runner, images: Images) -> float:
+    """Return the seconds of one inference, after another one that wakes threads and fills caches."""
+    run(images)
+    start = time.perf_counter()
+    run(images)
+    return time.perf_counter() - start
+
+
 def machine() -> dict[str, str]:
     """Return the CPU's name, its vector instructions, its cores and the system."""
     name, flags = platform.processor(), ""
@@ -257,14 +278,7 @@ class _Runtime:
 
 
 def _rounds(runtimes: Mapping[str, _Runtime], case: Case, rounds: int) -> list[Timing]:
-    seconds: dict[str, list[float]] = {title: [] for title in runtimes}
-    for number in range(rounds):
-        # Another one starts each round, so that nobody always follows the same neighbour.
-        order = list(runtimes)
-        order = order[number % len(order) :] + order[: number % len(order)]
-        for title in order:
-            seconds[title].append(runtimes[title].time())
-            time.sleep(PAUSE)
+    seconds = interleaved({title: runtime.time for title, runtime in runtimes.items()}, rounds)
     return [Timing(title, case.batch, case.threads, times) for title, times in seconds.items()]
 
 
@@ -301,8 +315,4 @@ def _engine(path: str, case: Case) -> tuple[Runner, str]:
 
 
 def _time() -> float:
-    run, images = _loaded[0]
-    run(images)
-    start = time.perf_counter()
-    run(images)
-    return time.perf_counter() - start
+    return time_once(*_loaded[0])

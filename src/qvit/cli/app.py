@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from qvit._version import __version__
-from qvit.cli import packed, quantize, train
+from qvit.cli import compare, packed, quantize, train
 from qvit.cli.ending import ends_in_a_sentence
 from qvit.files import printable
 
@@ -56,6 +56,7 @@ for command in (
     packed.export,
     packed.push,
     packed.info,
+    compare.complexity,
     train.ablate,
     train.demo,
 ):

@@ -102,19 +102,9 @@ def write_packed(path: str | Path, model: PackedModel) -> None:
     """
     import safetensors.numpy
 
-    header = {
-        "version": VERSION,
-        "checksum": _NO_CHECKSUM,
-        "name": model.program.name,
-        "input": list(model.program.input),
-        "program": model.program.to_list(),
-        "preprocessing": model.preprocessing,
-        "classes": model.classes,
-        "origin": model.origin,
-    }
     expected: dict[str, Any] = {}
     try:
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        text = _header(model)
         program = check_header(parse(text, "the header"))
         expected = program.entries()
         _same_names(expected, model.tensors)
@@ -132,6 +122,33 @@ def write_packed(path: str | Path, model: PackedModel) -> None:
     tensors = {name: np.ascontiguousarray(model.tensors[name]) for name in expected}
     data = safetensors.numpy.save(tensors, {"qvit": text})
     write_atomically(Path(path), lambda temporary: temporary.write_bytes(data))
+
+
+def packed_size(model: PackedModel) -> int:
+    """Return the bytes of the file that :func:`write_packed` would write; ``model.tensors`` are not looked at."""
+    import safetensors.numpy
+
+    tensors = {name: np.zeros(shape, dtype) for name, (dtype, shape) in model.program.entries().items()}
+    return len(safetensors.numpy.save(tensors, {"qvit": _header(model)}))
+
+
+def _header(model: PackedModel) -> str:
+    """Return the header's text, with zeros in place of the checksum.
+
+    Raises:
+        TypeError: or ValueError, for what is no plain data.
+    """
+    header = {
+        "version": VERSION,
+        "checksum": _NO_CHECKSUM,
+        "name": model.program.name,
+        "input": list(model.program.input),
+        "program": model.program.to_list(),
+        "preprocessing": model.preprocessing,
+        "classes": model.classes,
+        "origin": model.origin,
+    }
+    return json.dumps(header, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def read_packed(source: Source) -> PackedModel:

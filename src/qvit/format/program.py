@@ -126,6 +126,13 @@ class Program:
         """Return the multiply-adds of one image, product by product."""
         return [product for operation, x in self.steps for product in operation.products(x)]
 
+    def macs(self) -> dict[Bits, int]:
+        """Return the multiply-adds of one image by the bits of their factors: keys and values stand for weights."""
+        counts: Counter[Bits] = Counter()
+        for product in self.products():
+            counts[product.bits] += product.macs
+        return dict(sorted(counts.items()))
+
     def attentions(self) -> dict[str, tuple[Attention | AttentionPool, Stream]]:
         """Return every attention by name, with what flows into it."""
         found: dict[str, tuple[Attention | AttentionPool, Stream]] = {}

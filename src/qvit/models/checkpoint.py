@@ -39,16 +39,22 @@ def build(card: ModelCard, weights: Mapping[str, Any], source: str) -> VisionTra
         ConfigError: as :func:`qvit.models.card.create_model`.
     """
     fit = _fitting(card, weights, source)
-    model = _quantized(create_model(card), card)
+    model = quantized_by(create_model(card), card)
     model.load_state_dict(fit)
     return model.eval()
 
 
 def _fitting(card: ModelCard, weights: Mapping[str, Any], source: str) -> dict[str, Any]:
-    return fitting(weights, _quantized(shape_of(card), card), f"{source} does not fit {card.name}")
+    return fitting(weights, quantized_by(shape_of(card), card), f"{source} does not fit {card.name}")
 
 
-def _quantized(model: VisionTransformer, card: ModelCard) -> VisionTransformer:
+def quantized_by(model: VisionTransformer, card: ModelCard) -> VisionTransformer:
+    """Return the float model of a card as the card says that it is quantized, if it is.
+
+    Raises:
+        ConfigError: for bits that cannot be meant.
+        UnsupportedModelError: as :func:`qvit.quantize`.
+    """
     if card.quant_config is None:
         return model
     config = QuantConfig.from_dict(card.quant_config)

@@ -60,14 +60,10 @@ def load_float(
         model, card = _from_folder(_fetched(source.removeprefix(PREFIX)), source, expected, report)
     elif Path(source).is_dir():
         model, card = _from_folder(Path(source), source, expected, report)
-    elif not Path(source).exists() and timm.is_model(source):
+    elif is_model_name(source):
         model, card = _from_timm(source, expected, report)
     else:
-        near = [] if Path(source).exists() else difflib.get_close_matches(source, timm.list_models(), 3, 0.8)
-        if near:
-            raise ConfigError(
-                f"There is no file {source} and no model of timm's of that name: did you mean {' or '.join(near)}?"
-            )
+        refuse_misspelt(source)
         model, card = _from_file(Path(source), expected, report, quantized=quantized, model_name=model_name)
     if expected is None:
         return model, card
@@ -75,6 +71,44 @@ def load_float(
     if same_architecture(card, expected):
         card = dataclasses.replace(card, name=expected.name, model_args=dict(expected.model_args))
     return model, card
+
+
+def is_model_name(source: str) -> bool:
+    """Return whether ``source`` is timm's name of a model, with or without the tag of its weights, and no file."""
+    return not Path(source).exists() and bool(timm.is_model(source))
+
+
+def refuse_misspelt(source: str) -> None:
+    """Refuse what is no file and nearly the name of a model.
+
+    Raises:
+        ConfigError: naming what may be meant.
+    """
+    near = [] if Path(source).exists() else difflib.get_close_matches(source, timm.list_models(), 3, 0.8)
+    if near:
+        raise ConfigError(
+            f"There is no file {source} and no model of timm's of that name: did you mean {' or '.join(near)}?"
+        )
+
+
+def untrained_card(source: str, image_size: int | None = None) -> ModelCard:
+    """Return the card that timm's model ``source`` has with its pretrained weights, which are not fetched.
+
+    Args:
+        source: its name, with or without the tag of its weights.
+        image_size: pixels of a side of the images; by default those that the model is made for.
+
+    Raises:
+        ConfigError: for a model or a size that cannot be.
+    """
+    name, _, _ = source.partition(".")
+    try:
+        settings: Any = timm.get_pretrained_cfg(source)
+    except RuntimeError as error:  # an unknown tag
+        raise ConfigError(f"timm does not know {source}: {first_line(error)}") from error
+    arguments = {} if image_size is None else {"img_size": image_size}
+    classes = _classes(settings.label_names, settings.num_classes, None) if settings.num_classes else []
+    return describe(name, arguments, classes, {})
 
 
 def _from_file(

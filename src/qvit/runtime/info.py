@@ -12,7 +12,6 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from qvit.config import Bits
 from qvit.files import printable
 from qvit.format.branches import Attention, Mlp, Residual
 from qvit.format.fields import shown
@@ -29,6 +28,8 @@ _PARTS = (
     "norms and rectifiers",
     "tokens and position embedding",
 )
+SCALES = ("scale", "offset", "input_scale", "input_offset")
+"""What the tensors are called that only the codes need."""
 
 
 def info_tables(path: str | Path) -> list[Table]:
@@ -59,7 +60,7 @@ def bytes_by_part(model: PackedModel) -> dict[str, int]:
         owner, _, kind = name.rpartition(".")
         if kind == "codes":
             part = f"codes of the {ends.get(owner, 'blocks')}"
-        elif kind in ("scale", "offset", "input_scale", "input_offset"):
+        elif kind in SCALES:
             part = "scales and offsets"
         elif name in ("prefix_tokens", "position_embedding"):
             part = "tokens and position embedding"
@@ -183,11 +184,9 @@ def _bits(program: Program) -> Iterator[tuple[str, str, str, str]]:
 
 def _work(program: Program) -> Iterator[tuple[str, str, str, str]]:
     """Yield the multiply-adds by the bits of both factors, so that it is known before what an image costs."""
-    by_bits: Counter[Bits] = Counter()
-    for product in program.products():
-        by_bits[product.bits] += product.macs
+    by_bits = program.macs()
     total = sum(by_bits.values())
-    for bits, macs in sorted(by_bits.items()):
+    for bits, macs in by_bits.items():
         yield str(bits.weight), str(bits.activation), f"{macs / 1e6:,.1f}", f"{macs / total:.1%}"
     yield "all", "", f"{total / 1e6:,.1f}", "100.0%"
 
