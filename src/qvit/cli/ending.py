@@ -31,6 +31,8 @@ TRAINING_PACKAGES = (
     "jinja2",
     "huggingface_hub",
 )
+EXTRAS = {**dict.fromkeys(TRAINING_PACKAGES, "train"), "onnx": "onnx"}
+"""What brings a package, by its name."""
 _SIGNS = (
     "can't allocate memory",  # PyTorch's allocator
     "annot allocate memory",  # the system
@@ -64,9 +66,10 @@ def ends_in_a_sentence(command: _Command) -> _Command:
         except QvitError as error:
             end(str(error), REFUSED)
         except ModuleNotFoundError as missing:
-            if (missing.name or "").partition(".")[0] not in TRAINING_PACKAGES:
+            extra = EXTRAS.get((missing.name or "").partition(".")[0])
+            if extra is None:
                 raise
-            end(f"This command needs {missing.name}: pip install 'qvit[train]' brings it.", REFUSED)
+            end(f"This command needs {missing.name}: pip install 'qvit[{extra}]' brings it.", REFUSED)
         except (MemoryError, ImportError, RuntimeError, OSError) as error:
             _end_if_a_worker_was_killed(error)
             shortage = memory_shortage(error)

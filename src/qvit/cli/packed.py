@@ -103,20 +103,34 @@ def bench(
 def export(
     checkpoint: Annotated[
         Path,
-        typer.Argument(metavar="CHECKPOINT", help="What qvit train wrote: best.pt or last.pt of a quantized model."),
+        typer.Argument(
+            metavar="CHECKPOINT",
+            help="What qvit train wrote: best.pt or last.pt of a quantized model; for ONNX also a packed model.",
+        ),
     ],
-    out: Annotated[Path, typer.Argument(metavar="MODEL", help="File to write, e.g. model.safetensors.")],
+    out: Annotated[Path, typer.Argument(metavar="MODEL", help="File to write, e.g. model.safetensors or model.onnx.")],
+    exact: Annotated[
+        bool, typer.Option("--exact", help="ONNX: multiply codes as integers, not dequantized (QDQ).")
+    ] = False,
+    opset: Annotated[
+        int | None,
+        typer.Option(help="ONNX: version of the operators, 21..25 [default: 21, or 25 where weights have 2 bits]."),
+    ] = None,
 ) -> None:
-    """Write a quantized checkpoint as one small file, which runs without PyTorch.
+    """Write a quantized checkpoint as one small file: a packed model, which runs without PyTorch, or an ONNX file.
 
-    Example:
+    Examples:
       qvit export runs/q4/best.pt model.safetensors
+      qvit export model.safetensors model.onnx --exact
     """
-    from qvit.exporting.packed import export_checkpoint
+    from qvit.exporting.files import export_file
 
-    export_checkpoint(checkpoint, out)
+    export_file(checkpoint, out, exact=exact, opset=opset)
     size = out.stat().st_size / 1e6
-    console().print(printable(f"{out}: {size:.2f} MB; qvit info {out} says what is in it."), soft_wrap=True)
+    more = (
+        "its metadata says how images are prepared" if out.suffix == ".onnx" else f"qvit info {out} says what is in it"
+    )
+    console().print(printable(f"{out}: {size:.2f} MB; {more}."), soft_wrap=True)
 
 
 def push(

@@ -149,7 +149,7 @@ def _residual(engine: ReferenceEngine, op: Residual, x: Stream, values: Array) -
 
 def _attention(engine: ReferenceEngine, op: Attention, x: Stream, values: Array) -> Array:
     B = len(values)
-    windows = None if op.window is None else _Windows(x.grid, op.window, op.shift)
+    windows = None if op.window is None else Windows(x.grid, op.window, op.shift)
     if windows is not None:
         values = windows.split(values)
     group = values.shape[1]
@@ -177,15 +177,12 @@ def _rectified(engine: ReferenceEngine, op: Attention, operand: str, x: Array) -
     return x
 
 
-def _bias(engine: ReferenceEngine, op: Attention, x: Stream, windows: _Windows | None, images: int) -> Array | None:
+def _bias(engine: ReferenceEngine, op: Attention, x: Stream, windows: Windows | None, images: int) -> Array | None:
     """Return what is added to the logits, broadcast against ``(B, H, N, N)``; windows stand side by side in B."""
     bias = None
     if op.bias is not None:
         table = engine.tensors[f"{op.name}.relative_position_bias"]
-        rows = relative_positions(op.window or x.grid, prefix=x.prefix > 0)
-        # Several prefix tokens share the rows of the first.
-        index = np.maximum(np.arange(op.group(x)) - max(x.prefix - 1, 0), 0)
-        bias = table[rows[np.ix_(index, index)]].transpose(2, 0, 1)[None]
+        bias = table[bias_rows(op, x)].transpose(2, 0, 1)[None]
     if windows is not None and any(op.shift):
         apart = np.tile(windows.apart(), (images, 1, 1))[:, None]
         masked = np.where(apart, MASKED, np.float32(0))
@@ -193,7 +190,15 @@ def _bias(engine: ReferenceEngine, op: Attention, x: Stream, windows: _Windows |
     return bias
 
 
-class _Windows:
+def bias_rows(op: Attention, x: Stream) -> Array:
+    """Return the row of an attention's relative position bias table for each query and key, ``(N, N)``."""
+    rows = relative_positions(op.window or x.grid, prefix=x.prefix > 0)
+    # Several prefix tokens share the rows of the first.
+    index = np.maximum(np.arange(op.group(x)) - max(x.prefix - 1, 0), 0)
+    return np.asarray(rows[np.ix_(index, index)])
+
+
+class Windows:
     """Tokens of a grid gathered window by window after a cyclic shift, and put back."""
 
     def __init__(self, grid: tuple[int, int], window: tuple[int, int], shift: tuple[int, int]) -> None:
@@ -220,8 +225,12 @@ class _Windows:
 
     def apart(self) -> Array:
         """Return which tokens of each window are no neighbours in the image, ``(windows, n, n)``."""
-        regions = self._gathered(window_regions(self.grid, self.window, self.shift))
+        regions = self.regions()
         return np.asarray(regions[:, :, None] != regions[:, None, :])
+
+    def regions(self) -> Array:
+        """Return the region of each token of each window, ``(windows, n)``; see :func:`window_regions`."""
+        return self._gathered(window_regions(self.grid, self.window, self.shift))
 
 
 def _mlp(engine: ReferenceEngine, op: Mlp, x: Stream, values: Array) -> Array:
