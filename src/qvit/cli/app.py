@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from qvit._version import __version__
-from qvit.cli import compare, packed, quantize, train
+from qvit.cli import analyze, compare, packed, quantize, train
 from qvit.cli.ending import ends_in_a_sentence
 from qvit.files import printable
 
@@ -58,6 +58,7 @@ for command in (
     packed.info,
     compare.complexity,
     train.ablate,
+    analyze.analyze,
     train.demo,
 ):
     app.command(help=help_text(command))(ends_in_a_sentence(command))

@@ -1,0 +1,98 @@
+"""The models and images of an analysis, as its user names them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+from torch.utils.data import Dataset
+
+from qvit.data.pictures import open_pictures
+from qvit.data.sources import ImageSets, check_classes, open_data
+from qvit.errors import ConfigError
+from qvit.models.card import ModelCard
+from qvit.models.checkpoint import load_checkpoint
+
+CALIBRATION_IMAGES = 512
+
+
+class Subject(NamedTuple):
+    """A model that is looked at, and what it is called."""
+
+    name: str
+    model: nn.Module
+    card: ModelCard
+
+
+class Material(NamedTuple):
+    """The images of an analysis.
+
+    Args:
+        images: that the models are looked at with.
+        calibration: others, to set scales on.
+        classes: their names by label; ``None`` where the labels say nothing.
+        data: what both are of, to train on; ``None`` where there are no labels.
+    """
+
+    images: Dataset[Any]
+    calibration: Dataset[Any]
+    classes: Sequence[str] | None = None
+    data: ImageSets | None = None
+
+
+def open_subjects(paths: Sequence[Path]) -> list[Subject]:
+    """Return the models of some checkpoints, called by what their paths differ in.
+
+    Raises:
+        ConfigError: if they are not of one architecture, classes and preprocessing, or one is given twice.
+        CheckpointError: as :func:`load_checkpoint`.
+    """
+    absolute = [Path(os.path.abspath(path)) for path in paths]
+    common = os.path.commonpath([path.parent for path in absolute])
+    subjects: list[Subject] = []
+    for path, whole in zip(paths, absolute, strict=True):
+        model, card = load_checkpoint(path)
+        if whole in absolute[: len(subjects)]:
+            raise ConfigError(f"{path} is given twice.")
+        for what in ("name", "model_args", "classes", "preprocessing"):
+            one, other = (getattr(each, what) for each in (subjects[0].card if subjects else card, card))
+            if one != other:
+                raise ConfigError(
+                    f"{path} and {paths[0]} differ in their {what.replace('_', ' ')}: analyze models of one "
+                    "architecture together, on images that are prepared in one way."
+                )
+        subjects.append(Subject(str(whole.relative_to(common)), model, card))
+    return subjects
+
+
+def labelled_images(source: str, card: ModelCard, *, root: str | None, splits: str) -> Material:
+    """Return a data set whose classes are a model's: its validation images are looked at.
+
+    Args:
+        source: as of :func:`open_data`, like ``root`` and ``splits``.
+        card: of the model.
+        root: folder of a timm data set.
+        splits: names of the splits.
+
+    Raises:
+        ConfigError: if the model has no classes.
+        DataError: as :func:`open_data`, or if the classes are others.
+    """
+    if not card.classes:
+        raise ConfigError("A feature extractor has no classes, for which --data has labels: give --images FOLDER.")
+    sets = open_data(source, mode=card.mode, root=root, splits=splits)
+    check_classes(f"the data set {source}", sets.classes, "the checkpoint", card.classes)
+    return Material(sets.val, sets.train, card.classes, sets)
+
+
+def pictures_of(folder: str, card: ModelCard, seed: int) -> tuple[Material, str]:
+    """Return the pictures of a folder, a fifth of which is looked at, and a remark about what was left out of it.
+
+    Raises:
+        DataError: as :func:`open_pictures`.
+    """
+    chosen = open_pictures(Path(folder), card.mode, count=CALIBRATION_IMAGES, held_out=10**9, seed=seed)
+    return Material(chosen.held_out, chosen.used), chosen.remark
