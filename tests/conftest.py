@@ -18,9 +18,10 @@ from rich.console import Console
 from torch import nn
 
 import qvit
-from members import vary
+from members import CLASSES, vary
 from qvit.data.sources import ImageSets, open_data
 from qvit.models.card import describe
+from qvit.models.checkpoint import save_checkpoint
 from qvit.train.methods import FloatModel, train_full_precision
 from qvit.train.options import Options
 from qvit.train.recipe import Recipe, load_recipe
@@ -56,6 +57,13 @@ def make_vit(name: str = "vit_tiny_patch16_224", **kwargs: Any) -> nn.Module:
     torch.manual_seed(0)
     model = timm.create_model(name, **{**TINY, **kwargs})
     return vary(model).eval()
+
+
+def save_float(path: Path, model: nn.Module) -> Path:
+    """Write a model like :func:`make_vit`'s as a float checkpoint."""
+    arguments = {name: value for name, value in TINY.items() if name != "num_classes"}
+    save_checkpoint(path, describe(MODEL, arguments, CLASSES, {}), model)
+    return path
 
 
 @pytest.fixture(autouse=True)

@@ -28,6 +28,7 @@ LEVELS = (
     ("qvit.recipes", "qvit.train"),
     ("qvit.bench",),
     ("qvit.study",),
+    ("qvit.search",),
     ("qvit.cli",),
 )
 """From the ground up. A module's level is that of its longest prefix; modules of one level may import one another."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from qvit.quantization.distill import DistillationLoss
     from qvit.quantization.reconstruct import reconstruct
     from qvit.runtime.engine import Engine, load
+    from qvit.search.find import search_bits
 
 __all__ = [
     "DistillationLoss",
@@ -33,6 +34,7 @@ __all__ = [
     "load",
     "quantize",
     "reconstruct",
+    "search_bits",
 ]
 
 _HOMES = {
@@ -42,6 +44,7 @@ _HOMES = {
     "calibrate": "quantization.calibrate",
     "reconstruct": "quantization.reconstruct",
     "export": "exporting.packed",
+    "search_bits": "search.find",
     "DistillationLoss": "quantization.distill",
 }
 

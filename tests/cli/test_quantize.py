@@ -15,25 +15,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 from commands import Done, run, sentence
-from conftest import MODEL, TINY, make_vit
+from conftest import MODEL, make_vit, save_float
 from edits import NONSENSE, edited, places
-from members import CLASSES
 from qvit import load
 from qvit.data.pictures import open_pictures
 from qvit.errors import NonFiniteLossError
-from qvit.models.card import describe
-from qvit.models.checkpoint import load_checkpoint, save_checkpoint, weights_checksum
+from qvit.models.checkpoint import load_checkpoint, weights_checksum
 from qvit.quantization.reconstruct import Reconstruction
-
-
-def save_float(path: Path, model: nn.Module) -> Path:
-    """Write a model like :func:`make_vit`'s as a float checkpoint."""
-    arguments = {name: value for name, value in TINY.items() if name != "num_classes"}
-    save_checkpoint(path, describe(MODEL, arguments, CLASSES, {}), model)
-    return path
 
 
 def before_step(patch: pytest.MonkeyPatch, action: Callable[[int], object]) -> None:

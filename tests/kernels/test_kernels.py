@@ -83,3 +83,13 @@ def test_unknown_names_are_refused() -> None:
         _kernels.Matrix("sse9", "dense", weights)
     with pytest.raises(ValueError, match="no such product"):
         _kernels.Matrix("portable", "lookup", weights)
+
+
+@pytest.mark.parametrize("moving", [False, True])
+@pytest.mark.parametrize("isa", _kernels.instruction_sets())
+def test_the_product_that_is_told_takes_these_codes(isa: str, moving: bool) -> None:
+    takes = dict(_kernels.products(isa))
+    for left, right in product(range(2, 9), repeat=2):
+        most_left, most_right = takes[_kernels.product(isa, left, right, moving=moving)]
+        assert left <= most_left
+        assert right <= most_right

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from qvit._version import __version__
-from qvit.cli import analyze, compare, packed, quantize, train
+from qvit.cli import analyze, compare, packed, quantize, search, train
 from qvit.cli.ending import ends_in_a_sentence
 from qvit.files import printable
 
@@ -49,6 +49,7 @@ def help_text(command: Callable[..., None]) -> str:
 
 for command in (
     quantize.quantize,
+    search.search_bits,
     train.train,
     train.eval,
     packed.predict,

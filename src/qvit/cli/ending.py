@@ -25,6 +25,7 @@ TRAINING_PACKAGES = (
     "timm",
     "accelerate",
     "sklearn",
+    "scipy",
     "matplotlib",
     "tensorboard",
     "yaml",

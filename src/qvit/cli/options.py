@@ -12,7 +12,7 @@ import typer
 
 from qvit.cli.ending import rank
 from qvit.errors import ConfigError, QvitError
-from qvit.files import printable
+from qvit.files import first_line, printable, shown
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,7 +46,10 @@ Splits = Annotated[
 ]
 Override = Annotated[
     list[str] | None,
-    typer.Option(metavar="PATTERN=BITS", help="Bits of modules by name: 'blocks.0.*=8' or '*.fc2=2/4'; repeatable."),
+    typer.Option(
+        metavar="PATTERN=BITS",
+        help="Bits of modules by name: 'blocks.0.*=8' or '*.fc2=2/4'; @FILE for all lines of a file; repeatable.",
+    ),
 ]
 RecipeName = Annotated[
     str | None,
@@ -190,15 +193,28 @@ def check_bits(bits: int, activation_bits: int | None) -> tuple[int, int]:
 
 
 def parse_overrides(items: list[str] | None) -> dict[str, int | tuple[int, int]]:
-    """Return what ``--override PATTERN=BITS`` means: bits by pattern."""
+    """Return what ``--override PATTERN=BITS`` means, bits by pattern; ``@FILE`` stands for the lines of a file."""
     overrides: dict[str, int | tuple[int, int]] = {}
     for item in items or ():
-        pattern, _, value = item.rpartition("=")
-        widths = value.split("/")
-        if not pattern or len(widths) > 2 or not all(width.isdecimal() for width in widths):
-            raise ConfigError(f"--override takes PATTERN=BITS or PATTERN=WEIGHT/ACTIVATION, not {item!r}.")
-        overrides[pattern] = int(widths[0]) if len(widths) == 1 else (int(widths[0]), int(widths[1]))
+        for line in _lines(item.removeprefix("@")) if item.startswith("@") else [item]:
+            pattern, _, value = line.rpartition("=")
+            widths = value.split("/")
+            if not pattern or len(widths) > 2 or not all(width.isdecimal() for width in widths):
+                raise ConfigError(
+                    "--override takes PATTERN=BITS, PATTERN=WEIGHT/ACTIVATION or @FILE with lines of these, not "
+                    f"{shown(line)}."
+                )
+            overrides[pattern] = int(widths[0]) if len(widths) == 1 else (int(widths[0]), int(widths[1]))
     return overrides
+
+
+def _lines(path: str) -> list[str]:
+    """Return the lines of a text file without those that are empty or begin with ``#``."""
+    try:
+        lines = map(str.strip, Path(path).read_text(encoding="utf-8").splitlines())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--override @{path} is no text file that can be read: {first_line(error)}") from error
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 def parse_numbers(option: str, text: str) -> list[int]:

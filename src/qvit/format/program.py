@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -117,6 +117,24 @@ class Program:
             bits.update((layer.name, layer.bits) for layer in operation.layers())
             bits.update((name, Bits(width, width)) for name, width in operation.operands())
         return bits
+
+    def with_bits(self, bits: Mapping[str, Bits]) -> Program:
+        """Return the same program with other bits for some of the names that :meth:`bits` gives."""
+
+        def changed(part: Any) -> Any:
+            if isinstance(part, list):
+                return [changed(value) for value in part]
+            if not isinstance(part, dict):
+                return part
+            made = {field: changed(value) for field, value in part.items()}
+            if "bits" in part:
+                made["bits"] = list(bits.get(part["name"], part["bits"]))
+            for operand in OPERANDS:
+                if f"{part.get('name')}.{operand}" in bits:
+                    made[operand] = bits[f"{part['name']}.{operand}"].activation
+            return made
+
+        return read_program(self.name, list(self.input), changed(self.to_list()))
 
     def usual_bits(self) -> Bits:
         """Return the bits that most layers and operands have."""

@@ -128,6 +128,16 @@ NB_MODULE(_kernels, m) {
             return products;
         },
         "isa"_a);
+    // Which product takes codes of these bits: weights', or with `moving` those of keys and values.
+    m.def(
+        "product",
+        [](const std::string& isa, int left_bits, int right_bits, bool moving) {
+            const Isa& set = isa_named(isa);
+            const Product* products = moving ? set.moving : set.products;
+            const size_t count = moving ? set.moving_count : set.product_count;
+            return std::string(choose(products, count, left_bits, right_bits).name);
+        },
+        "isa"_a, "left_bits"_a, "right_bits"_a, "moving"_a);
 
     nb::exception<ThreadError>(m, "ThreadError", PyExc_RuntimeError);
     nb::register_exception_translator([](const std::exception_ptr& error, void*) {

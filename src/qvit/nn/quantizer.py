@@ -159,6 +159,13 @@ class Quantizer(Float32Module):
             self.offset.copy_(offset.reshape(self.offset.shape))
         self.calibrated = bool(torch.isfinite(self.log_scale).all())
 
+    def change(self, bits: int, scale: Tensor, offset: Tensor | None = None) -> None:
+        """Take other bits, and the scale and offset that were made for them."""
+        self.bits = bits
+        self.low, self.high = code_range(bits, signed=self.low < 0)
+        self.code_bits.fill_(bits)
+        self.set(scale, offset)
+
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x`` on the grid of the codes, in ``x``'s dtype; the arithmetic is float32 (or wider if ``x`` is).
 

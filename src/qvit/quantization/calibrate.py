@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qvit.errors import ConfigError, DataError, UnsupportedModelError
 from qvit.nn.linear import QuantConv2d, QuantLinear
 from qvit.nn.modes import evaluating, switched_off, watching
-from qvit.nn.quantizer import Float32Module, Quantizer, from_codes, to_codes
+from qvit.nn.quantizer import Float32Module, Quantizer, code_range, from_codes, to_codes
 from qvit.nn.rectify import Rectifier, Start
 from qvit.quantization.balance import Undo, balance
 from qvit.quantization.convert import check_quantized
@@ -67,16 +67,7 @@ def calibrate(
     ):
         if value not in known:
             raise ConfigError(f"{what} must be {' or '.join(known)}, not {value!r}.")
-    quantizers = {name: m for name, m in model.named_modules() if isinstance(m, Quantizer)}
-    if not quantizers:
-        raise UnsupportedModelError("This model has no quantizers to calibrate: pass what qvit.quantize returned.")
-    check_quantized(model)
-    device = next(model.parameters()).device
-    images = [(batch[0] if isinstance(batch, (tuple, list)) else batch).to(device) for batch in batches]
-    images = [batch for batch in images if len(batch)]
-    if not images:
-        raise DataError("Calibration needs at least one image, and there was none.")
-
+    quantizers, images = _checked(model, batches)
     done = itertools.count(1)
 
     def advance() -> None:
@@ -102,6 +93,56 @@ def calibrate(
                 else:
                     _fit(f"{name}.weight", module.weight_quantizer, weight)
                 advance()
+
+
+Scale = tuple[Tensor, Tensor | None]
+"""Scale and offset of a quantizer, a value per scale that it has."""
+
+
+@torch.no_grad()
+def scales_by_bits(
+    model: nn.Module,
+    batches: Iterable[Any],
+    widths: Sequence[int],
+    *,
+    report: Callable[[int, int], None] | None = None,
+) -> dict[str, dict[int, Scale]]:
+    """Return, by the quantizer's name, what :func:`calibrate` would set it to at each of some numbers of bits.
+
+    The images are looked at once for all of them. Outlier channels of norms are moved into the weights, as by
+    :func:`calibrate`; scales are left as they are.
+
+    Args:
+        model: what :func:`qvit.quantize` returned, without rectifiers; of whatever bits.
+        batches: as of :func:`calibrate`.
+        widths: numbers of bits, 2..8 each.
+        report: as of :func:`calibrate`.
+
+    Raises:
+        UnsupportedModelError: as :func:`calibrate`.
+        DataError: as :func:`calibrate`.
+    """
+    quantizers, images = _checked(model, batches)
+    done = itertools.count(1)
+
+    def advance() -> None:
+        if report is not None:
+            report(next(done), len(images) + len(quantizers))
+
+    with _all_or_nothing(model) as undo, evaluating(model), switched_off(quantizers.values()):
+        balance(model, images, undo)
+        values = _collect(model, images, quantizers, advance)
+    for name, module in model.named_modules():
+        if isinstance(module, (QuantLinear, QuantConv2d)):
+            values[f"{name}.weight_quantizer"] = module.weight.detach().float().flatten(1)
+    scales: dict[str, dict[int, Scale]] = {}
+    for name, quantizer in quantizers.items():
+        signed = quantizer.low < 0
+        scales[name] = {
+            bits: _fitted(name, quantizer, values[name], *code_range(bits, signed=signed)) for bits in widths
+        }
+        advance()
+    return scales
 
 
 def minimum_error_scale(
@@ -155,13 +196,32 @@ def minimum_error_scale(
     return scale.squeeze(1), offset.squeeze(1)
 
 
+def _checked(model: nn.Module, batches: Iterable[Any]) -> tuple[dict[str, Quantizer], list[Tensor]]:
+    """Return a model's quantizers by name, and the images on its device."""
+    quantizers = {name: m for name, m in model.named_modules() if isinstance(m, Quantizer)}
+    if not quantizers:
+        raise UnsupportedModelError("This model has no quantizers to calibrate: pass what qvit.quantize returned.")
+    check_quantized(model)
+    device = next(model.parameters()).device
+    images = [(batch[0] if isinstance(batch, (tuple, list)) else batch).to(device) for batch in batches]
+    images = [batch for batch in images if len(batch)]
+    if not images:
+        raise DataError("Calibration needs at least one image, and there was none.")
+    return quantizers, images
+
+
 def _fit(name: str, quantizer: Quantizer, values: Tensor) -> None:
     """Set one quantizer from ``values (G, n)``, one row a scale."""
+    quantizer.set(*_fitted(name, quantizer, values, quantizer.low, quantizer.high))
+
+
+def _fitted(name: str, quantizer: Quantizer, values: Tensor, low: int, high: int) -> Scale:
+    """Return what a quantizer is set to from ``values (G, n)``, for codes from ``low`` to ``high``."""
     if not torch.isfinite(values).all():
         raise DataError(f"Calibration met a NaN or an infinity at {name}: check the float model and the images.")
     with_offset = quantizer.offset is not None
-    scale, offset = minimum_error_scale(values, quantizer.low, quantizer.high, with_offset=with_offset)
-    quantizer.set(scale, offset if with_offset else None)
+    scale, offset = minimum_error_scale(values, low, high, with_offset=with_offset)
+    return scale, offset if with_offset else None
 
 
 def _start_rectifiers(model: nn.Module, images: list[Tensor], start: Start) -> None:

@@ -6,8 +6,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,18 +17,16 @@ from torch import Tensor, nn
 
 from qvit.analysis.agreement import Agreement, agreement
 from qvit.config import QuantConfig
-from qvit.data.datasets import Images
-from qvit.data.loader import make_loader, make_transform, readable
 from qvit.data.pictures import open_pictures
-from qvit.errors import CheckpointError, ConfigError, NonFiniteLossError, OutputError
+from qvit.errors import CheckpointError, NonFiniteLossError, OutputError
 from qvit.exporting.packed import export, origin_of
 from qvit.files import printable, write_text
-from qvit.models.card import ModelCard, check_class_name
+from qvit.models.card import ModelCard
 from qvit.models.checkpoint import check_weights, read_checkpoint, save_checkpoint, weights_checksum
-from qvit.models.float_models import load_float
 from qvit.quantization.calibrate import calibrate
 from qvit.quantization.convert import quantize
 from qvit.quantization.reconstruct import Progress, Reconstruction, Settings
+from qvit.study.inputs import BATCH, decoded, float_model, step
 from qvit.study.quantization_report import write_quantization_report
 from qvit.study.targets import Targets
 from qvit.train.display import progress_bar
@@ -43,7 +40,6 @@ _METHODS = {
     "reconstructed": "calibration and reconstruction, without labels",
 }
 """What is written of a model's making, by which of the two is kept."""
-_BATCH = 32
 _SAVE_SECONDS = 60.0
 
 
@@ -101,7 +97,7 @@ def run_quantization(request: Request, options: Options, console: Console) -> Re
 
 
 def _quantized(request: Request, options: Options, console: Console, targets: Targets, began: float) -> Result:
-    teacher, card = _float_model(request, console)
+    teacher, card = float_model(request.source, request.model, console)
     device = make_accelerator(options).device
     student = quantize(teacher, request.config)
     card = dataclasses.replace(card, quant_config=request.config.to_dict(), metrics={}, recipe={})
@@ -114,19 +110,19 @@ def _quantized(request: Request, options: Options, console: Console, targets: Ta
     told: dict[str, Any] = {"kept": "calibrated"}
     with progress_bar(console) as bar:
         used, held_out = (
-            _decoded(images, card, options, bar, title)
+            decoded(images, card, options, bar, title)
             for images, title in ((chosen.used, "pictures"), (chosen.held_out, "pictures held out"))
         )
         apart = bool(used and held_out) and chosen.held_out.sources != chosen.used.sources
         used, held_out = used or held_out, held_out or used[:1]
         teacher, student = teacher.to(device).requires_grad_(False), student.to(device)
-        with _task(bar, "calibration") as task:
+        with step(bar, "calibration") as task:
             calibrate(
                 student,
                 _first(used, CALIBRATION_PICTURES),
                 report=lambda done, total: bar.update(task, completed=done, total=total),
             )
-        with _task(bar, "agreement"):
+        with step(bar, "agreement"):
             measured = {"calibrated": agreement(student, teacher, held_out)}
         if request.method == "reconstruct":
             before = {name: value.cpu().clone() for name, value in student.state_dict().items()}
@@ -135,7 +131,7 @@ def _quantized(request: Request, options: Options, console: Console, targets: Ta
                 reached = _reconstruct(student, teacher, used, identity, request, options, card, targets.partial, bar)
                 told |= {"steps": reached.step, "reconstruction_seconds": reached.seconds, "loss": reached.loss}
                 told["on_time"] = reached.on_time
-                with _task(bar, "agreement"):
+                with step(bar, "agreement"):
                     measured["reconstructed"] = agreement(student, teacher, held_out)
                 if not _is_worse(measured["reconstructed"], measured["calibrated"]):
                     told["kept"] = "reconstructed"
@@ -197,39 +193,8 @@ def summary(result: Result, out: Path) -> list[Any]:
     return lines
 
 
-def _float_model(request: Request, console: Console) -> tuple[Any, ModelCard]:
-    if request.model is not None and not Path(request.source).is_file():
-        raise ConfigError(f"--model names the model of a file of weights, which {request.source} is not: leave it out.")
-    model, card = load_float(
-        request.source,
-        None,
-        lambda sentence: console.print(printable(sentence), soft_wrap=True),
-        model_name=request.model,
-    )
-    for name in card.classes:
-        check_class_name(name)
-    return model, card
-
-
-def _decoded(images: Images, card: ModelCard, options: Options, bar: Bar, title: str) -> list[Tensor]:
-    """Return all pictures, prepared for the model, in batches."""
-    loader = make_loader(
-        images, make_transform(card.preprocessing), _BATCH, shuffle=False, workers=options.workers, seed=options.seed
-    )
-    batches, unreadable = [], []
-    with _task(bar, title, len(loader)) as task:
-        for batch in readable(loader, skip_corrupt=options.skip_corrupt):
-            unreadable += batch.unreadable
-            if len(batch.labels):
-                batches.append(batch.images)
-            bar.update(task, advance=1)
-    if unreadable:
-        bar.console.print(f"Unreadable {title} skipped: {len(unreadable)}.")
-    return batches
-
-
 def _first(batches: Sequence[Tensor], count: int) -> Sequence[Tensor]:
-    return batches[: -(-count // _BATCH)]
+    return batches[: -(-count // BATCH)]
 
 
 def _reconstruct(
@@ -262,7 +227,7 @@ def _reconstruct(
         saved = time.monotonic()
         save_checkpoint(partial, card, student, {"settings": command, "reconstruction": run.state_dict()})
 
-    with Interrupts() as interrupts, _task(bar, "reconstruction", 1.0) as task:
+    with Interrupts() as interrupts, step(bar, "reconstruction", 1.0) as task:
 
         def show(progress: Progress) -> None:
             of = f" of {progress.steps}" if progress.steps is not None else ""
@@ -326,15 +291,6 @@ def _restore(run: Reconstruction, card: ModelCard, command: dict[str, Any], path
         run.load_state_dict((training or {})["reconstruction"])
     except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} was edited or damaged: it holds no state of a reconstruction.") from error
-
-
-@contextmanager
-def _task(bar: Bar, title: str, total: float | None = None) -> Iterator[Any]:
-    """Show a task while the block runs, and that it is done."""
-    task, began = bar.add_task(title, total=total), time.perf_counter()
-    yield task
-    bar.remove_task(task)
-    bar.console.print(f"{title}: {time.perf_counter() - began:.1f} s")
 
 
 def _is_worse(one: Agreement, other: Agreement) -> bool:

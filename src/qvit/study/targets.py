@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -81,11 +81,7 @@ class Targets:
             ConfigError: if one is there.
             OutputError: if one cannot be written.
         """
-        for path in (self.packed, self.checkpoint, *((self.page, self.record) if self.report is not None else ())):
-            if path.exists():
-                raise ConfigError(f"{path} is there already: give another name, or move it away.")
-            write_atomically(path, lambda temporary: temporary.write_bytes(b""))
-            path.unlink()
+        check_new([self.packed, self.checkpoint, *([self.page, self.record] if self.report is not None else [])])
 
     @contextmanager
     def alone(self, accelerator: Accelerator) -> Iterator[None]:
@@ -105,3 +101,17 @@ class Targets:
                 raise ConfigError(f"Another command is writing {self.packed} at present: give another --out.")
             stack.callback(file.unlink, missing_ok=True)
             yield
+
+
+def check_new(paths: Iterable[Path]) -> None:
+    """See that no file is there that would be replaced, and that files can be written in its place.
+
+    Raises:
+        ConfigError: if one is there.
+        OutputError: if one cannot be written.
+    """
+    for path in paths:
+        if path.exists():
+            raise ConfigError(f"{path} is there already: give another name, or move it away.")
+        write_atomically(path, lambda temporary: temporary.write_bytes(b""))
+        path.unlink()

@@ -1,0 +1,79 @@
+"""What bits cost: bytes of the packed file and operations, counted from the program, and measured milliseconds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from qvit.config import Bits
+from qvit.format.ops import Layer, packed_bytes
+from qvit.format.program import Program
+from qvit.search.products import CANDIDATES, FreeProduct
+from qvit.search.solve import Numbers, total
+from qvit.search.timing import Times
+
+
+class Unit(NamedTuple):
+    """What a budget is given in: its name for people, and how much of the cost is one."""
+
+    name: str
+    size: int
+
+
+UNITS = {"mb": Unit("MB", 10**6), "ops": Unit("G ops", 10**9), "ms": Unit("ms", 1)}
+"""Of every budget, by the end of its option."""
+
+
+class Cost(NamedTuple):
+    """What a model costs, as a sum over its free products: milliseconds, bytes or operations.
+
+    Attributes:
+        fixed: what all the rest costs.
+        by_candidate: of each free product with the bits of each of :data:`CANDIDATES`.
+    """
+
+    fixed: float
+    by_candidate: Numbers
+
+    def of(self, chosen: Sequence[int]) -> float:
+        """Return the cost of a model, by the number of every product's candidate."""
+        return self.fixed + total(self.by_candidate, chosen)
+
+
+def costs_of(program: Program, products: Sequence[FreeProduct], times: Times) -> dict[str, Cost]:
+    """Return the costs by the end of the option that limits them.
+
+    - ``ms``: milliseconds of one image in the engine, as measured.
+    - ``mb``: bytes of the packed file's tensors, codes, scales and all else; its header is not among them.
+    - ``ops``: operations of one image: each multiply-add is as many as the product of the bits of both its factors
+      (docs/method.md, section 6).
+
+    Args:
+        program: of the model, at any bits.
+        products: whose bits are free.
+        times: of the products.
+    """
+    free, layers = {product.name for product in products}, program.layers()
+    every_byte = sum(dtype.itemsize * math.prod(shape) for dtype, shape in program.entries().values())
+    codes = [
+        [_codes_bytes(layers[product.name], bits) if product.is_layer else 0 for bits in CANDIDATES]
+        for product in products
+    ]
+    own = sum(_codes_bytes(layers[each.name], layers[each.name].bits) for each in products if each.is_layer)
+    others = sum(_operations(each.macs, each.bits) for each in program.products() if each.name not in free)
+    operations = [[_operations(product.macs, bits) for bits in CANDIDATES] for product in products]
+    differences = [[times.differences[product.name][bits] for bits in CANDIDATES] for product in products]
+    return {
+        "ms": Cost(times.reference, differences),
+        "mb": Cost(every_byte - own, codes),
+        "ops": Cost(others, operations),
+    }
+
+
+def _codes_bytes(layer: Layer, bits: Bits) -> int:
+    return layer.outputs * packed_bytes(layer.inputs, bits.weight)
+
+
+def _operations(macs: int, bits: Bits) -> int:
+    return macs * bits.weight * bits.activation

@@ -1,0 +1,148 @@
+"""qvit search-bits end to end: what it writes, who takes it, and what a user's mistakes end in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from commands import Done, run, sentence
+from conftest import MODEL, TINY, make_vit, save_float
+from members import CLASSES
+from qvit import QuantConfig, quantize
+from qvit.cli.options import parse_overrides
+from qvit.errors import ConfigError
+from qvit.format.packed import read_packed
+from qvit.models.card import describe
+from qvit.models.checkpoint import save_checkpoint
+from qvit.search import find, timing
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_float(tmp_path_factory.mktemp("teacher") / "float.pt", make_vit())
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for number in range(10):
+        Image.fromarray(rng.integers(0, 256, (20, 24, 3)).astype(np.uint8)).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.fixture
+def search(teacher: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
+    """Return the command with everything but a budget; a later option of the same name wins."""
+    monkeypatch.setattr(timing, "ROUNDS", 1)
+    monkeypatch.setattr(find, "_FRONTIER", 3)
+
+    def command(*arguments: str | Path, source: str | Path = teacher) -> Done:
+        given = ["--images", pictures, "--out", tmp_path / "bits.txt", "--threads", "1", "--cpu", *arguments]
+        return run("search-bits", source, *given)
+
+    return command
+
+
+def test_bits_are_found_within_the_budgets_and_taken_by_quantize(
+    search: Callable[..., Done], teacher: Path, pictures: Path, tmp_path: Path
+) -> None:
+    done = search("--budget-mb", "0.012", "--budget-ops", "0.005", "--report", tmp_path / "report")
+    assert done.status == 0, done.err
+    assert "--override @" in done.out
+    record = json.loads((tmp_path / "report" / "report.json").read_text())
+    costs = record["model"]["costs"]
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "<img" in page
+    assert "blocks.1.mlp.fc2" in page
+    assert [model["title"] for model in record["uniform"]] == ["2 bits", "3 bits", "4 bits", "8 bits"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bits.txt", "report"]
+
+    out = tmp_path / "model.safetensors"
+    options = ["--override", f"@{tmp_path / 'bits.txt'}", "--bits", "8", "--method", "calibrate", "--cpu", "--out", out]
+    assert run("quantize", teacher, "--images", pictures, *options).status == 0
+    model = read_packed(out)
+    size = sum(array.nbytes for array in model.tensors.values())
+    operations = sum(each.macs * each.bits.weight * each.bits.activation for each in model.program.products())
+    assert (size, operations) == (round(costs["mb"] * 1e6), round(costs["ops"] * 1e9))
+    assert size <= 12_000
+    assert operations <= 5_000_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "Give a budget: --budget-mb, --budget-ops or --budget-ms"),
+        (["--budget-mb", "0"], "--budget-mb must be a number above 0, not 0.0."),
+        (["--budget-ms", "nan"], "--budget-ms must be a number above 0, not nan."),
+        (["--budget-mb", "0.001"], "No bits keep --budget-mb 0.001: the least of a model is 0.0"),
+        (["--budget-ms", "1e-9", "--budget-mb", "1"], "of a model that keeps --budget-mb is"),
+        (["--budget-mb", "1", "--images", ""], "--images is empty"),
+        (["--budget-mb", "1", "--images", "nowhere"], "There is no folder nowhere"),
+        (["--budget-mb", "1", "--out", "."], "--out is no name of a file"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(
+    search: Callable[..., Done], tmp_path: Path, arguments: list[str], told: str
+) -> None:
+    assert told in sentence(search(*arguments))
+    assert not (tmp_path / "bits.txt").exists()
+
+
+def test_the_least_that_a_refusal_tells_is_enough_for_one_picture_too_and_nothing_is_replaced(
+    search: Callable[..., Done], pictures: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "0.png").write_bytes((pictures / "0.png").read_bytes())
+    least = sentence(search("--budget-ops", "1e-5")).split(" is ")[1].split()[0]
+    one = "--images", tmp_path / "one"
+    assert search("--budget-ops", least, *one).status == 0
+    # Layers and operands of two blocks; rounding up left room for nothing.
+    assert list(parse_overrides([f"@{tmp_path / 'bits.txt'}"]).values()) == [2] * 16
+    assert "is there already" in sentence(search("--budget-ops", least, *one))
+
+
+def test_a_quantized_teacher_is_refused(search: Callable[..., Done], tmp_path: Path) -> None:
+    student = quantize(make_vit(), QuantConfig(4, rectify=None))
+    card = describe(MODEL, {name: value for name, value in TINY.items() if name != "num_classes"}, CLASSES, {})
+    card.quant_config = QuantConfig(4, rectify=None).to_dict()
+    save_checkpoint(tmp_path / "q.pt", card, student)
+    assert "a teacher must be a float one" in sentence(search("--budget-mb", "1", source=tmp_path / "q.pt"))
+
+
+def test_pictures_that_cannot_be_read_are_named(search: Callable[..., Done], tmp_path: Path, pictures: Path) -> None:
+    folder = tmp_path / "some"
+    folder.mkdir()
+    for path in pictures.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes() if path.name != "3.png" else b"nothing")
+    assert "3.png" in sentence(search("--budget-mb", "1", "--images", folder))
+    done = search("--budget-mb", "1e-5", "--images", folder, "--skip-corrupt")
+    assert "No bits keep" in sentence(done)  # read, and gone on with
+    assert "skipped: 1" in done.out
+
+
+def test_a_model_that_gives_no_numbers_is_refused_by_the_layer(search: Callable[..., Done], tmp_path: Path) -> None:
+    model = make_vit()
+    with torch.no_grad():
+        model.get_submodule("blocks.1.mlp.fc1").weight[0, 0] = float("nan")
+    assert "blocks.1.mlp" in sentence(search("--budget-mb", "1", source=save_float(tmp_path / "nan.pt", model)))
+
+
+def test_overrides_come_from_files_and_arguments_in_their_order(tmp_path: Path) -> None:
+    path = tmp_path / "bits.txt"
+    path.write_text("# where from\n\nblocks.*=3\n  blocks.0.attn.qkv=2/4\n")
+    assert parse_overrides([f"@{path}", "head=4"]) == {"blocks.*": 3, "blocks.0.attn.qkv": (2, 4), "head": 4}
+    for text in ("blocks.0", "a=2/3/4", "=4"):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match="--override takes PATTERN=BITS"):
+            parse_overrides([f"@{path}"])
+    path.write_bytes(b"\xff\xfe=4")
+    for name in (path, tmp_path / "absent", tmp_path):
+        with pytest.raises(ConfigError, match="no text file that can be read"):
+            parse_overrides([f"@{name}"])
