@@ -75,7 +75,7 @@ def _table(experiment: Experiment, records: Sequence[Record]) -> str:
                 row["seeds"],
                 f"{statistics.fmean(early):.2f}" if early else "",
                 mean_and_spread(row["top1"], row["top1_std"]),
-                "" if row["gain"] is None else mean_and_spread(row["gain"], row["gain_std"], "+"),
+                "" if row["gain"] is None else mean_and_spread(row["gain"], row["gain_interval"], "+"),
                 ", ".join(f"{gain:+.2f}" for gain in row["gains"]),
                 f"{row['query_entropy']:.2f} of {row['bits']}",
                 f"{row['attention_distance']:.3f}",

@@ -245,7 +245,8 @@ def ablate(
         str | None,
         typer.Option(
             help="Comma-separated: ptq, reconstruct, baseline, rectify-head, rectify-token, distill, q-vit-head, "
-            "q-vit-token [default: all]."
+            "q-vit-token [default: all]; and what others do: authors, authors-rectify-token, authors-distill, "
+            "authors-q-vit-token, statsq, token-scales, channel-scales, ofq, ofq-annealed."
         ),
     ] = None,
     override: Override = None,

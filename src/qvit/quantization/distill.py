@@ -14,6 +14,7 @@ from qvit.errors import ConfigError, ModeError, TeacherMismatchError
 from qvit.models.queries import attention_layers, run_with_queries
 from qvit.nn.rectify import EPS, TokenRectifier
 from qvit.quantization.convert import check_quantized
+from qvit.quantization.outputs import output_distance
 
 GUIDED_WEIGHT = 0.1
 """Default lambda; see :class:`DistillationLoss` for what it multiplies."""
@@ -80,12 +81,16 @@ class DistillationLoss(nn.Module):
     ``L_dist`` is the mean of two cross-entropies: the class logits against the label, and the distillation logits (the
     same logits, if the student has no distillation token) against the class that the teacher chooses.
 
+    With ``soft`` it is the divergence of the student's probabilities from the teacher's (the mean over both heads, if
+    there are two), and the labels are not used (docs/method.md, section 7).
+
     ``L_DGD`` is the mean of :func:`guided_distance` over images, layers, heads and over queries and keys, so one
     ``guided_weight`` suits a model of any depth. The paper sums over L layers, H heads, queries and keys: its lambda
     is ``guided_weight / (2 L H)``.
 
     Args:
         teacher: a float model; it is put in evaluation mode and never trained.
+        soft: whether the student learns the teacher's probabilities in place of labels and the teacher's choice.
         guided: whether ``L_DGD`` is part of the loss.
         guided_weight: lambda.
         guided_decay: whether lambda falls to 0 along a cosine over the training, as the learning rate does.
@@ -101,6 +106,7 @@ class DistillationLoss(nn.Module):
         self,
         teacher: nn.Module,
         *,
+        soft: bool = False,
         guided: bool = True,
         guided_weight: float = GUIDED_WEIGHT,
         guided_decay: bool = False,
@@ -108,6 +114,7 @@ class DistillationLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.teacher = teacher.eval()
+        self.soft = soft
         self.guided, self.guided_weight, self.guided_decay = guided, guided_weight, guided_decay
         self.guided_layers = None if guided_layers is None else list(guided_layers)
         depth = len(attention_layers(teacher))
@@ -148,9 +155,13 @@ class DistillationLoss(nn.Module):
             raise TeacherMismatchError(
                 f"The teacher has {teacher_logits.shape[-1]} classes, the student {class_logits.shape[-1]}."
             )
-        loss = 0.5 * F.cross_entropy(class_logits.float(), labels) + 0.5 * F.cross_entropy(
-            distillation_logits.float(), teacher_logits.argmax(dim=-1)
-        )
+        if self.soft:
+            both = [output_distance(part, teacher_logits, classes=True) for part in (class_logits, distillation_logits)]
+            loss = torch.stack(both).mean()
+        else:
+            loss = 0.5 * F.cross_entropy(class_logits.float(), labels) + 0.5 * F.cross_entropy(
+                distillation_logits.float(), teacher_logits.argmax(dim=-1)
+            )
         self.last_parts = {"logits": class_logits.detach(), "distillation": loss.detach()}
         if self.guided:
             check_guidance(self.teacher, student)

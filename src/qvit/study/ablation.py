@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
+from scipy import stats
 from torch import Tensor
 
 from qvit.analysis.gradients import loss_gradients
@@ -30,8 +31,18 @@ from qvit.files import write_text
 from qvit.models.card import ModelCard
 from qvit.models.checkpoint import load_checkpoint, weights_checksum
 from qvit.quantization.distill import DistillationLoss
+from qvit.study.rivals import RIVALS
 from qvit.train.lock import LOCK, locked
-from qvit.train.methods import METHODS, FloatModel, Overrides, Result, make_student, train_quantized, training_batches
+from qvit.train.methods import (
+    METHODS,
+    FloatModel,
+    Method,
+    Overrides,
+    Result,
+    make_student,
+    train_quantized,
+    training_batches,
+)
 from qvit.train.options import Options, make_accelerator
 from qvit.train.recipe import Recipe
 from qvit.train.run import can_go_on
@@ -39,8 +50,11 @@ from qvit.train.settings import differences
 
 ANALYSED_IMAGES = 512
 """Validation images for entropy, attention distance and gradients; accuracy is over all of them."""
-MEASURED = "All figures are of the last epoch's weights (last.pt; of post-training quantization, best.pt)."
+MEASURED = "All figures are of the last epoch's weights (last.pt; where nothing is trained, best.pt)."
 _MEANS = ("query_entropy", "key_entropy", "attention_distance")
+
+
+ALL: dict[str, Method] = {**METHODS, **RIVALS}
 
 
 class Row(NamedTuple):
@@ -57,7 +71,7 @@ class Row(NamedTuple):
     @property
     def title(self) -> str:
         """The row's name for people."""
-        return METHODS[self.method].title + ("" if self.rectify is None else f", {self.rectify}")
+        return ALL[self.method].title + ("" if self.rectify is None else f", {self.rectify}")
 
 
 ROWS = [
@@ -66,8 +80,8 @@ ROWS = [
     for reading in (("head", "token") if method.rectify else (None,))
 ]
 
-_COMPARED = [row.name for row in ROWS if METHODS[row.method].trained and row.method != "baseline"]
-"""Rows whose gain is over the baseline's."""
+"""The rows of the paper's table; those of :data:`RIVAL_ROWS` are run where they are named."""
+RIVAL_ROWS = [Row(name, "token" if method.rectify else None) for name, method in RIVALS.items()]
 
 
 def rows_named(names: str | None) -> list[Row]:
@@ -78,7 +92,7 @@ def rows_named(names: str | None) -> list[Row]:
     """
     if names is None:
         return ROWS
-    known = {row.name: row for row in ROWS}
+    known = {row.name: row for row in (*ROWS, *RIVAL_ROWS)}
     chosen = [name.strip() for name in names.split(",") if name.strip()]
     for name in chosen:
         if name not in known:
@@ -119,11 +133,17 @@ def ablate(
 
     Raises:
         CheckpointError: if the folder holds results of another recipe, teacher, ladder, precision and so on.
-        ConfigError: if a run would be refused (:func:`qvit.train.methods.make_student`), before anything is written.
+        ConfigError: if a run would be refused (:func:`qvit.train.methods.make_student`), before anything is written;
+            for a ladder of rows whose students cannot be loaded.
     """
     recipe.schedule("quantized")
+    simulated = [row.name for row in rows if row.method in RIVALS]
+    if ladder and simulated:
+        raise ConfigError(
+            f"--ladder starts from finished runs, which row {simulated[0]} cannot: leave out one of them."
+        )
     for row in rows:
-        make_student(teacher, teacher, row.method, (bits[0], bits[0]), row.rectify or "head", overrides)
+        make_student(teacher, teacher, row.method, (bits[0], bits[0]), row.rectify or "head", overrides, ALL)
     cells = [(b, row, seed) for seed in seeds for b in bits for row in rows]
     rungs: dict[int, int] = dict(zip(bits[1:], bits[:-1], strict=True)) if ladder else {}
     accelerator = make_accelerator(options)
@@ -140,12 +160,14 @@ def ablate(
                 before = _folder(options.out, rungs[b], row, seed)
                 if not (before / "result.json").exists():  # another command is at it
                     continue
-                start = FloatModel(*load_checkpoint(before / ("last.pt" if METHODS[row.method].trained else "best.pt")))
+                start = FloatModel(*load_checkpoint(before / ("last.pt" if ALL[row.method].trained else "best.pt")))
             console.print(f"[{number}/{len(cells)}] {b} bits, {row.title}, seed {seed}", highlight=False, markup=False)
-            run = dataclasses.replace(options, out=folder, seed=seed, resume=can_go_on(folder))
+            run = dataclasses.replace(
+                options, out=folder, seed=seed, resume=row.method in METHODS and can_go_on(folder)
+            )
             begin = time.monotonic()
             result = train_quantized(
-                start, teacher, row.method, (b, b), row.rectify or "head", data, recipe, run, console, overrides
+                start, teacher, row.method, (b, b), row.rectify or "head", data, recipe, run, console, overrides, ALL
             )
             record: dict[str, Any] = {"bits": b, "row": row.name, "title": row.title, "seed": seed}
             record |= {"top1": result.accuracy.top1, "top5": result.accuracy.top5, "images": result.accuracy.images}
@@ -176,7 +198,7 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     Raises:
         CheckpointError: naming a file that cannot be read.
     """
-    order = {row.name: index for index, row in enumerate(ROWS)}
+    order = {row.name: index for index, row in enumerate((*ROWS, *RIVAL_ROWS))}
     records = []
     for path in folder.glob("*-bit/*/seed-*/result.json"):
         try:
@@ -190,17 +212,19 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 def summarise(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return one record a (bits, row): seeds, mean and standard deviation of top-1, and the gain over the baseline.
 
-    The gain is the mean of the differences to the baseline of the same seed (``gains``), with their standard deviation,
-    where both were run (``None`` otherwise).
+    The gain is the mean of the differences to the row's baseline of the same seed (``gains``), where both were run
+    (``None`` otherwise), and ``gain_interval`` half of its 95 % interval (Student's t); ``against`` names the baseline.
     """
     cells: dict[tuple[int, str], dict[int, Mapping[str, Any]]] = {}
     for record in records:
         cells.setdefault((record["bits"], record["row"]), {})[record["seed"]] = record
+    by_row = {row.name: row for row in (*ROWS, *RIVAL_ROWS)}
     summary = []
     for (bits, row), by_seed in cells.items():
-        base = cells.get((bits, "baseline"), {})
+        method = ALL[by_row[row].method]
+        base = cells.get((bits, method.against), {})
         gains = [record["top1"] - base[seed]["top1"] for seed, record in by_seed.items() if seed in base]
-        compared = gains if row in _COMPARED else []
+        compared = gains if method.trained and row != method.against else []
         runs = list(by_seed.values())
         top1 = [run["top1"] for run in runs]
         summary.append(
@@ -212,7 +236,8 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "top1": statistics.fmean(top1),
                 "top1_std": statistics.stdev(top1) if len(top1) > 1 else None,
                 "gain": statistics.fmean(compared) if compared else None,
-                "gain_std": statistics.stdev(compared) if len(compared) > 1 else None,
+                "gain_interval": _interval(compared),
+                "against": ALL[method.against].title,
                 "gains": compared,
                 "query_entropy": statistics.fmean(run["query_entropy"] for run in runs),
                 "attention_distance": statistics.fmean(run["attention_distance"] for run in runs),
@@ -221,11 +246,20 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return summary
 
 
+def _interval(differences: Sequence[float]) -> float | None:
+    """Return half of the 95 % interval of the mean of some differences."""
+    count = len(differences)
+    if count < 2:
+        return None
+    return float(stats.t.ppf(0.975, count - 1)) * statistics.stdev(differences) / count**0.5
+
+
 def results_table(records: Sequence[Mapping[str, Any]], teacher_top1: float | None) -> Table:
     """Return the ablation as a table for the terminal."""
     title = "Ablation" if teacher_top1 is None else f"Ablation (full precision: {teacher_top1:.2f})"
-    table = Table(title=title, caption=MEASURED)
-    for column in ("bits", "method", "seeds", "top-1", "gain over baseline", "query entropy", "attention distance"):
+    caption = f"± of top-1: deviation over the seeds; of a gain: its 95 % interval, seed by seed. {MEASURED}"
+    table = Table(title=title, caption=caption)
+    for column in ("bits", "method", "seeds", "top-1", "gain over its baseline", "query entropy", "attention distance"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for row in summarise(records):
         table.add_row(
@@ -233,7 +267,7 @@ def results_table(records: Sequence[Mapping[str, Any]], teacher_top1: float | No
             row["title"],
             str(row["seeds"]),
             mean_and_spread(row["top1"], row["top1_std"]),
-            "" if row["gain"] is None else mean_and_spread(row["gain"], row["gain_std"], "+"),
+            "" if row["gain"] is None else mean_and_spread(row["gain"], row["gain_interval"], "+"),
             f"{row['query_entropy']:.2f}",
             f"{row['attention_distance']:.3f}",
         )

@@ -77,15 +77,16 @@ def write_ablation_report(
             row["title"],
             row["seeds"],
             mean_and_spread(row["top1"], row["top1_std"]),
-            "" if row["gain"] is None else mean_and_spread(row["gain"], row["gain_std"], "+"),
+            "" if row["gain"] is None else mean_and_spread(row["gain"], row["gain_interval"], "+"),
             f"{row['query_entropy']:.2f} of {row['bits']}",
             f"{row['attention_distance']:.3f}",
         ]
         for row in summarise(records)
     ]
-    columns = ("bits", "method", "seeds", "top-1 (%)", "gain over baseline", "query entropy", "attention distance")
+    columns = ("bits", "method", "seeds", "top-1 (%)", "gain over its baseline", "query entropy", "attention distance")
     caption = (
-        f"Mean and standard deviation over the seeds; a gain is the mean of the differences seed by seed. {MEASURED}"
+        "Mean and standard deviation over the seeds; a gain is the mean of the differences seed by seed, with its 95 % "
+        f"interval. {MEASURED}"
     )
     float_model = "" if teacher_top1 is None else f"In full precision the model reaches {teacher_top1:.2f} %."
     figures = [ReportFigure(svg(d.figure), d.caption, d.caption) for d in ablation_figures(records, teacher)]

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from accelerate.utils import set_seed
 from rich.console import Console
 from timm.models import VisionTransformer
 from timm.models.deit import VisionTransformerDistilled
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from qvit.config import QuantConfig, Rectify
@@ -34,16 +35,33 @@ from qvit.train.evaluate import Accuracy, evaluate
 from qvit.train.loop import LabelLoss, Loss, fit
 from qvit.train.options import Options, make_accelerator, share_of
 from qvit.train.recipe import Recipe, Schedule
+from qvit.train.run import can_go_on
 
 
 class Method(NamedTuple):
-    """What of Q-ViT a method has: rectification (IRM), guidance (DGD), training at all; reconstruction in its place."""
+    """What a method consists of.
+
+    Attributes:
+        title: its name for people.
+        rectify: whether queries and keys are rectified (IRM).
+        guided: whether the loss is guided by the teacher's queries and keys (DGD).
+        trained: whether labels and epochs follow.
+        reconstructed: whether it learns from the float model's outputs alone, in place of training.
+        adapt: exchanges parts of a quantized student before it is calibrated.
+        start: sets its scales from batches of images, in place of calibration.
+        loss: of a student with a teacher.
+        against: the method whose result its own is compared with.
+    """
 
     title: str
     rectify: bool
     guided: bool
     trained: bool = True
     reconstructed: bool = False
+    adapt: Callable[[nn.Module], None] | None = None
+    start: Callable[[nn.Module, Sequence[Tensor]], None] | None = None
+    loss: type[DistillationLoss] = DistillationLoss
+    against: str = "baseline"
 
 
 METHODS: dict[str, Method] = {
@@ -131,6 +149,7 @@ def train_quantized(
     options: Options,
     console: Console,
     overrides: Overrides | None = None,
+    methods: Mapping[str, Method] = METHODS,
 ) -> Result:
     """Quantize ``start``, calibrate it and train it with the recipe's ``quantized`` schedule.
 
@@ -138,7 +157,7 @@ def train_quantized(
         start: model whose weights the student starts from; a quantized one of other bits gives its rectifiers too, one
             that is quantized in the same way its scales as well.
         teacher: what the student is distilled from; ``None`` to train against the labels alone.
-        method: a key of :data:`METHODS`.
+        method: a key of ``methods``.
         bits: of weights and of activations.
         rectify: which reading of IRM, for the methods that have it.
         data: training and validation images.
@@ -146,22 +165,25 @@ def train_quantized(
         options: see :class:`Options`.
         console: where progress is shown.
         overrides: see :class:`QuantConfig`.
+        methods: what there is to choose from.
 
     Raises:
         ConfigError: see :func:`make_student`; or if the recipe has no ``quantized``.
         TeacherMismatchError: see :func:`make_student`, as UnsupportedModelError.
     """
-    chosen = METHODS[method]
+    chosen = methods[method]
     schedule, device = recipe.schedule("quantized"), make_accelerator(options).device
     set_seed(options.seed)
-    student, config = make_student(start, teacher, method, bits, rectify, overrides)
+    student, config = make_student(start, teacher, method, bits, rectify, overrides, methods)
     student = student.to(device)
     card = dataclasses.replace(
         start.card, quant_config=config.to_dict(), method=method, metrics={}, recipe=recipe.to_dict()
     )
     if isinstance(student, VisionTransformerDistilled):
         student.set_distilled_training(teacher is not None)
-    if not all(module.calibrated for module in student.modules() if isinstance(module, Quantizer)):
+    if chosen.start is not None:
+        chosen.start(student, training_images(data, card, schedule.calibration_images, options))
+    elif not all(module.calibrated for module in student.modules() if isinstance(module, Quantizer)):
         keep = chosen.rectify and (start.card.quant_config or {}).get("rectify") == rectify
         calibrate(
             student,
@@ -169,20 +191,11 @@ def train_quantized(
             rectify_start="keep" if keep else schedule.rectify_start,
             weight_start=schedule.weight_start,
         )
-    if chosen.reconstructed:
-        images = training_images(data, card, schedule.reconstruction_images, options)
-        with progress_bar(console) as bar:
-            task = bar.add_task("reconstruction", total=schedule.reconstruction_steps)
-            reconstruct(
-                student,
-                copy.deepcopy((teacher or start).model).to(device),
-                images,
-                steps=schedule.reconstruction_steps,
-                seed=options.seed,
-                precision=options.precision,
-                compile=options.compile,
-                report=lambda progress: bar.update(task, completed=progress.step),
-            )
+    goes_on = options.resume and can_go_on(options.out)
+    if chosen.reconstructed or (schedule.reconstruct_first and chosen.trained and not goes_on):
+        _reconstruct(
+            student, copy.deepcopy((teacher or start).model).to(device), data, card, schedule, options, console
+        )
     if not chosen.trained:
         val = _validation(data, card, schedule, options)
         accuracy = evaluate(student, val, device, skip_corrupt=options.skip_corrupt)
@@ -193,8 +206,9 @@ def train_quantized(
     loss: Loss = LabelLoss()
     if teacher is not None:
         guide = copy.deepcopy(teacher.model)
-        loss = DistillationLoss(
+        loss = chosen.loss(
             guide,
+            soft=schedule.distillation == "soft",
             guided=chosen.guided,
             guided_weight=schedule.guided_weight,
             guided_decay=schedule.guided_decay,
@@ -210,6 +224,7 @@ def make_student(
     bits: tuple[int, int],
     rectify: Rectify,
     overrides: Overrides | None = None,
+    methods: Mapping[str, Method] = METHODS,
 ) -> tuple[VisionTransformer, QuantConfig]:
     """Return the student that :func:`train_quantized` trains, not calibrated, and how it is quantized.
 
@@ -218,7 +233,7 @@ def make_student(
         TeacherMismatchError: for a teacher of other classes, or of other depth or heads if the method is guided.
         UnsupportedModelError: for a model that cannot be quantized.
     """
-    chosen = METHODS[method]
+    chosen = methods[method]
     if chosen.reconstructed and teacher is None and start.card.quant_config is not None:
         raise ConfigError("Method reconstruct learns from a float model: give --teacher.")
     if chosen.guided and teacher is None:
@@ -230,7 +245,33 @@ def make_student(
     if chosen.guided and teacher is not None:
         check_guidance(teacher.model, start.model)
     config = QuantConfig(*bits, rectify=rectify if chosen.rectify else None, overrides=dict(overrides or {}))
-    return _student(start, config), config
+    student = _student(start, config)
+    if chosen.adapt is not None:
+        chosen.adapt(student)
+    return student, config
+
+
+def _reconstruct(
+    student: nn.Module,
+    teacher: nn.Module,
+    data: ImageSets,
+    card: ModelCard,
+    schedule: Schedule,
+    options: Options,
+    console: Console,
+) -> None:
+    with progress_bar(console) as bar:
+        task = bar.add_task("reconstruction", total=schedule.reconstruction_steps)
+        reconstruct(
+            student,
+            teacher,
+            training_images(data, card, schedule.reconstruction_images, options),
+            steps=schedule.reconstruction_steps,
+            seed=options.seed,
+            precision=options.precision,
+            compile=options.compile,
+            report=lambda progress: bar.update(task, completed=progress.step),
+        )
 
 
 def _student(start: FloatModel, config: QuantConfig) -> VisionTransformer:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from qvit.nn.quantizer import from_codes, to_codes
+from qvit.nn.quantizer import Quantizer, from_codes, to_codes
 from qvit.train.distributed import beside, whole
 
 MOMENTUM = 0.01
@@ -35,7 +35,11 @@ class Oscillation:
 
     def __init__(self, model: nn.Module, freeze_above: float = 0.0) -> None:
         self.freeze_above = freeze_above
-        self.layers = {name: module for name, module in model.named_modules() if hasattr(module, "weight_quantizer")}
+        self.layers = {
+            name: module
+            for name, module in model.named_modules()
+            if type(getattr(module, "weight_quantizer", None)) is Quantizer
+        }
         self.state: dict[str, dict[str, Tensor]] = {}
         for name, layer in self.layers.items():
             codes = _codes(layer)

@@ -57,7 +57,8 @@ _Loader.add_implicit_resolver(
 
 
 RECONSTRUCTION = ("reconstruction_images", "reconstruction_steps")
-"""Entries of a :class:`Schedule` that a training does not depend on."""
+"""Entries of a :class:`Schedule` that a training depends on only if it starts from a reconstruction."""
+Distillation = Literal["hard", "soft"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,14 +76,17 @@ class Schedule:
         label_smoothing: of the plain cross-entropy; distillation does not use it.
         repeated_augmentation: copies of an image a batch (Hoffer et al., 2020); 0 for none.
         scale_lr: learning rate of scales, offsets, gamma and beta, as a multiple of ``lr``.
+        distillation: from a teacher, ``"hard"`` (labels and the classes that it chooses) or ``"soft"`` (its
+            probabilities alone); see :class:`qvit.DistillationLoss`.
         guided_weight: lambda of :class:`qvit.DistillationLoss`.
         guided_decay: whether lambda falls to 0 along a cosine, as the learning rate does.
         guided_layers: attention layers that are guided, counted from 0, or from the end from -1; ``None`` for all.
         weight_start: start of the weights' scales, ``"minimum_error"`` or ``"lsq"`` (:func:`qvit.calibrate`).
         rectify_start: start of gamma and beta, ``"teacher"`` or ``"unit"`` (:func:`qvit.calibrate`).
         calibration_images: training images that set the quantizers' start.
-        reconstruction_images: training images of the method that learns from the float model's outputs alone.
-        reconstruction_steps: of that method (:func:`qvit.reconstruct`).
+        reconstruct_first: whether training starts from a reconstruction, and not from calibration alone.
+        reconstruction_images: training images that a reconstruction learns the float model's outputs on.
+        reconstruction_steps: of a reconstruction (:func:`qvit.reconstruct`).
         clip_grad: largest norm of all gradients together; 0 for none (LAMB clips to 1 by itself: ``max_grad_norm``).
         ema_decay: share of the old values in the running average of the weights, which is then what is evaluated and
             what ``best.pt`` and ``last.pt`` hold; 0 for none.
@@ -100,12 +104,14 @@ class Schedule:
     label_smoothing: float = 0.0
     repeated_augmentation: int = 0
     scale_lr: float = 1.0
+    distillation: Distillation = "hard"
     guided_weight: float = GUIDED_WEIGHT
     guided_decay: bool = False
     guided_layers: Sequence[int] | None = None
     weight_start: WeightStart = "minimum_error"
     rectify_start: Start = "teacher"
     calibration_images: int = 512
+    reconstruct_first: bool = False
     reconstruction_images: int = 1024
     reconstruction_steps: int = 500
     clip_grad: float = 0.0
@@ -126,12 +132,17 @@ class Schedule:
         if not isinstance(copies, int) or isinstance(copies, bool) or copies < 0:
             raise ConfigError(f"repeated_augmentation must be a whole number from 0 up, not {copies!r}.")
         self._check_optimizer()
-        if not isinstance(self.guided_decay, bool):
-            raise ConfigError(f"guided_decay must be true or false, not {self.guided_decay!r}.")
+        for name in ("guided_decay", "reconstruct_first"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, not {getattr(self, name)!r}.")
         layers = self.guided_layers
         if layers is not None and not (isinstance(layers, list) and layers and all(type(n) is int for n in layers)):
             raise ConfigError(f"guided_layers must be a list of layers such as [0, -1], or null, not {layers!r}.")
-        choices = {"weight_start": get_args(WeightStart), "rectify_start": ("teacher", "unit")}
+        choices = {
+            "distillation": get_args(Distillation),
+            "weight_start": get_args(WeightStart),
+            "rectify_start": ("teacher", "unit"),
+        }
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} must be {' or '.join(known)}, not {getattr(self, name)!r}.")

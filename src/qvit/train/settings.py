@@ -43,7 +43,8 @@ def settings_of(
         resident: whether images are decoded once and augmented on the device.
     """
     quantized = card.quant_config is not None
-    entries = {name: value for name, value in dataclasses.asdict(schedule).items() if name not in RECONSTRUCTION}
+    unused = () if schedule.reconstruct_first else RECONSTRUCTION
+    entries = {name: value for name, value in dataclasses.asdict(schedule).items() if name not in unused}
     settings: dict[str, Any] = {
         "quantized" if quantized else "full_precision": entries,
         "augmentation": card.recipe["augmentation"],
