@@ -42,7 +42,7 @@ def checkpoints(tmp_path):
         model = vary(create_model(card)).eval()
         config = qvit.QuantConfig(2, 2)
         images = torch.randn(8, *card.preprocessing["input_size"])
-        paths = [tmp_path / "runs" / HOSTILE[0] / "float.pt", tmp_path / "runs" / HOSTILE[1] / "2 bits.pt"]
+        paths = [tmp_path / "runs" / name / "best.pt" for name in HOSTILE]
         save_checkpoint(paths[0], card, model)
         card.quant_config, card.method = config.to_dict(), "<b>ptq"
         save_checkpoint(paths[1], card, student_of(model, images, config))
@@ -65,14 +65,14 @@ def test_hostile_names_are_text_in_everything_that_is_written(checkpoints, image
     text = (out / "report.html").read_text()
     result = json.loads((out / "analysis.json").read_text())
     page = check_page(text)
-    named = [printable(f"{HOSTILE[0]}/float.pt"), printable(f"{HOSTILE[1]}/2 bits.pt")]
+    named = [printable(f"{HOSTILE[0]}/best.pt"), printable(f"{HOSTILE[1]}/best.pt")]
     assert set(named) <= {cell["text"] for cell in page.all("td")}
     assert "<b>ptq" in {cell["text"] for cell in page.all("td")}
     assert {path.stem for path in (out / "figures").glob("*.svg")} == FIGURES
     assert {path.stem for path in (out / "figures").glob("*.png")} == FIGURES
     assert text.count("data:image/svg+xml;base64,") == len(FIGURES)
-    assert list(result["models"]) == [f"{HOSTILE[0]}/float.pt", f"{HOSTILE[1]}/2 bits.pt"]
-    assert result["reference"] == f"{HOSTILE[0]}/float.pt"
+    assert list(result["models"]) == [f"{HOSTILE[0]}/best.pt", f"{HOSTILE[1]}/best.pt"]
+    assert result["reference"] == f"{HOSTILE[0]}/best.pt"
     assert (result["images"], result["blocks"], result["study"]["bits"]) == (8, [0], [2, 2])
     first, second = result["models"].values()
     assert first["top1"] == result["study"]["float_top1"]
@@ -98,7 +98,7 @@ def test_pictures_without_labels_at_any_depth_and_a_teacher(checkpoints, tmp_pat
     done = run(*command, "--teacher", source, "--out", out, "--skip-corrupt")
     assert done.status == 0, done
     result = json.loads((out / "analysis.json").read_text())
-    assert result["reference"] == "teacher (float.pt)"
+    assert result["reference"] == "teacher (best.pt)"
     assert result["images"] in (2, 3)  # a fifth of sixteen, one of which may be the broken one
     assert all("top1" not in model for model in result["models"].values())
     assert result["study"]["float_top1"] is None

@@ -250,7 +250,7 @@ def _over_layers(axes: Axes, title: str) -> None:
 
 def _legend(figure: Figure, models: Sequence[str], panels: Mapping[str, Mapping[str, Any]]) -> None:
     handles = [
-        Line2D([], [], label=name, **_line(number))
+        Line2D([], [], label=textwrap.fill(printable(name), 30), **_line(number))
         for number, name in enumerate(models)
         if any(name in rows for rows in panels.values())
     ]

@@ -44,14 +44,14 @@ class Material(NamedTuple):
 
 
 def open_subjects(paths: Sequence[Path]) -> list[Subject]:
-    """Return the models of some checkpoints, called by what their paths differ in.
+    """Return the models of some checkpoints, called by the end of their paths, as much of it as tells them apart.
 
     Raises:
         ConfigError: if they are not of one architecture, classes and preprocessing, or one is given twice.
         CheckpointError: as :func:`load_checkpoint`.
     """
     absolute = [Path(os.path.abspath(path)) for path in paths]
-    common = os.path.commonpath([path.parent for path in absolute])
+    depth = next((n for n in range(1, 99) if len({path.parts[-n:] for path in absolute}) == len(absolute)), 1)
     subjects: list[Subject] = []
     for path, whole in zip(paths, absolute, strict=True):
         model, card = load_checkpoint(path)
@@ -64,7 +64,7 @@ def open_subjects(paths: Sequence[Path]) -> list[Subject]:
                     f"{path} and {paths[0]} differ in their {what.replace('_', ' ')}: analyze models of one "
                     "architecture together, on images that are prepared in one way."
                 )
-        subjects.append(Subject(str(whole.relative_to(common)), model, card))
+        subjects.append(Subject(str(Path(*whole.parts[-depth:])), model, card))
     return subjects
 
 
