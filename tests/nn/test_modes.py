@@ -40,7 +40,8 @@ LOOKS = {
     "query_key_statistics": lambda vit, student, images: query_key_statistics(student, [images]),
     "attention_distance": lambda vit, student, images: attention_distance(vit, student, [images]),
     "evaluate": lambda vit, student, images: evaluate(
-        student, DataLoader([0], collate_fn=lambda _: Batch(images, torch.zeros(len(images), dtype=torch.long), [])),
+        student,
+        DataLoader([0], collate_fn=lambda _: Batch(images, torch.zeros(len(images), dtype=torch.long), [], [])),
         torch.device("cpu"),
     ),
 }  # fmt: skip

@@ -57,6 +57,7 @@ for command in (
     packed.export,
     packed.push,
     packed.info,
+    compare.compare,
     compare.complexity,
     train.ablate,
     analyze.analyze,

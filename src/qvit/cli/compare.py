@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from qvit.cli.options import (
+    Cpu,
+    DataRoot,
     Override,
+    SkipCorrupt,
+    Splits,
+    Workers,
     check_bits,
     console,
+    options_of,
     parse_overrides,
 )
 from qvit.errors import ConfigError
@@ -58,3 +65,50 @@ def complexity(
     tables = models_tables(costs) if model is None else model_tables(model, costs[model])
     for part in tables:
         console().print(part, soft_wrap=isinstance(part, str))
+
+
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="A", help="A checkpoint (.pt) or a packed file (.safetensors).")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another one, with the same classes.")],
+    data: Annotated[
+        str | None, typer.Option(help="Labelled images, as of qvit eval: digits, a folder, a timm data set.")
+    ] = None,
+    images: Annotated[
+        str | None, typer.Option(help="Or a folder of pictures without labels: agreement of A and B alone.")
+    ] = None,
+    data_root: DataRoot = None,
+    splits: Splits = "train,validation",
+    batch_size: Annotated[int, typer.Option(help="Images a step.", min=1)] = 64,
+    threads: Annotated[int, typer.Option(help="Of either model while it is timed.", min=1)] = 1,
+    report: Annotated[
+        Path | None, typer.Option(help="Folder for report.html, with images on which they differ, and report.json.")
+    ] = None,
+    workers: Workers = None,
+    skip_corrupt: SkipCorrupt = False,
+    cpu: Cpu = False,
+) -> None:
+    """Compare two models on the same images: accuracy with a paired test, agreement, size, time of an image.
+
+    Each takes the images by its own preprocessing. McNemar's exact test says whether a difference may be chance.
+
+    Examples:
+      qvit compare runs/float/best.pt model.safetensors --data imagenet --report report
+      qvit compare four.safetensors two.safetensors --images photos
+    """
+    from qvit.study.comparison import Request, run_comparison
+    from qvit.study.comparison_report import check_new, comparison_table, sentences, write_comparison_report
+
+    if data == "" or images == "":  # an unset variable of a script; the empty path would be this folder
+        raise ConfigError("--data or --images is empty: give a folder.")
+    pictures = None if images is None else Path(images)
+    request = Request(first, second, data, pictures, data_root, splits, batch_size, threads)
+    options = options_of(Path(), 0, workers, "no", False, skip_corrupt, False, cpu, data or str(images))
+    if report is not None:
+        check_new(report)
+    comparison = run_comparison(request, options, console())
+    console().print(comparison_table(comparison))
+    for sentence in sentences(comparison):
+        console().print(printable(sentence), soft_wrap=True)
+    if report is not None:
+        page = write_comparison_report(report, comparison)
+        console().print(printable(f"Report: {page}"), soft_wrap=True)

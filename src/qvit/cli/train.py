@@ -43,8 +43,6 @@ from qvit.errors import ConfigError
 from qvit.files import printable
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from qvit.train.methods import Result
 
 
@@ -195,14 +193,12 @@ def eval(
 
     from qvit.data.loader import make_loader, make_transform
     from qvit.data.sources import open_validation
-    from qvit.models.checkpoint import load_checkpoint
-    from qvit.models.packed_model import load_packed
+    from qvit.models.packed_model import load_model
     from qvit.train.evaluate import evaluate
     from qvit.train.options import make_accelerator, share_of
 
     options = options_of(Path(), 0, workers, "no", False, skip_corrupt, False, cpu, data)
-    model: nn.Module
-    model, card = load_packed(checkpoint) if checkpoint.suffix == ".safetensors" else load_checkpoint(checkpoint)
+    model, card = load_model(checkpoint)
     if not card.classes:
         raise ConfigError(f"{checkpoint} holds a feature extractor, which has no classes: there is no accuracy of it.")
     images = open_validation(data, card.classes, mode=card.mode, root=data_root, splits=splits)

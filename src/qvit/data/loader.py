@@ -28,14 +28,16 @@ from qvit.images import Picture
 from qvit.runtime.preprocess import LARGEST, fit, preprocess
 
 Transform = Callable[[Picture], Tensor]
+_Prepared = tuple[Tensor | None, int, int, list[Unreadable]]
 
 
 class Batch(NamedTuple):
-    """``images (B, C, H, W)`` float32, ``labels (B,)`` int64, and the samples that could not be read."""
+    """``images (B, C, H, W)`` float32, ``labels (B,)`` int64, what could not be read, and the images' numbers."""
 
     images: Tensor
     labels: Tensor
     unreadable: list[Unreadable]
+    numbers: list[int]
 
 
 class Batches(Protocol):
@@ -99,17 +101,18 @@ class Prepared(Dataset[Any]):
     def __init__(self, images: Dataset[Any], transform: Transform, *, substitute: bool) -> None:
         self.images, self.transform, self.substitute = images, transform, substitute
 
-    def __getitem__(self, sample: Sample) -> tuple[Tensor | None, int, list[Unreadable]]:
-        """Return the transformed image or ``None``, its label, and what could not be read in its place."""
+    def __getitem__(self, sample: Sample) -> _Prepared:
+        """Return the transformed image or ``None``, its label and number, and what could not be read in its place."""
         unreadable: list[Unreadable] = []
         tries = len(self.images) if self.substitute else 1  # type: ignore[arg-type]
         for step in range(tries):
-            item = self.images[(sample.image + step) % len(self.images)]  # type: ignore[arg-type]
+            number = (sample.image + step) % len(self.images)  # type: ignore[arg-type]
+            item = self.images[number]
             if not isinstance(item, Unreadable):
                 with seeded(sample.seed):
-                    return self.transform(item[0]), int(item[1]), unreadable
+                    return self.transform(item[0]), int(item[1]), number, unreadable
             unreadable = unreadable or [item]
-        return None, -1, unreadable
+        return None, -1, -1, unreadable
 
 
 def make_loader(
@@ -207,11 +210,13 @@ def end_workers(processes: Iterable[BaseProcess]) -> None:
             process.join()
 
 
-def _collate(samples: Sequence[tuple[Tensor | None, int, list[Unreadable]]]) -> Batch:
-    unreadable = [one for _, _, those in samples for one in those]
-    images = [image for image, _, _ in samples if image is not None]
-    labels = [label for image, label, _ in samples if image is not None]
-    return Batch(torch.stack(images) if images else torch.empty(0), torch.tensor(labels, dtype=torch.int64), unreadable)
+def _collate(samples: Sequence[_Prepared]) -> Batch:
+    unreadable = [one for *_, those in samples for one in those]
+    images = [image for image, *_ in samples if image is not None]
+    labels = [label for image, label, _, _ in samples if image is not None]
+    numbers = [number for image, _, number, _ in samples if image is not None]
+    stacked = torch.stack(images) if images else torch.empty(0)
+    return Batch(stacked, torch.tensor(labels, dtype=torch.int64), unreadable, numbers)
 
 
 def _ignore_sigterm(worker: int) -> None:

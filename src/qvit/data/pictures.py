@@ -43,6 +43,29 @@ def open_pictures(folder: Path, mode: Mode, *, count: int, held_out: int, seed: 
     Raises:
         DataError: if the folder is absent, cannot be read or holds no picture, or a link leads into it again.
     """
+    paths, said = _listed(folder)
+    random.Random(seed).shuffle(paths)
+    apart = min(held_out, max(1, round(HELD_OUT * len(paths)))) if len(paths) > 1 else 0
+    first, second = paths[:apart], paths[apart : apart + count]
+    return Pictures(
+        Images(second, [0] * len(second), mode),
+        Images(first or second, [0] * len(first or second), mode),
+        said,
+    )
+
+
+def all_pictures(folder: Path, mode: Mode) -> tuple[Images, str]:
+    """Return every picture of a folder, in the order of the paths, and the remark; otherwise as :func:`open_pictures`.
+
+    Raises:
+        DataError: as :func:`open_pictures`.
+    """
+    paths, said = _listed(folder)
+    return Images(paths, [0] * len(paths), mode), said
+
+
+def _listed(folder: Path) -> tuple[list[str], str]:
+    """Return the paths of all pictures in a folder and the folders inside it, and what was left out."""
     if not folder.is_dir():
         raise DataError(f"There is no folder {folder}: --images takes a folder with pictures in it, at any depth.")
     left_out: Counter[str] = Counter()
@@ -50,11 +73,4 @@ def open_pictures(folder: Path, mode: Mode, *, count: int, held_out: int, seed: 
     paths.sort(key=lambda path: (natural_key(path), path))
     if not paths:
         raise DataError(f"{folder} holds no pictures ({KINDS}), nor do the folders in it.")
-    random.Random(seed).shuffle(paths)
-    apart = min(held_out, max(1, round(HELD_OUT * len(paths)))) if len(paths) > 1 else 0
-    first, second = paths[:apart], paths[apart : apart + count]
-    return Pictures(
-        Images(second, [0] * len(second), mode),
-        Images(first or second, [0] * len(first or second), mode),
-        remark(folder, left_out),
-    )
+    return paths, remark(folder, left_out)

@@ -113,7 +113,7 @@ class ResidentLoader:
             images = self.pixels[chosen].float()
             if self.augmentation is not None:
                 images = crop_and_flip(images, samples, **self.augmentation)
-            yield Batch((images - self.mean) / self.std, self.labels[chosen], [])
+            yield Batch((images - self.mean) / self.std, self.labels[chosen], [], [sample.image for sample in samples])
 
 
 def crop_and_flip(

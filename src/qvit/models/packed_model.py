@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qvit.models.card import ModelCard
+from qvit.models.checkpoint import load_checkpoint
 from qvit.runtime.engine import Engine, load
 
 
@@ -39,3 +40,13 @@ def load_packed(path: str | Path) -> tuple[PackedClassifier, ModelCard]:
     return PackedClassifier(engine), ModelCard(
         engine.program.name, {}, engine.classes, engine.preprocessing, bits, method="packed"
     )
+
+
+def load_model(path: Path) -> tuple[nn.Module, ModelCard]:
+    """Return the model of a checkpoint, or the engine of a packed file (``.safetensors``) as a module, and its card.
+
+    Raises:
+        CheckpointError: as :func:`qvit.models.checkpoint.load_checkpoint`.
+        PackedFileError: as :func:`load_packed`.
+    """
+    return load_packed(path) if path.suffix == ".safetensors" else load_checkpoint(path)

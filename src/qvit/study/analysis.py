@@ -227,7 +227,7 @@ def _drawn(
     prepared = Prepared(request.material.images, make_transform(preprocessing), substitute=False)
     drawn = Drawn([], [], {layer: {subject.name: [] for subject in subjects} for layer in shown})
     for index in _some(request.material.images, PICTURES).indices:
-        image, _, _ = prepared[Sample(index)]
+        image, *_ = prepared[Sample(index)]
         if image is None:  # it was counted before
             continue
         pixels = ((image * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()

@@ -1,0 +1,173 @@
+"""Two classifiers on the same images: what each has right, a paired test, and the images on which they differ."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from scipy.stats import binomtest
+from torch import Tensor, nn
+
+from qvit.data.loader import Batch
+from qvit.errors import CorruptImageError
+from qvit.nn.modes import evaluating
+
+KEPT = 12
+"""Images of each kind of difference that are kept."""
+
+
+class Share(NamedTuple):
+    """A share of some images in percent, and its standard error."""
+
+    percent: float
+    error: float
+
+    def __str__(self) -> str:
+        return f"{self.percent:.2f} ± {self.error:.2f}"
+
+
+class Difference(NamedTuple):
+    """An image to which two models give different classes.
+
+    Attributes:
+        image: its number in the data set.
+        label: its class; ``None`` where there are no labels.
+        classes: what the first and the second model take it for.
+    """
+
+    image: int
+    label: int | None
+    classes: tuple[int, int]
+
+
+class Right(NamedTuple):
+    """Numbers of images that two models classify as their labels say: both of them, one alone, neither."""
+
+    both: int
+    first: int
+    second: int
+    neither: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Paired:
+    """Two models on the same images.
+
+    Args:
+        images: how many.
+        unreadable: images that were left out.
+        same: images to which both give the same class.
+        right: how many are classified as labelled; ``None`` without labels.
+        differences: some of the images to which they give different classes, chosen at random (the same ones each
+            time), at most :data:`KEPT` of each kind, in the order of the data: right by the first model alone, by the
+            second alone, by neither; without labels all are of one kind.
+    """
+
+    images: int
+    unreadable: int
+    same: int
+    right: Right | None
+    differences: list[list[Difference]]
+
+    @property
+    def agreement(self) -> Share:
+        """Share of the images to which both models give the same class."""
+        return _share(self.same, self.images)
+
+    @property
+    def top1(self) -> tuple[Share, Share] | None:
+        """Accuracy of either model; ``None`` without labels."""
+        if self.right is None:
+            return None
+        alone = self.right.first, self.right.second
+        return _share(self.right.both + alone[0], self.images), _share(self.right.both + alone[1], self.images)
+
+    @property
+    def gain(self) -> Share | None:
+        """The second model's accuracy less the first's; its error is that of a difference on the same images."""
+        if self.right is None:
+            return None
+        first, second = self.right.first, self.right.second
+        mean = (second - first) / self.images
+        return Share(100 * mean, 100 * math.sqrt(max((first + second) / self.images - mean**2, 0.0) / self.images))
+
+    @property
+    def p_value(self) -> float | None:
+        """McNemar's test, exact: how probable a gain as large (either way) is of models that are equally good.
+
+        Of the images that one model alone has right, each model then has half: a binomial distribution.
+        """
+        if self.right is None:
+            return None
+        alone = self.right.first + self.right.second
+        return float(binomtest(self.right.first, alone).pvalue) if alone else 1.0
+
+
+@torch.no_grad()
+def compare_classes(
+    first: nn.Module, second: nn.Module, batches: Iterable[tuple[Batch, Batch]], device: torch.device, *, labelled: bool
+) -> Paired:
+    """Return how two models classify the same images; of these only counts and :data:`KEPT` numbers are kept.
+
+    Args:
+        first: gives logits.
+        second: gives logits of the same classes.
+        batches: the same images for the first and for the second model, each as it takes them.
+        device: of both models.
+        labelled: whether the batches' labels mean anything.
+
+    Raises:
+        CorruptImageError: if there is no image that can be read.
+    """
+    images = unreadable = same = 0
+    right = torch.zeros(2, 2, dtype=torch.int64)
+    kinds = [_Sample() for _ in range(3 if labelled else 1)]
+    with evaluating(first, second):
+        for pair in batches:
+            labels, numbers = pair[0].labels, pair[0].numbers
+            unreadable += len(pair[0].unreadable)
+            if not len(labels):
+                continue
+            one, other = (_classes(model, batch, device) for model, batch in zip((first, second), pair, strict=True))
+            images += len(labels)
+            same += int((one == other).sum())
+            hits = one == labels, other == labels
+            right += torch.bincount(2 * hits[0].long() + hits[1].long(), minlength=4).view(2, 2)
+            for index in (one != other).nonzero()[:, 0].tolist():
+                kind = 0 if not labelled or hits[0][index] else 1 if hits[1][index] else 2
+                label = int(labels[index]) if labelled else None
+                kinds[kind].add(Difference(numbers[index], label, (int(one[index]), int(other[index]))))
+    if not images:
+        raise CorruptImageError("No image can be read, so there is nothing to compare.")
+    (neither, second_alone), (first_alone, both) = right.tolist()
+    counts = Right(both, first_alone, second_alone, neither) if labelled else None
+    return Paired(images, unreadable, same, counts, [sorted(kind.kept) for kind in kinds])
+
+
+def _classes(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
+    classes: Tensor = model(batch.images.to(device, non_blocking=True)).argmax(dim=-1).cpu()
+    return classes
+
+
+def _share(count: int, images: int) -> Share:
+    share = count / images
+    return Share(100 * share, 100 * math.sqrt(share * (1 - share) / images))
+
+
+class _Sample:
+    """At most :data:`KEPT` of a stream, each of it with the same probability (Vitter's algorithm R)."""
+
+    def __init__(self) -> None:
+        self.kept: list[Difference] = []
+        self.seen, self.random = 0, random.Random(0)
+
+    def add(self, difference: Difference) -> None:
+        self.seen += 1
+        if len(self.kept) < KEPT:
+            self.kept.append(difference)
+        elif (place := self.random.randrange(self.seen)) < KEPT:
+            self.kept[place] = difference
