@@ -20,7 +20,9 @@ from qvit.errors import ConfigError
 from qvit.format.packed import read_packed
 from qvit.models.card import describe
 from qvit.models.checkpoint import save_checkpoint
+from qvit.quantization import calibrate
 from qvit.search import find, timing
+from qvit.search.timing import Stopwatch
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,9 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def search(teacher: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
     """Return the command with everything but a budget; a later option of the same name wins."""
     monkeypatch.setattr(timing, "ROUNDS", 1)
+    monkeypatch.setattr("qvit.bench.compare.PAUSE", 0.0)
     monkeypatch.setattr(find, "_FRONTIER", 3)
+    monkeypatch.setattr(calibrate, "_SHARES", (1.0, 0.7))  # of the ranges that are tried; quick
 
     def command(*arguments: str | Path, source: str | Path = teacher) -> Done:
         given = ["--images", pictures, "--out", tmp_path / "bits.txt", "--threads", "1", "--cpu", *arguments]
@@ -86,6 +90,7 @@ def test_bits_are_found_within_the_budgets_and_taken_by_quantize(
         (["--budget-mb", "1", "--images", ""], "--images is empty"),
         (["--budget-mb", "1", "--images", "nowhere"], "There is no folder nowhere"),
         (["--budget-mb", "1", "--out", "."], "--out is no name of a file"),
+        (["--budget-mb", "1", "--report", "r", "--out", "r/report.json"], "is a file of the report too"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(
@@ -106,6 +111,18 @@ def test_the_least_that_a_refusal_tells_is_enough_for_one_picture_too_and_nothin
     # Layers and operands of two blocks; rounding up left room for nothing.
     assert list(parse_overrides([f"@{tmp_path / 'bits.txt'}"]).values()) == [2] * 16
     assert "is there already" in sentence(search("--budget-ops", least, *one))
+
+
+def test_nothing_is_written_before_all_is_done(
+    search: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(self: Stopwatch, bits: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Stopwatch, "_compare", interrupt)
+    done = search("--budget-mb", "1", "--report", tmp_path / "report")
+    assert (done.status, done.err) == (130, "qvit: Interrupted.\n")
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 def test_a_quantized_teacher_is_refused(search: Callable[..., Done], tmp_path: Path) -> None:

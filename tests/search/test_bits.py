@@ -22,13 +22,20 @@ from qvit.models.families import classifies, image_size_of, lower
 from qvit.quantization.calibrate import scales_by_bits
 from qvit.quantization.outputs import output_distance
 from qvit.search import timing
-from qvit.search.cost import UNITS, costs_of
+from qvit.search.cost import counted_costs
 from qvit.search.products import CANDIDATES, FreeProduct, free_products
 from qvit.search.sensitivity import Rescaled, outputs_of, sensitivities
-from qvit.search.timing import Stopwatch, Times
+from qvit.search.timing import Stopwatch
 
 KINDS = ("swin", "eva02_inner_norms", "dinov3_plus", "siglip", "swinv2_cr")
 EVERY = pytest.mark.parametrize("kind", ["vit", *KINDS])
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Try few ranges where a scale is fitted: how good they are is not asked here."""
+    monkeypatch.setattr("qvit.quantization.calibrate._SHARES", (1.0, 0.7))
+    monkeypatch.setattr("qvit.quantization.calibrate._FINE_SHARES", (1.0, 0.7))
 
 
 @functools.cache
@@ -63,7 +70,7 @@ def test_a_student_that_takes_other_bits_is_one_that_was_calibrated_at_them(kind
         assert torch.equal(outputs_of(student, batches), outputs_of(other, batches))
 
 
-@EVERY
+@pytest.mark.parametrize("kind", ["vit", "swin", "siglip"])
 def test_sensitivities_are_distances_with_one_quantizer_alone(kind: str) -> None:
     _, images = float_model(kind)
     student, program = student_of(kind)
@@ -94,7 +101,7 @@ def test_sensitivities_are_distances_with_one_quantizer_alone(kind: str) -> None
 def test_costs_are_those_of_the_file_that_the_overrides_make(kind: str, tmp_path: Path) -> None:
     student, program = student_of(kind)
     products = free_products(student, program)
-    costs = costs_of(program, products, Times(0.0, {p.name: dict.fromkeys(CANDIDATES, 0.0) for p in products}, 1, ""))
+    costs = counted_costs(program, products)
     for seed in range(3):
         bits = any_bits(products, seed)
         overrides = {name: pair for product in products for name, pair in product.overrides(bits[product.name]).items()}
@@ -108,7 +115,6 @@ def test_costs_are_those_of_the_file_that_the_overrides_make(kind: str, tmp_path
         assert costs["ops"].of(chosen) == sum(
             each.macs * each.bits.weight * each.bits.activation for each in model.program.products()
         )
-    assert costs.keys() == UNITS.keys()
 
 
 @EVERY

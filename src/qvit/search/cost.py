@@ -41,10 +41,9 @@ class Cost(NamedTuple):
         return self.fixed + total(self.by_candidate, chosen)
 
 
-def costs_of(program: Program, products: Sequence[FreeProduct], times: Times) -> dict[str, Cost]:
-    """Return the costs by the end of the option that limits them.
+def counted_costs(program: Program, products: Sequence[FreeProduct]) -> dict[str, Cost]:
+    """Return the costs that are counted, by the end of the option that limits them.
 
-    - ``ms``: milliseconds of one image in the engine, as measured.
     - ``mb``: bytes of the packed file's tensors, codes, scales and all else; its header is not among them.
     - ``ops``: operations of one image: each multiply-add is as many as the product of the bits of both its factors
       (docs/method.md, section 6).
@@ -52,7 +51,6 @@ def costs_of(program: Program, products: Sequence[FreeProduct], times: Times) ->
     Args:
         program: of the model, at any bits.
         products: whose bits are free.
-        times: of the products.
     """
     free, layers = {product.name for product in products}, program.layers()
     every_byte = sum(dtype.itemsize * math.prod(shape) for dtype, shape in program.entries().values())
@@ -63,12 +61,12 @@ def costs_of(program: Program, products: Sequence[FreeProduct], times: Times) ->
     own = sum(_codes_bytes(layers[each.name], layers[each.name].bits) for each in products if each.is_layer)
     others = sum(_operations(each.macs, each.bits) for each in program.products() if each.name not in free)
     operations = [[_operations(product.macs, bits) for bits in CANDIDATES] for product in products]
-    differences = [[times.differences[product.name][bits] for bits in CANDIDATES] for product in products]
-    return {
-        "ms": Cost(times.reference, differences),
-        "mb": Cost(every_byte - own, codes),
-        "ops": Cost(others, operations),
-    }
+    return {"mb": Cost(every_byte - own, codes), "ops": Cost(others, operations)}
+
+
+def time_cost(products: Sequence[FreeProduct], times: Times) -> Cost:
+    """Return the milliseconds of one image in the engine, as measured, by products."""
+    return Cost(times.reference, [[times.differences[each.name][bits] for bits in CANDIDATES] for each in products])
 
 
 def _codes_bytes(layer: Layer, bits: Bits) -> int:

@@ -17,7 +17,7 @@ from qvit.errors import ConfigError
 from qvit.models.families import image_size_of, lower
 from qvit.quantization.calibrate import scales_by_bits
 from qvit.quantization.convert import quantize
-from qvit.search.cost import UNITS, Cost, costs_of
+from qvit.search.cost import UNITS, Cost, counted_costs, time_cost
 from qvit.search.products import CANDIDATES, WIDTHS, FreeProduct, free_products
 from qvit.search.sensitivity import Distances, Rescaled, outputs_of, sensitivities
 from qvit.search.solve import Numbers, UnmetError, choose, total
@@ -112,8 +112,12 @@ def search_bits(
     program, _ = lower(student, image_size_of(student))
     products = free_products(student, program)
     stopwatch = Stopwatch(program, products, threads)
-    costs = costs_of(program, products, stopwatch.times(lambda done, todo: tell("time of products", done, todo)))
-    _chosen([[0.0] * len(CANDIDATES) for _ in products], costs, budgets)  # refused before what takes long
+    costs = counted_costs(program, products)
+    nothing = [[0.0] * len(CANDIDATES) for _ in products]
+    # What nothing keeps is refused before what takes long.
+    _chosen(nothing, costs, {name: limit for name, limit in budgets.items() if name in costs})
+    costs["ms"] = time_cost(products, stopwatch.times(lambda done, todo: tell("time of products", done, todo)))
+    _chosen(nothing, costs, budgets)
 
     device = next(student.parameters()).device
     batches = [batch[0] if isinstance(batch, (tuple, list)) else batch for batch in batches]
@@ -201,13 +205,13 @@ def _chosen(values: Numbers, costs: Mapping[str, Cost], budgets: Mapping[str, fl
         name, unit = unmet.limit, UNITS[unmet.limit]
         before = list(budgets)[: list(budgets).index(name)]
         kept = f" that keeps {' and '.join(f'--budget-{other}' for other in before)}" if before else ""
-        least = rounded_up((unmet.least + costs[name].fixed) / unit.size)
+        least = _rounded_up((unmet.least + costs[name].fixed) / unit.size)
         raise ConfigError(
             f"No bits keep --budget-{name} {budgets[name]:g}: the least of a model{kept} is {least:g} {unit.name}."
         ) from None
 
 
-def rounded_up(value: float, digits: int = 4) -> float:
+def _rounded_up(value: float, digits: int = 4) -> float:
     """Return a positive number rounded up to some significant digits."""
     places = digits - 1 - math.floor(math.log10(value))
     return float(round(math.ceil(value * 10.0**places) / 10.0**places, max(places, 0)))

@@ -13,6 +13,7 @@ from qvit.analysis.report import Figure, Section, Table, write_report
 from qvit.search.cost import UNITS
 from qvit.search.figure import frontier_figure
 from qvit.search.find import Found, Model
+from qvit.search.products import WIDTHS
 
 RULES = (
     "distance: of the outputs from the float model's, on pictures held out, calibrated and not trained; summed: the "
@@ -87,6 +88,19 @@ def write_search_report(path: Path, found: Found, about: dict[str, Any]) -> None
                         ["product", "weights, keys or values", "inputs, queries or map"],
                         bits,
                         "Of each product of the network; the patch embedding and the heads have 8.",
+                    )
+                ],
+            ),
+            Section(
+                "Sensitivity",
+                tables=[
+                    Table(
+                        ["quantizer", *(f"{bits} bits" for bits in WIDTHS)],
+                        [
+                            [name, *(f"{by_bits[bits]:.2g}" for bits in WIDTHS)]
+                            for name, by_bits in found.sensitivities.items()
+                        ],
+                        "Distance of the outputs from the float model's with this quantizer alone.",
                     )
                 ],
             ),

@@ -61,6 +61,8 @@ def run_search(request: Request, options: Options, console: Console) -> Found:
     if not options.out.name:
         raise ConfigError("--out is no name of a file: give one such as bits.txt.")
     page, record = ((request.report or options.out) / name for name in ("report.html", "report.json"))
+    if request.report is not None and options.out in (page, record):
+        raise ConfigError(f"--out {options.out} is a file of the report too: give another name.")
     outputs = [options.out, *([page, record] if request.report is not None else [])]
     check_new(outputs)
     teacher, card = float_model(request.source, request.model, console)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import random
 import re
+import statistics
 from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import numpy as np
@@ -21,6 +23,10 @@ from qvit.search.products import CANDIDATES, FreeProduct
 _REFERENCE = Bits(8, 8)
 _COUNTED = 2
 """Bits of inputs up to which the engine takes the activation function before them by comparing."""
+_MORE = 8
+"""Models that are timed beyond two for each number that is sought."""
+Way = tuple[str, bool]
+"""Of computing a product: the kernel, and whether the function before it is taken by comparing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,38 +67,40 @@ class Stopwatch:
     def times(self, report: Callable[[int, int], None]) -> Times:
         """Measure what every free product takes at every pair of bits.
 
-        Products of one kind and size change together, from a model of 8 bits, for each way in which the engine computes
-        them: turn by turn with that model, so that what the machine does meanwhile meets both alike. Pairs of bits
-        that are computed in one way have one time.
+        Products of one kind and size take the same, and pairs of bits that the engine computes in one way. Models in
+        which each kind is computed in a way chosen by chance are timed, turn by turn with one of 8 bits, so that what
+        the machine does meanwhile meets both alike; what the ways cost is the least-squares solution of all of them.
 
         Args:
-            report: called with how many of how many comparisons are done.
+            report: called with how many of how many models are timed.
         """
         groups: dict[Hashable, list[FreeProduct]] = {}
         for product in self.products:
             groups.setdefault(self._kind(product), []).append(product)
-        ways = {kind: {pair: self._way(group[0], pair) for pair in CANDIDATES} for kind, group in groups.items()}
-        todo = sum(len({*of.values()} - {of[_REFERENCE]}) for of in ways.values())
-        references: list[float] = []
-        done = 0
-        differences: dict[str, dict[Bits, float]] = {}
+        pairs: dict[Hashable, dict[Way, Bits]] = {}  # one for each way; for that of 8 bits these
         for kind, group in groups.items():
-            by_way = {ways[kind][_REFERENCE]: 0.0}
-            for pair, way in ways[kind].items():
-                if way not in by_way:
-                    bits = {product.name: _REFERENCE for product in self.products}
-                    bits |= {product.name: pair for product in group}
-                    own, other = self._compare(bits)
-                    references += own
-                    by_way[way] = (min(other) - min(own)) / len(group)
-                    done += 1
-                    report(done, todo)
-            for product in group:
-                differences[product.name] = {pair: by_way[way] for pair, way in ways[kind].items()}
-        if not references:
-            references = self._compare({})[0]
-        engine = self.reference
-        return Times(min(references), differences, engine.threads, engine.instruction_set)
+            pairs[kind] = {self._way(group[0], pair): pair for pair in (*CANDIDATES[::-1], _REFERENCE)}
+        columns = [(kind, way) for kind, ways in pairs.items() for way in ways if ways[way] != _REFERENCE]
+        chance, rows, ratios, references = random.Random(0), [], [], []
+        models = 2 * len(columns) + _MORE
+        for number in range(models):
+            ways = {kind: chance.choice(list(of)) for kind, of in pairs.items()}
+            if number < len(columns):  # each is seen at least once
+                ways |= [columns[number]]
+            own, other = self._compare({p.name: pairs[kind][ways[kind]] for kind in groups for p in groups[kind]})
+            rows.append([len(groups[kind]) * (ways[kind] == way) for kind, way in columns])
+            ratios.append(min(other) / min(own))
+            references.append(min(own))
+            report(number + 1, models)
+        solution, *_ = np.linalg.lstsq(np.array(rows, dtype=float), np.array(ratios) - 1)
+        reference = statistics.median(references)
+        cost = {column: reference * float(share) for column, share in zip(columns, solution, strict=True)}
+        differences = {
+            product.name: {pair: cost.get((kind, self._way(product, pair)), 0.0) for pair in CANDIDATES}
+            for kind, group in groups.items()
+            for product in group
+        }
+        return Times(reference, differences, self.reference.threads, self.reference.instruction_set)
 
     def measure(self, bits: Mapping[str, Bits]) -> float:
         """Return the milliseconds of a model, by the bits of every free product."""
@@ -115,18 +123,11 @@ class Stopwatch:
         return Engine(random_model(program), threads=self.threads)
 
     def _kind(self, product: FreeProduct) -> Hashable:
-        """Return what products have in common that take the same time.
-
-        After the last attention's keys and values are made, a model that looks at its class token alone computes no
-        other row.
-        """
-        names = [each.name for each in self.program.products()]
-        last = max((place for place, name in enumerate(names) if name.endswith(".qkv")), default=len(names))
+        """Return what products have in common that take the same time."""
         layer = self.program.layers().get(product.name)
-        role = re.sub(r"\b\d+\b", "", product.name)
-        return role, product.macs, layer and layer.inputs, names.index(product.name) > last
+        return re.sub(r"\b\d+\b", "", product.name), product.macs, layer and layer.inputs
 
-    def _way(self, product: FreeProduct, bits: Bits) -> tuple[str, bool]:
+    def _way(self, product: FreeProduct, bits: Bits) -> Way:
         """Return in which way the engine computes a product."""
         kernel = _kernels.product(
             self.reference.instruction_set, bits.activation, bits.weight, moving=not product.is_layer
