@@ -26,8 +26,9 @@ from qvit.config import Bits
 from qvit.errors import ConfigError
 from qvit.exporting import onnx_file
 from qvit.exporting.onnx_file import onnx_model
+from qvit.exporting.onnx_graph import Graph
 from qvit.exporting.onnx_ops import BUILD
-from qvit.exporting.onnx_products import signed_right
+from qvit.exporting.onnx_products import IntegerProducts
 from qvit.format.ops import Classify
 from qvit.format.program import Program
 from qvit.models.families import image_size_of, lower
@@ -100,7 +101,7 @@ KINDS = {
     (4, 25): TensorProto.INT4,
     (5, None): TensorProto.INT8,
     (7, None): TensorProto.INT8,
-    (8, None): TensorProto.UINT8,
+    (8, None): TensorProto.INT8,
 }
 
 
@@ -110,19 +111,21 @@ def test_weights_are_stored_in_the_narrowest_type(bits: int, opset: int | None, 
     packed = make_packed(bits)
     model = onnx_model(packed, exact=exact, opset=opset)
     kinds = {each.name: each.data_type for each in model.graph.initializer if each.name.endswith(".codes")}
-    assert kinds == {f"{name}.codes": KINDS[bits, opset] for name in packed.program.layers()}
+    kind = TensorProto.UINT8 if exact and bits == 8 else KINDS[bits, opset]
+    assert kinds == {f"{name}.codes": kind for name in packed.program.layers()}
     assert model.opset_import[0].version == (opset or (25 if bits == 2 else 21))
     if opset is None:
         check_codes(packed, OnnxEngine(packed, exact=exact), images_for(packed.program, 2))
 
 
-def test_products_that_two_bytes_cannot_hold_have_no_signed_factor() -> None:
+def test_exact_products_that_two_bytes_cannot_hold_have_no_signed_factor() -> None:
     # Two products of an unsigned and a signed byte are added in 16 bits where a processor has no VNNI.
-    assert not signed_right(8, 8)
-    assert all(signed_right(left, right) for left in range(2, 9) for right in range(2, 9) if left + right < 16)
-    packed = make_packed({name: Bits(8, 8) for name in vit_program(8).bits()}, channels=1)
-    for model in (onnx_model(packed), onnx_model(packed, exact=True)):
-        assert TensorProto.INT8 not in {each.data_type for each in model.graph.initializer}
+    signed = IntegerProducts(Graph(21)).signed
+    for left in range(2, 9):
+        for right in range(2, 9):
+            assert signed(left, right) == (2 * (2**left - 1) * 2 ** (right - 1) < 2**15)
+    model = onnx_model(make_packed(8), exact=True)
+    assert TensorProto.INT8 not in {each.data_type for each in model.graph.initializer}
 
 
 def test_activations_of_two_bits_ask_for_no_later_opset() -> None:

@@ -133,7 +133,7 @@ def _torch_threads(threads: int) -> None:
 
 
 def _onnxruntime(case: Case) -> Runner:
-    return _onnx_session(export_onnx(case), case.threads)
+    return onnx_session(export_onnx(case), case.threads)
 
 
 def _onnxruntime_int8_dynamic(case: Case) -> Runner:
@@ -141,7 +141,7 @@ def _onnxruntime_int8_dynamic(case: Case) -> Runner:
 
     path = case.onnx.with_suffix(".dynamic.onnx")
     quantize_dynamic(_prepared(case), path, weight_type=QuantType.QInt8, per_channel=True)
-    return _onnx_session(path, case.threads)
+    return onnx_session(path, case.threads)
 
 
 def _onnxruntime_int8_static(case: Case) -> Runner:
@@ -157,7 +157,7 @@ def _onnxruntime_int8_static(case: Case) -> Runner:
         weight_type=QuantType.QInt8,
         per_channel=True,
     )
-    return _onnx_session(path, case.threads)
+    return onnx_session(path, case.threads)
 
 
 class _Calibration:
@@ -180,7 +180,8 @@ def _prepared(case: Case) -> Path:
     return path
 
 
-def _onnx_session(path: Path, threads: int) -> Runner:
+def onnx_session(path: Path, threads: int) -> Runner:
+    """Return what runs an ONNX file, whose input is called ``images``, in ONNX Runtime."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -199,15 +200,13 @@ def _onnx_session(path: Path, threads: int) -> Runner:
 def _openvino(case: Case) -> Runner:
     import openvino
 
-    return _openvino_request(
-        openvino.Core().read_model(export_onnx(case)), case.threads, INFERENCE_PRECISION_HINT="f32"
-    )
+    return openvino_request(openvino.Core().read_model(export_onnx(case)), case.threads, INFERENCE_PRECISION_HINT="f32")
 
 
 def _openvino_as_it_comes(case: Case) -> Runner:
     import openvino
 
-    return _openvino_request(openvino.Core().read_model(export_onnx(case)), case.threads)
+    return openvino_request(openvino.Core().read_model(export_onnx(case)), case.threads)
 
 
 def _openvino_int8(case: Case) -> Runner:
@@ -224,10 +223,11 @@ def _openvino_int8(case: Case) -> Runner:
         model_type=nncf.ModelType.TRANSFORMER,
         subset_size=CALIBRATION_IMAGES,
     )
-    return _openvino_request(model, case.threads)
+    return openvino_request(model, case.threads)
 
 
-def _openvino_request(model: Any, threads: int, **settings: str) -> Runner:
+def openvino_request(model: Any, threads: int, **settings: str) -> Runner:
+    """Return what runs one of OpenVINO's models of one input, tuned for latency; ``settings`` are the plugin's."""
     import openvino
 
     settings |= {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1", "INFERENCE_NUM_THREADS": str(threads)}

@@ -11,7 +11,7 @@ from onnx import TensorProto
 
 from qvit.exporting.onnx_builder import Builder
 from qvit.exporting.onnx_graph import Array, Value
-from qvit.exporting.onnx_products import plain, signed_right
+from qvit.exporting.onnx_products import plain
 from qvit.format.branches import Attention, AttentionPool
 from qvit.format.ops import Stream
 from qvit.runtime.parts import RECTIFIER_EPS
@@ -77,7 +77,7 @@ def _products(
     scale = to.array(f"{name}.logit_scale").astype(np.float64) if op.scale is None else op.scale
 
     left = to.operand(f"{name}.query", op.query, q)
-    right = to.operand(f"{name}.key", op.key, k, signed=signed_right(op.query, op.key))
+    right = to.operand(f"{name}.key", op.key, k, signed=to.products.signed(op.query, op.key))
     perm = [*range(rank - 2), rank - 1, rank - 2]
     right = right._replace(value=graph.node("Transpose", right.value, perm=perm))
     logits = _scaled(to, to.products.matmul(left, right), a_q * a_k * scale)
@@ -86,7 +86,7 @@ def _products(
     for bias in biases:
         logits = graph.node("Add", logits, bias)
     left = to.operand(f"{name}.map", op.map, graph.node("Softmax", logits, axis=-1))
-    right = to.operand(f"{name}.value", op.value, v, signed=signed_right(op.map, op.value))
+    right = to.operand(f"{name}.value", op.value, v, signed=to.products.signed(op.map, op.value))
     rows = graph.node("ReduceSum", plain(graph, left), graph.integers(-1))
     out = _scaled(to, to.products.matmul(left, right), a_p * a_v)
     return graph.node("Add", out, _scaled(to, rows, a_p * z_v))

@@ -1,7 +1,7 @@
 """Products of codes in an ONNX graph, in two ways: dequantized first (QDQ), or in integers (:class:`IntegerProducts`).
 
-Both take the same codes. A left factor is unsigned, its code 0 stored as ``2^(b-1)``; a right one is signed, unless the
-two are as wide as :data:`SATURATION` allows no more. No PyTorch here.
+A left factor is unsigned, its code 0 stored as ``2^(b-1)``; a right one is signed where :meth:`Products.signed` says
+so. No PyTorch here.
 """
 
 from __future__ import annotations
@@ -30,20 +30,12 @@ class Codes(NamedTuple):
     zero: Value
 
 
-def signed_right(left_bits: int, right_bits: int) -> bool:
-    """Return whether the right factor of a product of codes may be signed."""
-    return 2 * (2**left_bits - 1) * 2 ** (right_bits - 1) <= SATURATION
+def quantize(graph: Graph, name: str, x: Value, scale: float, low: int, *, signed: bool = False) -> Codes:
+    """Return the codes ``round(x / scale)`` of a value that is clipped already, as the value called ``name``.
 
-
-def quantize(graph: Graph, name: str, x: Value, scale: float, low: int, high: int, *, signed: bool = False) -> Codes:
-    """Return the codes ``round(clip(x / scale, low, high))`` of a value whose offset is taken off already.
-
-    They are the value called ``name``. INT8 and UINT8 saturate by themselves; fewer bits are clipped before.
+    INT8 and UINT8 saturate, so that codes of 8 bits need no clipping before.
     """
-    dtype: type[np.generic] = np.int8 if signed else np.uint8
-    zero = graph.constant(np.array(0 if signed else -low, dtype))
-    if high - low < 255:
-        x = graph.node("Clip", x, graph.scalar(np.float32(scale) * low), graph.scalar(np.float32(scale) * high))
+    zero = graph.constant(np.array(0, np.int8) if signed else np.array(-low, np.uint8))
     return Codes(graph.node("QuantizeLinear", x, graph.scalar(scale), zero, name=name), zero)
 
 
@@ -54,6 +46,9 @@ def plain(graph: Graph, codes: Codes) -> Value:
 
 class Products(Protocol):
     """How a graph multiplies codes."""
+
+    def signed(self, left_bits: int, right_bits: int) -> bool:
+        """Return whether the right factor of a product is signed."""
 
     def linear(self, codes: Codes, layer: PackedLayer, name: str) -> Value:
         """Return ``input_scale * scale * (Q W^T)``, ``(..., outputs)``, for codes ``(..., K)`` of a layer's inputs."""
@@ -72,13 +67,16 @@ class QdqProducts:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
 
+    def signed(self, left_bits: int, right_bits: int) -> bool:
+        """Return true: OpenVINO takes unsigned weights for compressed ones, and rounds its inputs."""
+        return True
+
     def linear(self, codes: Codes, layer: PackedLayer, name: str) -> Value:
         """See :class:`Products`."""
         graph = self.graph
         x = graph.node("DequantizeLinear", codes.value, graph.scalar(layer.input_scale), codes.zero)
         weight = _weight(graph, layer, name), graph.constant(layer.scale)
-        zeros = [graph.constant(np.full(len(layer.scale), _MIDDLE, np.uint8))] if _is_unsigned(layer) else []
-        return graph.node("MatMul", x, graph.node("DequantizeLinear", *weight, *zeros, axis=1))
+        return graph.node("MatMul", x, graph.node("DequantizeLinear", *weight, axis=1))
 
     def matmul(self, left: Codes, right: Codes) -> Value:
         """See :class:`Products`."""
@@ -95,11 +93,19 @@ class IntegerProducts:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
 
+    def signed(self, left_bits: int, right_bits: int) -> bool:
+        """Return whether two products of an unsigned and a signed byte fit :data:`SATURATION`."""
+        return 2 * (2**left_bits - 1) * 2 ** (right_bits - 1) <= SATURATION
+
     def linear(self, codes: Codes, layer: PackedLayer, name: str) -> Value:
         """See :class:`Products`."""
         graph = self.graph
-        zero = np.array(_MIDDLE, np.uint8) if _is_unsigned(layer) else np.array(0, np.int8)
-        sums = self.matmul(codes, Codes(_weight(graph, layer, name), graph.constant(zero)))
+        if self.signed(layer.bits.activation, layer.bits.weight):
+            weight, zero = _weight(graph, layer, name), np.array(0, np.int8)
+        else:
+            unsigned = layer.codes.T.astype(np.int16) + _MIDDLE
+            weight, zero = graph.constant(unsigned.astype(np.uint8), name), np.array(_MIDDLE, np.uint8)
+        sums = self.matmul(codes, Codes(weight, graph.constant(zero)))
         scale = layer.input_scale.astype(np.float64) * layer.scale
         return graph.node("Mul", sums, graph.constant(scale.astype(np.float32)))
 
@@ -113,18 +119,12 @@ _MIDDLE = 128
 """What code 0 of an unsigned weight is stored as."""
 
 
-def _is_unsigned(layer: PackedLayer) -> bool:
-    return not signed_right(layer.bits.activation, layer.bits.weight)
-
-
 def _weight(graph: Graph, layer: PackedLayer, name: str) -> Value:
-    """Return the codes of a layer's weights, ``(inputs, outputs)``, as INT8 or UINT8.
+    """Return the codes of a layer's weights, ``(inputs, outputs)``, as INT8.
 
     Stored in fewer bits, they are widened when a runtime loads the model: from INT4 on ONNX Runtime computes in floats.
     """
     codes = layer.codes.T
-    if _is_unsigned(layer):
-        return graph.constant((codes.astype(np.int16) + _MIDDLE).astype(np.uint8), name)
     if layer.bits.weight > 4:
         return graph.constant(codes, name)
     return graph.node("Cast", graph.narrow(name, codes, layer.bits.weight), to=TensorProto.INT8)
