@@ -19,6 +19,7 @@ from qvit.analysis.figures import (
     training_curves,
 )
 from qvit.analysis.statistics import QueryKeyStatistics, query_key_statistics
+from qvit.analysis.style import new_figure
 from qvit.errors import ConfigError
 
 
@@ -142,3 +143,13 @@ def test_layers_are_told_apart_without_colour_and_axes_show_no_markup() -> None:
     assert not [text for text in texts(figure) if "$" in text]
     assert {"0.01", "0.1"} <= set(texts(figure))
     assert len({line.get_marker() for line in figure.axes[0].get_lines()}) == 5
+
+
+def test_a_logarithmic_axis_of_any_figure_shows_numbers() -> None:
+    figure = new_figure(4, 3)
+    axes = figure.subplots()
+    axes.loglog([1e-3, 1e2], [2, 7])
+    png(figure)
+    assert {"0.001", "0.1", "10"} <= set(texts(figure))
+    assert not [text for text in texts(figure) if "$" in text]
+    assert [text for label in axes.get_yticklabels(minor=True) if (text := label.get_text())]  # less than a decade

@@ -199,8 +199,6 @@ def layer_profiles(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
             norms.plot([gradients["guided"] for gradients in trained], "--", **style)
             cosines.plot([gradients["cosine"] for gradients in trained], **style)
         norms.set_yscale("log")
-        norms.yaxis.set_major_formatter("{x:g}")  # by itself it writes TeX, which stays as it is
-        norms.yaxis.set_minor_formatter(LogFormatter())
         cosines.axhline(0, color="#808080", linewidth=0.8)
         bound = next(iter(rows.values()))[0]["query_bits"]
         titles = {
@@ -268,6 +266,9 @@ def _saved(figure: Figure, **options: Any) -> bytes:
     """Return the file of a figure, in which names are text; a character that the font does not have is a box."""
     for text in figure.findobj(Text):
         text.set_text("\n".join(map(printable, text.get_text().split("\n"))))
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) if axis.get_scale() == "log"):
+        axis.set_major_formatter("{x:g}")  # by itself it writes TeX, which stays as it is
+        axis.set_minor_formatter(LogFormatter())
     buffer = io.BytesIO()
     with rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
