@@ -40,10 +40,9 @@ def test_parts_of_every_family_divide_it_and_can_be_trained_alone(member):
     cells = cells_of(places)
     assert sorted(name for cell in cells.values() for name in cell) == sorted(set(names) - set(places.of_part(OUTSIDE)))
     for part in PARTS:
-        config = QuantConfig(8, 8, rectify=None, overrides=overrides_of(places.of_part(part), (2, 3)))
+        config = QuantConfig(8, 8, rectify=None, overrides=overrides_of(places.of_part(part), 3))
         for name, quantizer in quantizers(quantize(teacher, config)).items():
-            few = 2 if name.endswith("weight_quantizer") else 3
-            assert quantizer.bits == (few if name in places.of_part(part) else 8), (part, name)
+            assert quantizer.bits == (3 if name in places.of_part(part) else 8), (part, name)
 
 
 def test_a_variant_quantizes_its_quantizers_alone(vit, images):

@@ -73,7 +73,7 @@ def test_hostile_names_are_text_in_everything_that_is_written(checkpoints, image
     assert text.count("data:image/svg+xml;base64,") == len(FIGURES)
     assert list(result["models"]) == [f"{HOSTILE[0]}/best.pt", f"{HOSTILE[1]}/best.pt"]
     assert result["reference"] == f"{HOSTILE[0]}/best.pt"
-    assert (result["images"], result["blocks"], result["study"]["bits"]) == (8, [0], [2, 2])
+    assert (result["images"], result["blocks"], result["study"]["bits"]) == (8, [0], 2)
     first, second = result["models"].values()
     assert first["top1"] == result["study"]["float_top1"]
     assert second["same_class"] <= 100
@@ -130,6 +130,12 @@ def test_every_part_is_trained_with_one_budget(checkpoints, image_folder, tmp_pa
     operands = ("query", "key")
     assert config["overrides"] == {f"blocks.0.attn.{operand}_quantizer": [2, 2] for operand in operands}
     assert "it alone, trained, the rest at 8 bits" in (out / "report.html").read_text()
+    (out / "report.html").unlink()  # as if it had been interrupted when all was trained
+    (out / "analysis.json").unlink()
+    shutil.rmtree(out / "figures")
+    done = run(*command, "--bits", "2", "--set", "quantized.lr=1e-3")
+    assert done.status == 0, done
+    assert json.loads((out / "analysis.json").read_text())["study"]["trained"] == trained
 
 
 def test_ctrl_c_ends_in_one_sentence_and_leaves_nothing(checkpoints, image_folder, tmp_path, monkeypatch):
@@ -154,9 +160,10 @@ def test_what_is_refused_is_refused_in_a_sentence(checkpoints, image_folder, tmp
     for arguments, said in (
         ([copy], "Give either --data, whose"),
         ([copy, "--data", data, "--images", data], "Give either --data, whose"),
-        ([copy, "--images", ""], "--data is empty"),
+        ([copy, "--images", ""], "--images is empty"),
         ([copy, copy, "--data", data], "is given twice"),
         ([copy, tmp_path / "patch.pt", "--data", data], "differ in their model args"),
+        ([copy, "--data", data, "--teacher", tmp_path / "patch.pt"], "what is compared is of one architecture"),
         ([copy, "--data", data, "--blocks", "2"], "There is no block 2: the attention layers are 0 to 0"),
         ([copy, "--data", data, "--blocks", "x"], "--blocks takes whole numbers"),
         ([copy, "--data", data, "--train", "digits"], "--train starts from a float model"),

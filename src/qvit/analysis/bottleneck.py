@@ -63,23 +63,23 @@ class Places:
         return [name for name in self.kinds if name.startswith(f"{block}.") and self.kinds[name] == kind]
 
 
-def overrides_of(names: Sequence[str], bits: tuple[int, int]) -> dict[str, tuple[int, int]]:
+def overrides_of(names: Sequence[str], bits: int) -> dict[str, tuple[int, int]]:
     """Return overrides (:class:`qvit.QuantConfig`) with which the quantizers called ``names`` alone have few bits.
 
     Args:
         names: of quantizers.
-        bits: of weights and of activations; all others have 8.
+        bits: that these have; all others have 8.
     """
     overrides: dict[str, tuple[int, int]] = {}
     for name in names:
         layer, _, part = name.rpartition(".")
         weight, activation = overrides.get(layer, (MAX_BITS, MAX_BITS))
         if part == "weight_quantizer":
-            overrides[layer] = bits[0], activation
+            overrides[layer] = bits, activation
         elif part == "input_quantizer":
-            overrides[layer] = weight, bits[1]
+            overrides[layer] = weight, bits
         else:
-            overrides[name] = bits[1], bits[1]
+            overrides[name] = bits, bits
     return overrides
 
 
@@ -97,12 +97,13 @@ def only(student: nn.Module, names: Sequence[str]) -> Iterator[None]:
 class Tried:
     """Adds up what variants of a student give on some images.
 
-    Attributes:
-        images: how many were seen.
+    Args:
+        teacher: the float model.
+        student: made of it, calibrated.
+        variants: for each by its name, the quantizers that quantize in it; all others pass on floats.
     """
 
     def __init__(self, teacher: nn.Module, student: nn.Module, variants: Mapping[str, Sequence[str]]) -> None:
-        """Take a student, calibrated, and for each variant by its name the quantizers that quantize in it."""
         self.teacher, self.student, self.variants = teacher, student, variants
         self.classifies = classifies(teacher)
         self.images = self.labelled = 0

@@ -66,7 +66,7 @@ class Examination:
         with evaluating(self.model), contextlib.nullcontext() if self.noise is None else self.noise.watching():
             attended = run_with_attention(self.model, images)
         if not bool(torch.isfinite(attended.output).all()):
-            raise DataError("A model gives a NaN or an infinity: check it and the images.")
+            raise DataError("The model gives a NaN or an infinity: check it and the images.")
         for statistics, queries, keys in zip(self.statistics, attended.queries, attended.keys, strict=True):
             statistics.add(queries, keys)
         self.range.add(attended.maps)

@@ -128,7 +128,6 @@ def heat_map(
     unit: str,
     counted: str,
     *,
-    labels: str = ".0f",
     dark_is_bad: bool = True,
 ) -> Figure:
     """Draw a table of numbers as colours, each with its number.
@@ -139,7 +138,6 @@ def heat_map(
         columns: names.
         unit: of the values, beside the scale of colours.
         counted: what a column is.
-        labels: format of the numbers.
         dark_is_bad: whether low values are those to look at, and dark; else high ones are dark.
     """
     table = np.array([[math.nan if value is None else value for value in row] for row in values])
@@ -155,7 +153,7 @@ def heat_map(
                 axes.text(
                     column,
                     row,
-                    f"{value:{labels}}",
+                    f"{value:.0f}",
                     ha="center",
                     va="center",
                     fontsize=9,

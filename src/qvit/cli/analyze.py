@@ -78,11 +78,13 @@ def analyze(
     import dataclasses
 
     from qvit.study.analysis import Request, run_analysis, summary
-    from qvit.study.subjects import Subject, labelled_images, open_subjects, pictures_of
+    from qvit.study.subjects import labelled_images, open_subjects, pictures_of, teacher_for
     from qvit.train.recipe import load_recipe
 
     if (data is None) == (images is None):
         raise ConfigError("Give either --data, whose validation images have labels, or --images, a folder of pictures.")
+    if images == "":  # an unset variable of a script; the empty path would be this folder
+        raise ConfigError("--images is empty: give a folder of pictures.")
     source = images if data is None else data
     assert source is not None
     options = options_of(out, seed, workers, "no", False, skip_corrupt, False, cpu, source)
@@ -101,8 +103,8 @@ def analyze(
     reference = next((subject.name for subject in subjects if subject.card.quant_config is None), None)
     if teacher is not None:
         found = float_model(teacher, dataclasses.replace(card, quant_config=None), "teacher")
-        reference = f"teacher ({Path(teacher).name})"
-        subjects.append(Subject(reference, *found))
+        subjects.append(teacher_for(subjects, found, teacher))
+        reference = subjects[-1].name
     if train is not None and reference is None:
         raise ConfigError("--train starts from a float model: give one among the checkpoints, or --teacher.")
     if data is None:
@@ -120,7 +122,7 @@ def analyze(
         chosen,
         limit,
         study_images,
-        check_bits(fewest if bits is None else bits, None),
+        check_bits(fewest if bits is None else bits, None)[0],
         recipe,
     )
     result = run_analysis(request, options, console())

@@ -64,7 +64,7 @@ class Request:
         blocks: attention layers whose queries, keys and maps are drawn; ``None`` for four of them.
         limit: images to look at, at most, evenly spaced; ``None`` for all.
         study_images: of the bottleneck study, at most; 0 for no study.
-        bits: of the bottleneck study's weights and activations.
+        bits: of the bottleneck study.
         recipe: with whose ``quantized`` schedule every part is trained; ``None`` to calibrate alone.
     """
 
@@ -75,7 +75,7 @@ class Request:
     blocks: Sequence[int] | None = None
     limit: int | None = None
     study_images: int = 1000
-    bits: tuple[int, int] = (4, 4)
+    bits: int = 4
     recipe: Recipe | None = None
 
 
@@ -109,7 +109,7 @@ def run_analysis(request: Request, options: Options, console: Console) -> dict[s
 
 
 def _check_out(out: Path) -> None:
-    for name in ("report.html", "analysis.json"):
+    for name in ("report.html", "analysis.json", "figures"):
         if (out / name).exists():
             raise ConfigError(f"{out / name} is there already: give another --out, or move it away.")
 
@@ -134,7 +134,10 @@ def _analysed(
         for images, labels in _batches(chosen, request, options, bar, "images", device, at_once):
             attended = None
             for name, examination in examinations.items():
-                given = examination.add(images, labels, attended)
+                try:
+                    given = examination.add(images, labels, attended)
+                except DataError as error:
+                    raise DataError(f"{name}: {error}") from error
                 attended = given if name == request.reference else attended
         drawn = _drawn(request, ordered, {layer: grids[layer] for layer in shown}, device)
         study = (
@@ -164,7 +167,7 @@ def _analysed(
 
 def _studied(request: Request, options: Options, bar: Bar, reference: Subject, device: torch.device) -> dict[str, Any]:
     """Return the bottleneck study of the reference, calibrated: parts, and kinds of quantizers block by block."""
-    student = quantize(reference.model, QuantConfig(*request.bits, rectify=None))
+    student = quantize(reference.model, QuantConfig(request.bits, request.bits, rectify=None))
     calibration = _some(request.material.calibration, CALIBRATION_IMAGES)
     batches = [images for images, _ in _batches(calibration, request, options, bar, "calibration images", device)]
     task = bar.add_task("calibration", total=None)
@@ -179,7 +182,7 @@ def _studied(request: Request, options: Options, bar: Bar, reference: Subject, d
         for images, labels in _batches(_some(request.material.images, count), request, options, bar, title, device):
             tried.add(images, labels)
     return {
-        "bits": list(request.bits),
+        "bits": request.bits,
         "images": parts.images,
         "cell_images": cells.images,
         "float_top1": parts.float_top1(),
@@ -195,11 +198,11 @@ def _trained(request: Request, recipe: Recipe, options: Options, console: Consol
     assert request.material.data is not None
     subject = next(subject for subject in request.subjects if subject.name == request.reference)
     teacher = FloatModel(subject.model, subject.card)  # type: ignore[arg-type]
-    places = Places(quantize(subject.model, QuantConfig(*request.bits, rectify=None)))
+    places = Places(quantize(subject.model, QuantConfig(request.bits, request.bits, rectify=None)))
     top1 = {}
     for number, part in enumerate(PARTS, 1):
         folder = options.out / _TRAINED / part.lower().replace(" ", "-")
-        console.print(f"[{number}/{len(PARTS)}] {part} at {request.bits[0]} bits, trained", markup=False)
+        console.print(f"[{number}/{len(PARTS)}] {part} at {request.bits} bits, trained", markup=False)
         run = dataclasses.replace(options, out=folder, resume=can_go_on(folder))
         overrides = overrides_of(places.of_part(part), request.bits)
         result = train_quantized(

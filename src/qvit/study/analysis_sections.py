@@ -158,7 +158,7 @@ def noise(models: Mapping[str, Any]) -> Part:
             "Signal to quantization noise: ten times the logarithm of the values' squared distance from their mean by "
             "that from their quantized values; 6 dB are one bit. qvit quantize, train and ablate take what is to be "
             "tried. Where values are clipped, more pictures to calibrate on help too, and training. What noise costs "
-            "is another matter: the study of the bottleneck, below, says it of the float model.",
+            "is another matter, which the bottleneck study tells.",
         ],
         tables,
         drawings,
@@ -182,7 +182,7 @@ def _by_block(noises: Sequence[QuantizerNoise]) -> tuple[list[str], list[str], l
         )
         if rest:
             number, _, role = rest.partition(".")
-            where = f"{block.removeprefix('layers.')}.{number}" if block else number
+            where = f"{block.rpartition('.')[2]}.{number}" if block else number  # of stages, the stage's number first
             found[where, role.removesuffix("_quantizer")] = noise.snr
     blocks, roles = (list(dict.fromkeys(key[side] for key in found)) for side in (0, 1))
     return blocks, roles, [[found.get((block, role)) for block in blocks] for role in roles]
@@ -190,10 +190,7 @@ def _by_block(noises: Sequence[QuantizerNoise]) -> tuple[list[str], list[str], l
 
 def bottleneck(study: Mapping[str, Any]) -> Part:
     """What few bits cost, part by part and block by block."""
-    weights, activations = study["bits"]
-    at = (
-        f"{weights} bits" if weights == activations else f"{weights} bits for weights and {activations} for activations"
-    )
+    at = f"{study['bits']} bits"
     parts, labelled = study["parts"], study["float_top1"] is not None
     what, unit = (
         ("top1", "top-1 (%)")
@@ -211,6 +208,8 @@ def bottleneck(study: Mapping[str, Any]) -> Part:
     rows = [
         [part, *(f"{by_part[part]:.2f}" if part in by_part else "–" for by_part in bars.values())] for part in PARTS
     ]
+    classes = "same_class" in parts[EVERYTHING]
+    factor, distance = (1000, "divergence of the outputs (nats / 1000)") if classes else (100, "squared distance (%)")
     reference = study["float_top1"] if labelled else 100.0 if what == "same_class" else None
     drawings = [
         Drawing(
@@ -223,14 +222,11 @@ def bottleneck(study: Mapping[str, Any]) -> Part:
         Drawing(
             "blocks",
             heat_map(
-                study["cells"],
+                [[factor * value for value in row] for row in study["cells"]],
                 study["kinds"],
                 [str(n) for n in range(len(study["blocks"]))],
-                "divergence of the outputs (nats)"
-                if "same_class" in parts[EVERYTHING]
-                else "relative squared distance",
+                distance,
                 "block",
-                labels=".2g",
                 dark_is_bad=False,
             ),
             f"One kind of quantizers of one block at {at}, all else in floating point: how far the outputs are from "

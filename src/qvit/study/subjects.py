@@ -15,6 +15,7 @@ from qvit.data.sources import ImageSets, check_classes, open_data
 from qvit.errors import ConfigError
 from qvit.models.card import ModelCard
 from qvit.models.checkpoint import load_checkpoint
+from qvit.train.methods import FloatModel
 
 CALIBRATION_IMAGES = 512
 
@@ -66,6 +67,21 @@ def open_subjects(paths: Sequence[Path]) -> list[Subject]:
                 )
         subjects.append(Subject(str(Path(*whole.parts[-depth:])), model, card))
     return subjects
+
+
+def teacher_for(subjects: Sequence[Subject], teacher: FloatModel, source: str) -> Subject:
+    """Return a float model, which was given as ``source``, as one to compare the subjects with.
+
+    Raises:
+        ConfigError: if it is of another architecture.
+    """
+    card = subjects[0].card
+    if (teacher.card.name, teacher.card.model_args) != (card.name, card.model_args):
+        raise ConfigError(
+            f"{source} holds a {teacher.card.name} with {teacher.card.model_args}, the checkpoints a {card.name} with "
+            f"{card.model_args}: what is compared is of one architecture."
+        )
+    return Subject(f"teacher ({Path(source).name})", *teacher)
 
 
 def labelled_images(source: str, card: ModelCard, *, root: str | None, splits: str) -> Material:
