@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer.main
+
+from qvit.cli import app as cli
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -84,6 +91,112 @@ def test_every_file_of_the_repository_that_is_named_is_there(page: Path) -> None
     text = page.read_text(encoding="utf-8")
     for name in re.findall(r"(?<![\w/.-])((?:src|tests|benchmarks|docs)/[\w./-]*\w/?)", text):
         assert (ROOT / name).exists(), f"{page.name}: {name}"
+    # A path in the page's own words for src/qvit's, such as `nn/quantizer.py`.
+    for name in re.findall(r"`((?:\w+/)+[\w.]+\.(?:py|cpp|h))`", text):
+        assert (ROOT / name).exists() or (ROOT / "src" / "qvit" / name).exists(), f"{page.name}: {name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_name_of_the_package_that_is_written_is_there(page: Path) -> None:
+    for name in re.findall(r"(?<![\w.])qvit(?:\.[a-z]\w*)+", page.read_text(encoding="utf-8")):
+        found, *rest = importlib.import_module("qvit"), *name.split(".")[1:]
+        for part in rest:
+            if inspect.ismodule(found) and not hasattr(found, part):
+                importlib.import_module(f"{found.__name__}.{part}")
+            found = getattr(found, part)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_section_that_a_page_cites_is_there(page: Path) -> None:
+    for name, number in re.findall(r"\]\((\w+\.md)\),? sections? (\d+)", page.read_text(encoding="utf-8")):
+        assert number in sections(page.parent / name), f"{page.name}: {name}, section {number}"
+
+
+COMMANDS: dict[str, Any] = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+
+
+def command_lines(page: Path) -> Iterator[tuple[list[str], bool]]:
+    """Yield the words of every command of a page, and whether it is a line of its own: then it is to be whole."""
+    text = re.sub(r"\\?\n {8,}", " ", page.read_text(encoding="utf-8"))  # a line that is indented more goes on
+    blocks = re.findall(r"^(?: {4,}|\t)(.*)$", text, re.MULTILINE)
+    for fence in re.findall(r"^```(?:sh|bash)?\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        blocks += fence.splitlines()
+    inline = [" ".join(code.split()) for code in re.findall(r"(?<!`)`([^`]+)`(?!`)", text)]
+    for line, own in [*((block, True) for block in blocks), *((code, False) for code in inline)]:
+        for part in re.split(r" && | \| |; ", line.split(" # ")[0]):
+            plain = re.sub(
+                r"^(?:[A-Z_]+=\S+ )*(?:torchrun .*-m qvit\.cli(?= ))?", lambda m: "qvit" * ("-m" in m[0]), part
+            )
+            if re.match(r"(?:qvit|python|make)\s", plain):
+                yield shlex.split(plain), own
+
+
+def check_command(program: str, arguments: list[str], whole: bool) -> None:
+    """Check that a command line means something: its command and its options; if it is ``whole``, what they take."""
+    if program == "make":
+        assert set(arguments) <= TARGETS
+    elif program == "python":
+        if arguments[0].startswith("benchmarks/"):
+            code = (ROOT / arguments[0]).read_text(encoding="utf-8")
+            for option in (word for word in arguments[1:] if word.startswith("--")):
+                assert f'"{option}"' in code, option
+    elif arguments[0] not in ("--help", "--version", "COMMAND"):
+        assert arguments[0] in COMMANDS
+        command = COMMANDS[arguments[0]]
+        known = {name for parameter in command.params for name in parameter.opts}
+        for option in (word.partition("=")[0] for word in arguments[1:] if word.startswith("--")):
+            assert option in {*known, "--help"}, option
+        if whole and not {"...", "--help"} & {*arguments}:
+            command.make_context(arguments[0], arguments[1:])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_that_is_shown_exists_with_its_options(page: Path) -> None:
+    for (program, *arguments), own in command_lines(page):
+        try:
+            check_command(program, arguments, own)
+        except (AssertionError, cli._ClickException) as error:
+            raise AssertionError(f"{page.name}: {program} {' '.join(arguments)}: {error!r}") from error
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_examples_of_every_command_can_be_typed(name: str) -> None:
+    examples = re.findall(r"^\s+(?:torchrun .*-m qvit\.cli|qvit) (.*)$", COMMANDS[name].help, re.MULTILINE)
+    assert examples
+    for example in examples:
+        check_command("qvit", shlex.split(example), whole=True)
+
+
+def test_commands_are_found_and_what_is_wrong_with_them_is_seen(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "    qvit eval x.pt\n        --data digits && A=1 qvit info m\n"
+        "    B=2 torchrun -x 8 -m qvit.cli train m\n`make\ntest`\n"
+    )
+    assert list(command_lines(page)) == [
+        (["qvit", "eval", "x.pt", "--data", "digits"], True),
+        (["qvit", "info", "m"], True),
+        (["qvit", "train", "m"], True),
+        (["make", "test"], False),
+    ]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "qvit evaluate x.pt --data digits",
+        "qvit eval x.pt --data digits --date today",
+        "qvit eval x.pt",
+        "qvit eval x.pt --data digits --workers many",
+        "make tests",
+        "python benchmarks/engine.py --nothing",
+    ],
+)
+def test_a_command_that_is_wrong_is_seen(line: str) -> None:
+    program, *arguments = line.split()
+    with pytest.raises((AssertionError, cli._ClickException)):
+        check_command(program, arguments, whole=True)
 
 
 DIFFS = [

@@ -189,6 +189,15 @@ NB_MODULE(_kernels, m) {
             },
             "images"_a, "outputs"_a)
         .def("trace", trace, "images"_a)
+        .def(
+            "schedule",
+            [](const Model& model, size_t batch) {
+                nb::list schedule;
+                for (const Model::Scheduled& phase : model.schedule(batch))
+                    schedule.append(nb::make_tuple(phase.steps, phase.windows, phase.tasks));
+                return schedule;
+            },
+            "batch"_a)
         .def("set_timed", &Model::set_timed, "timed"_a)
         .def("profile", &Model::profile);
 }

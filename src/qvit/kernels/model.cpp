@@ -13,8 +13,16 @@ namespace {
 
 // The tasks of a phase: ranges of an image's rows, or whole windows of it.
 struct Tasks {
+    Tasks(const Plan& plan, size_t number, size_t batch, size_t threads, bool traced)
+        : Tasks(plan, plan.phases[number], batch, threads) {
+        // With the first tokens for the classifiers, nothing of the other rows is needed after the last attention.
+        if (number + 1 == plan.phases.size() && plan.pooling.kind == Pool::Kind::token && !traced && windows == nullptr)
+            needed = plan.pooling.tokens;
+    }
+
     Tasks(const Plan& plan, const Phase& phase, size_t batch, size_t threads)
         : tokens(plan.stages[phase.stage].tokens),
+          needed(tokens),
           windows(phase.windows == 0 ? nullptr : &plan.windows[phase.windows - 1]) {
         if (windows != nullptr) {
             parts = (windows->count + windows->at_once - 1) / windows->at_once;
@@ -33,10 +41,11 @@ struct Tasks {
             return {first * windows->tokens, (last - first) * windows->tokens};
         }
         const size_t begin = units * part / parts * kRowUnit;
-        return {begin, std::min(tokens, units * (part + 1) / parts * kRowUnit) - begin};
+        const size_t end = std::min(tokens, units * (part + 1) / parts * kRowUnit);
+        return {begin, std::min(end, std::max(needed, begin)) - begin};
     }
 
-    size_t tokens, units = 0, parts = 0;
+    size_t tokens, needed, units = 0, parts = 0;
     const Windows* windows;
 };
 
@@ -99,20 +108,15 @@ void Model::forward(const float* images, size_t batch, float* outputs, Trace* tr
 void Model::run(size_t batch) {
     ThreadPool& pool = workshop_->pool;
     Pass& pass = *workshop_->pass;
-    // With the first tokens for the classifiers, nothing of the other rows is needed after the last attention.
-    const size_t last = plan_.phases.size() - 1;
-    const bool few =
-        plan_.pooling.kind == Pool::Kind::token && pass.trace == nullptr && plan_.phases[last].windows == 0;
     std::vector<std::atomic<size_t>> next(plan_.phases.size() + 1);
     for (auto& counter : next) counter.store(0, std::memory_order_relaxed);
 
     pool.run([&](size_t thread) {
         Scratch& scratch = *workshop_->scratch[thread];
-        for (size_t phase = 0; phase <= last; ++phase) {
-            const Tasks tasks(plan_, plan_.phases[phase], batch, pool.threads());
+        for (size_t phase = 0; phase < plan_.phases.size(); ++phase) {
+            const Tasks tasks(plan_, phase, batch, pool.threads(), pass.trace != nullptr);
             for (size_t index; (index = next[phase].fetch_add(1)) < batch * tasks.parts;) {
-                auto [row, count] = tasks.rows(index % tasks.parts);
-                if (phase == last && few) count = std::min(row + count, std::max(plan_.pooling.tokens, row)) - row;
+                const auto [row, count] = tasks.rows(index % tasks.parts);
                 if (count > 0) run_task(pass, scratch, plan_.phases[phase], index / tasks.parts, row, count);
             }
             pool.barrier();
@@ -138,6 +142,20 @@ void Model::run_task(Pass& pass, Scratch& scratch, const Phase& phase, size_t im
     run_steps(plan_, pass, scratch, task, phase.steps);
     for (size_t r = 0; r < count; ++r)
         std::copy_n(task.x.row(r, stage.width), stage.width, all.row(order[r], stage.width));
+}
+
+std::vector<Model::Scheduled> Model::schedule(size_t batch) const {
+    std::vector<Scheduled> schedule;
+    for (size_t phase = 0; phase < plan_.phases.size(); ++phase) {
+        Scheduled made{{}, plan_.phases[phase].windows != 0, {}};
+        for (const Step& step : plan_.phases[phase].steps)
+            made.steps.emplace_back(kStepNames[static_cast<size_t>(step.kind)]);
+        const Tasks tasks(plan_, phase, batch, threads_, false);
+        for (size_t part = 0; part < tasks.parts; ++part)
+            if (const auto rows = tasks.rows(part); rows.second > 0) made.tasks.push_back(rows);
+        schedule.push_back(std::move(made));
+    }
+    return schedule;
 }
 
 std::vector<std::pair<std::string, double>> Model::profile() {

@@ -33,6 +33,15 @@ class Model {
     void forward(const float* images, size_t batch, float* outputs, Trace* trace = nullptr,
                  const std::atomic<bool>* stop = nullptr);
 
+    // A phase as a call carries it out: its steps by name, whether its rows are in the order of windows, and first row
+    // and number of rows of each task of one image.
+    struct Scheduled {
+        std::vector<std::string> steps;
+        bool windows;
+        std::vector<std::pair<size_t, size_t>> tasks;
+    };
+    std::vector<Scheduled> schedule(size_t batch) const;
+
     // Seconds of every kind of work since the last call, summed over threads; zeros unless timed.
     std::vector<std::pair<std::string, double>> profile();
     void set_timed(bool timed) { timed_ = timed; }

@@ -135,6 +135,7 @@ struct Step {
     enum class Kind { embed, project, attend, feed_forward, norm, merge } kind;
     size_t index;
 };
+constexpr const char* kStepNames[] = {"embed", "project", "attend", "feed_forward", "norm", "merge"};
 
 // Steps that run one after the other on a task's rows, before all tasks meet at a barrier.
 struct Phase {
