@@ -18,11 +18,10 @@ def frontier_figure(found: Found) -> Figure:
         for axes, (cost, models) in zip(panels, found.frontiers.items(), strict=True):
             series = {"found, this budget alone": models, "all layers alike": found.uniform, "found": [found.model]}
             for number, (name, members) in enumerate(series.items()):
-                ordered = sorted(members, key=lambda model: model.costs[cost])
                 axes.plot(
-                    [model.costs[cost] for model in ordered],
-                    [model.distance for model in ordered],
-                    linestyle=DASHES[number] if len(ordered) > 1 else "none",
+                    [model.costs[cost] for model in members],
+                    [model.distance for model in members],
+                    linestyle=DASHES[number] if len(members) > 1 else "none",
                     marker=MARKERS[number],
                     color=COLOURS[number],
                     label=name,

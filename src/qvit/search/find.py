@@ -133,44 +133,35 @@ def search_bits(
     chosen = {"found": _chosen(values, costs, budgets)}
     chosen |= {f"{bits} bits": [CANDIDATES.index(Bits(bits, bits))] * len(products) for bits in UNIFORM}
     frontiers = {name: _frontier(values, costs[name]) for name in ("ms", "mb")}
-    wanted = outputs_of(teacher, images)
     count, done = len(chosen) + sum(map(len, frontiers.values())), itertools.count(1)
+    wanted = outputs_of(teacher, images)
 
     def measured(title: str, indices: Sequence[int], *, timed: bool) -> Model:
         bits = {product.name: CANDIDATES[index] for product, index in zip(products, indices, strict=True)}
-        widths = dict.fromkeys(model.quantizers, EDGE_BITS)
-        for product in products:
-            widths |= dict.fromkeys(product.weights, bits[product.name].weight)
-            widths[product.inputs] = bits[product.name].activation
-        model.set(widths)
-        made = Model(
-            title,
-            bits,
-            {name: cost.of(indices) / UNITS[name].size for name, cost in costs.items()},
-            total(values, indices),
-            model.distance(images, wanted),
-            agreement(student, teacher, images),
-            stopwatch.measure(bits) if timed else None,
-        )
+        model.set(_widths(model, products, bits))
+        distance, agrees = model.distance(images, wanted), agreement(student, teacher, images)
+        milliseconds = stopwatch.measure(bits) if timed else None
         tell("models", next(done), count)
-        return made
+        each = {name: cost.of(indices) / UNITS[name].size for name, cost in costs.items()}
+        return Model(title, bits, each, total(values, indices), distance, agrees, milliseconds)
 
-    models = [measured(title, indices, timed=True) for title, indices in chosen.items()]
-    overrides: dict[str, Bits] = {}
+    best, *uniform = (measured(title, indices, timed=True) for title, indices in chosen.items())
+    lines = {
+        name: [measured(f"{UNITS[name].name} alone", indices, timed=False) for indices in of]
+        for name, of in frontiers.items()
+    }
+    overrides = {name: pair for each in products for name, pair in each.overrides(best.bits[each.name]).items()}
+    engine = stopwatch.reference
+    return Found(dict(overrides), best, uniform, lines, distances, engine.threads, engine.instruction_set)
+
+
+def _widths(model: Rescaled, products: Sequence[FreeProduct], bits: Mapping[str, Bits]) -> dict[str, int]:
+    """Return the bits of every quantizer, by the bits of the free products; all others have those of the ends."""
+    widths = dict.fromkeys(model.quantizers, EDGE_BITS)
     for product in products:
-        overrides |= product.overrides(models[0].bits[product.name])
-    return Found(
-        dict(overrides),
-        models[0],
-        models[1:],
-        {
-            name: [measured(f"{UNITS[name].name} alone", indices, timed=False) for indices in of]
-            for name, of in frontiers.items()
-        },
-        distances,
-        stopwatch.reference.threads,
-        stopwatch.reference.instruction_set,
-    )
+        widths |= dict.fromkeys(product.weights, bits[product.name].weight)
+        widths[product.inputs] = bits[product.name].activation
+    return widths
 
 
 def check_budgets(budgets: Mapping[str, float]) -> None:
