@@ -24,8 +24,9 @@ from rich.console import Console
 from rich.table import Table
 
 import qvit
-from qvit.bench.compare import ROUNDS, Comparison, Timing, compare, machine
+from qvit.bench.compare import ROUNDS, Comparison, Timing, compare
 from qvit.bench.peers import PEERS
+from qvit.runtime.environment import machine
 from random_models import MODELS, write_random
 
 BATCHES = (1, 2, 4, 8, 16, 32)

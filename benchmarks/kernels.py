@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qvit import _kernels
-from qvit.bench.compare import machine
+from qvit.runtime.environment import machine
 
 SHAPES = ((197, 576, 192), (197, 768, 192), (197, 1152, 384), (197, 1536, 384), (197, 384, 1536))
 """M x N x K of DeiT-T's and DeiT-S's layers: rows, channels, length of the dot product."""

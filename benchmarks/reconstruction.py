@@ -27,7 +27,6 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from qvit import QuantConfig, calibrate, quantize, reconstruct
-from qvit.bench.compare import machine
 from qvit.data.loader import make_loader, make_transform
 from qvit.data.pictures import open_pictures
 from qvit.data.sources import open_validation
@@ -35,6 +34,7 @@ from qvit.models.checkpoint import load_checkpoint
 from qvit.nn.linear import QuantLinear
 from qvit.nn.quantizer import to_codes
 from qvit.quantization.outputs import output_distance
+from qvit.runtime.environment import machine
 from qvit.train.evaluate import evaluate
 
 BATCH = 32

@@ -133,7 +133,7 @@ def main() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from qvit.bench.compare import machine
+    from qvit.runtime.environment import machine
 
     medians = {
         title: [statistics.median(values) for values in zip(*pairs, strict=True)] for title, pairs in runs.items()

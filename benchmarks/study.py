@@ -27,7 +27,6 @@ import timm
 import torch
 from rich.console import Console
 
-from qvit.bench.compare import machine
 from qvit.cli.ending import ends_in_a_sentence
 from qvit.cli.options import console as plain_console
 from qvit.data.resident import decode_once
@@ -36,6 +35,7 @@ from qvit.errors import TrainingStopped
 from qvit.files import printable, write_text
 from qvit.models.card import ModelCard
 from qvit.models.checkpoint import load_checkpoint, save_checkpoint, weights_checksum
+from qvit.runtime.environment import machine
 from qvit.study.ablation import ablate, read_results, rows_named, teacher_statistics
 from qvit.train.lock import alone_in
 from qvit.train.loop import read_metrics

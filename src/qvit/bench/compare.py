@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -28,7 +27,7 @@ from qvit.errors import ConfigError, QvitError
 from qvit.files import first_line
 from qvit.format.packed import read_packed
 from qvit.runtime.engine import load
-from qvit.runtime.processors import processors
+from qvit.runtime.environment import machine
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -217,27 +216,6 @@ def time_once(run: Runner, images: Images) -> float:
     start = time.perf_counter()
     run(images)
     return time.perf_counter() - start
-
-
-def machine() -> dict[str, str]:
-    """Return the CPU's name, its vector instructions, its cores and the system."""
-    name, flags = platform.processor(), ""
-    with contextlib.suppress(OSError):  # elsewhere than on Linux there is no such file
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() in ("model name", "Processor"):
-                name = value.strip()
-            elif key.strip() in ("flags", "Features"):
-                wanted = ("avx", "fma", "amx", "asimd", "sve", "i8mm")
-                flags = " ".join(sorted(flag for flag in value.split() if flag.startswith(wanted)))
-                break
-    return {
-        "cpu": name or platform.machine(),
-        "instructions": flags,
-        "processors": str(processors()),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-    }
 
 
 class _FailedError(Exception):

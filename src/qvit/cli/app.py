@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from qvit._version import __version__
-from qvit.cli import analyze, compare, packed, quantize, search, train
+from qvit.cli import analyze, compare, environment, packed, quantize, search, train
 from qvit.cli.ending import ends_in_a_sentence
 from qvit.files import printable
 
@@ -62,6 +62,7 @@ for command in (
     train.ablate,
     analyze.analyze,
     train.demo,
+    environment.report_env,
 ):
     app.command(help=help_text(command))(ends_in_a_sentence(command))
 

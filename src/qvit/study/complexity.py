@@ -13,7 +13,7 @@ from rich.text import Text
 
 from qvit.analysis.complexity import Complexity
 from qvit.analysis.size import RULE
-from qvit.bench.compare import compare, machine
+from qvit.bench.compare import compare
 from qvit.bench.cost import HOW, predicted_seconds, seconds_per_mac
 from qvit.bench.peers import PEERS
 from qvit.bench.random_model import random_model
@@ -21,6 +21,7 @@ from qvit.config import Bits
 from qvit.files import printable
 from qvit.format.packed import write_packed
 from qvit.format.program import Program
+from qvit.runtime.environment import machine
 
 PAPER_MODELS = {
     "DeiT-T": "deit_tiny_patch16_224",
