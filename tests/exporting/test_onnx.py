@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -19,7 +20,7 @@ from family_programs import FAMILIES
 from following import check_codes
 from members import FAMILY_MEMBERS, MEMBERS, SIZES
 from onnx_runs import OnnxEngine, session
-from packed_models import make_packed, random_packed, vit_program
+from packed_models import DEIT_SMALL, make_packed, random_packed, vit_program
 from programs import programs
 from qvit import quantize
 from qvit.config import Bits
@@ -30,6 +31,7 @@ from qvit.exporting.onnx_graph import Graph
 from qvit.exporting.onnx_ops import BUILD
 from qvit.exporting.onnx_products import IntegerProducts
 from qvit.format.ops import Classify
+from qvit.format.packed import write_packed
 from qvit.format.program import Program
 from qvit.models.families import image_size_of, lower
 from qvit.runtime.reference import RUN, ReferenceEngine
@@ -131,6 +133,16 @@ def test_exact_products_that_two_bytes_cannot_hold_have_no_signed_factor() -> No
 def test_activations_of_two_bits_ask_for_no_later_opset() -> None:
     bits = {**vit_program(2).bits(), **{name: Bits(4, 2) for name in vit_program(2).layers()}}
     assert onnx_model(make_packed(bits)).opset_import[0].version == 21
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_a_file_is_hardly_larger_than_the_packed_one(tmp_path: Path, bits: int) -> None:
+    fields = {**DEIT_SMALL, "depth": 1, "embed_dim": 192, "num_heads": 3, "mlp_hidden": 768}
+    packed = make_packed(bits, **fields)
+    write_packed(tmp_path / "model.safetensors", packed)
+    size = (tmp_path / "model.safetensors").stat().st_size
+    for exact in (True, False):
+        assert onnx_model(packed, exact=exact).ByteSize() <= 1.1 * size
 
 
 def test_metadata_and_ends_say_what_goes_in_and_comes_out() -> None:

@@ -68,7 +68,7 @@ class QdqProducts:
         self.graph = graph
 
     def signed(self, left_bits: int, right_bits: int) -> bool:
-        """Return true: OpenVINO takes unsigned weights for compressed ones, and rounds its inputs."""
+        """Return true: with unsigned weights OpenVINO 2026.4 computes less exactly."""
         return True
 
     def linear(self, codes: Codes, layer: PackedLayer, name: str) -> Value:
