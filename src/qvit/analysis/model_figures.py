@@ -142,7 +142,8 @@ def heat_map(
     """
     table = np.array([[math.nan if value is None else value for value in row] for row in values])
     with rc_context(STYLE):
-        figure = new_figure(3.4 + max(3.0, 0.56 * len(columns)), 1.3 + 0.36 * len(rows))
+        height = 1.3 + 0.36 * len(rows)
+        figure = new_figure(3.4 + max(3.0, 0.56 * len(columns)), height)
         axes = figure.subplots()
         colours = colormaps[_SCALE if dark_is_bad else f"{_SCALE}_r"].with_extremes(bad="#FFFFFF")
         image = axes.imshow(np.ma.masked_invalid(table), cmap=colours, aspect="auto")
@@ -172,7 +173,7 @@ def heat_map(
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         bar = figure.colorbar(image, ax=axes, pad=0.02)
-        bar.set_label(unit)
+        bar.set_label(textwrap.fill(unit, round(9 * height)))
         bar.outline.set_visible(False)
     return figure
 

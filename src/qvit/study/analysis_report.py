@@ -42,9 +42,10 @@ def write_analysis(out: Path, result: Result, drawn: Drawn) -> None:
 
 def _written(path: Path, drawing: Drawing) -> ReportFigure:
     """Write a figure as SVG and PNG, and return it for the report."""
-    vector = svg(drawing.figure)
-    drawing.figure.set_layout_engine("none")  # everything has its place by now, which takes most of the time
     pixels = png(drawing.figure)
+    # By now everything has its place, which takes most of the time; letters of an SVG are a little narrower.
+    drawing.figure.set_layout_engine("none")
+    vector = svg(drawing.figure)
     write_text(path.with_suffix(".svg"), vector)
     write_atomically(path.with_suffix(".png"), lambda temporary: temporary.write_bytes(pixels))
     return ReportFigure(vector, drawing.caption, drawing.alt)
