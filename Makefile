@@ -5,7 +5,7 @@ INSTALLED := $(VENV)/.installed
 
 CXX_FOLDERS := src/qvit/kernels src/qvit/kernels/steps tests/kernels benchmarks
 
-.PHONY: install demo test test-fast test-lowest test-sanitize test-tsan lint
+.PHONY: install demo test test-fast test-kernels test-docs test-lowest test-sanitize test-tsan lint
 
 install: $(INSTALLED)
 
@@ -34,6 +34,14 @@ test: lint
 # What tells most in under a minute: no training, no other process, no compiler.
 test-fast: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+# The kernels' own programs and every product, with the compiler in CXX.
+test-kernels: install
+	$(BIN)/python -m pytest tests/kernels
+
+# The pages: links, citations, commands, examples.
+test-docs: install
+	$(BIN)/python -m pytest tests/test_docs.py tests/test_readme.py tests/format/test_page.py
 
 # The lowest versions that pyproject.toml allows, Python and what builds the kernels among them; .venv has the newest.
 # The environment and the build are made anew each time, apart from those of `make install`.

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import typer.main
+import yaml
 
 from qvit.cli import app as cli
 
@@ -124,7 +125,8 @@ def command_lines(page: Path) -> Iterator[tuple[list[str], bool]]:
         blocks += fence.splitlines()
     inline = [" ".join(code.split()) for code in re.findall(r"(?<!`)`([^`]+)`(?!`)", text)]
     for line, own in [*((block, True) for block in blocks), *((code, False) for code in inline)]:
-        for part in re.split(r" && | \| |; ", line.split(" # ")[0]):
+        with_options = re.sub(r"\[(--[^\]]+)\]", r"\1", line.split(" # ")[0])  # that may be left out
+        for part in re.split(r" && | \| |; ", with_options):
             plain = re.sub(
                 r"^(?:[A-Z_]+=\S+ )*(?:torchrun .*-m qvit\.cli(?= ))?", lambda m: "qvit" * ("-m" in m[0]), part
             )
@@ -171,11 +173,11 @@ def test_the_examples_of_every_command_can_be_typed(name: str) -> None:
 def test_commands_are_found_and_what_is_wrong_with_them_is_seen(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(
-        "    qvit eval x.pt\n        --data digits && A=1 qvit info m\n"
+        "    qvit eval x.pt\n        --data digits [--workers 2] && A=1 qvit info m\n"
         "    B=2 torchrun -x 8 -m qvit.cli train m\n`make\ntest`\n"
     )
     assert list(command_lines(page)) == [
-        (["qvit", "eval", "x.pt", "--data", "digits"], True),
+        (["qvit", "eval", "x.pt", "--data", "digits", "--workers", "2"], True),
         (["qvit", "info", "m"], True),
         (["qvit", "train", "m"], True),
         (["make", "test"], False),
@@ -231,3 +233,53 @@ def test_the_diff_of_a_family_ends_at_what_is_there(name: str, lines: list[str])
 def test_both_diffs_are_read() -> None:
     assert len(ACTIVATION) == 5
     assert len(FAMILY) == 3
+
+
+FORMS = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
+def read_yaml(path: Path) -> Any:
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_a_workflow_calls_what_a_person_calls(path: Path) -> None:
+    for name, job in read_yaml(path)["jobs"].items():
+        commands = [step["run"] for step in job["steps"] if "run" in step]
+        targets = [command.split()[1:] for command in commands if command.startswith("make ")]
+        assert targets, name
+        for target in targets:
+            assert set(target) <= TARGETS, name
+
+
+def test_every_python_that_is_promised_is_tested() -> None:
+    (path,) = (path for path in WORKFLOWS if path.name == "tests.yml")
+    jobs = read_yaml(path)["jobs"]
+    (lowest,) = re.findall(r'requires-python = ">=([\d.]+)"', PYPROJECT)
+    assert jobs["tests"]["strategy"]["matrix"]["python"][0] == lowest
+    assert jobs["lowest"]["steps"][1]["with"]["python-version"] == lowest
+
+
+@pytest.mark.parametrize("path", FORMS, ids=lambda path: path.name)
+def test_a_form_asks_with_commands_that_are_there(path: Path) -> None:
+    form = read_yaml(path)
+    questions = form.get("body", [])
+    assert len({question["id"] for question in questions}) == len(questions)
+    assert all(question["attributes"]["label"] for question in questions)
+    for command in re.findall(r"qvit ([a-z-]+)", str(form)):
+        assert command in COMMANDS
+
+
+def test_formatters_before_a_commit_are_those_of_lint() -> None:
+    (repository,) = read_yaml(ROOT / ".pre-commit-config.yaml")["repos"]
+    for hook in repository["hooks"]:
+        (requirement,) = hook["additional_dependencies"]
+        assert f'"{requirement}"' in PYPROJECT, hook["id"]
+
+
+def test_the_citation_says_what_the_package_says() -> None:
+    citation = read_yaml(ROOT / "CITATION.cff")
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+    assert f'license = "{citation["license"]}"' in PYPROJECT
