@@ -26,7 +26,7 @@ _MODEL, _BLOCKS, _SIDE = "deit_small_patch16_224", 2, 224
 def seconds_per_mac(widths: Collection[Bits]) -> dict[Bits, float]:
     """Return the engine's seconds of a multiply-add, by the bits of its factors, on one thread.
 
-    A small model of each widths is timed as a whole and divided by its multiply-adds: norms, softmax and quantization
+    For each pair of widths a small model is timed as a whole, by its multiply-adds: norms, softmax and quantization
     are in the figure, in the proportion that this model has of them (:data:`HOW`). The fastest of some rounds counts,
     the one that was disturbed least.
     """
