@@ -5,7 +5,7 @@ INSTALLED := $(VENV)/.installed
 
 CXX_FOLDERS := src/qvit/kernels src/qvit/kernels/steps tests/kernels benchmarks
 
-.PHONY: install demo test test-fast test-kernels test-docs test-lowest test-sanitize test-tsan lint
+.PHONY: install demo test test-fast test-kernels test-docs docs test-lowest test-sanitize test-tsan lint
 
 install: $(INSTALLED)
 
@@ -42,6 +42,11 @@ test-kernels: install
 # The pages: links, citations, commands, examples.
 test-docs: install
 	$(BIN)/python -m pytest tests/test_docs.py tests/test_readme.py tests/format/test_page.py
+
+# The site of the pages, in build/site; a warning is an error.
+docs: install
+	$(BIN)/python -m uv pip install --quiet --python $(BIN)/python --requirements pyproject.toml --extra docs
+	$(BIN)/mkdocs build
 
 # The lowest versions that pyproject.toml allows, Python and what builds the kernels among them; .venv has the newest.
 # The environment and the build are made anew each time, apart from those of `make install`.

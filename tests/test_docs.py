@@ -283,3 +283,10 @@ def test_the_citation_says_what_the_package_says() -> None:
     citation = read_yaml(ROOT / "CITATION.cff")
     assert {"cff-version", "message", "title", "authors"} <= citation.keys()
     assert f'license = "{citation["license"]}"' in PYPROJECT
+
+
+def test_every_page_is_in_the_site() -> None:
+    listed = set(re.findall(r"[\w-]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8")))
+    added = set(re.findall(r'"([a-z]+\.md)"', (ROOT / "docs" / "site.py").read_text(encoding="utf-8")))
+    assert listed == {page.name for page in DOCS} | added
+    assert len(added) == 1 + len(list(ROOT.glob("*.md")))  # and the page of the public names
