@@ -1,0 +1,95 @@
+"""Outlier channels: the same float function with one channel of every norm much larger, and how it is quantized.
+
+In every norm before layers one channel is multiplied by a factor, and the columns of the weights behind it divided by
+that. The quantized models are calibrated, not trained; "not balanced" leaves out what docs/method.md, section 10 says.
+
+Example: python benchmarks/outliers.py teacher.pt cifar10
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from pathlib import Path
+from unittest import mock
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from qvit import QuantConfig, calibrate, quantize
+from qvit.data.loader import make_loader, make_transform
+from qvit.data.pictures import open_pictures
+from qvit.models.checkpoint import load_checkpoint
+from qvit.quantization import balance
+
+FACTORS = (1, 10, 100, 1000)
+
+
+def main() -> None:
+    """Print a table of agreement with the float model."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("teacher", type=Path, help="float checkpoint")
+    parser.add_argument("images", type=Path, help="folder of pictures, at any depth")
+    parser.add_argument("--calibration", type=int, default=512, help="pictures that set the scales")
+    parser.add_argument("--held-out", type=int, default=2000, help="pictures that agreement is measured on")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    teacher, card = load_checkpoint(arguments.teacher)
+    pictures = open_pictures(
+        arguments.images, card.mode, count=arguments.calibration, held_out=arguments.held_out, seed=0
+    )
+    images, held_out = (
+        torch.cat([batch.images for batch in make_loader(part, make_transform(card.preprocessing), 256, shuffle=False)])
+        for part in (pictures.used, pictures.held_out)
+    )
+    table = Table(title=f"{card.name}: same class as the float model (%), {len(held_out)} pictures, calibrated alone")
+    for column in ("bits", "one channel times", "balanced", "not balanced"):
+        table.add_column(column, justify="right")
+    for bits in (8, 4):
+        for factor in FACTORS:
+            model = with_outliers(teacher, images[:64], factor)
+            agreements = []
+            for outlier in (balance.OUTLIER, float("inf")):
+                with mock.patch.object(balance, "OUTLIER", outlier):
+                    student = quantize(model, QuantConfig(bits, bits, rectify=None))
+                    calibrate(student, images.split(128))
+                agreements.append(same_class(student.eval(), teacher, held_out))
+            table.add_row(str(bits), str(factor), *(f"{agreement:.2f}" for agreement in agreements))
+            print(bits, factor, *agreements, flush=True)
+    Console(width=100).print(table)
+
+
+@torch.no_grad()
+def with_outliers(model: nn.Module, images: Tensor, factor: float) -> nn.Module:
+    """Return the same function; in every norm before layers the channel of median size is ``factor`` times as large."""
+    other = copy.deepcopy(model)
+    student = quantize(other)
+    names = {module: name for name, module in student.named_modules()}
+    for fed in balance.fed_layers(student):
+        norm = other.get_submodule(names[fed.norm])
+        seen: list[Tensor] = []
+        hook = norm.register_forward_hook(lambda module, args, x, seen=seen: seen.append(x))
+        other(images)
+        hook.remove()
+        deviation = seen[0].flatten(0, -2).std(dim=0)
+        channel = int((deviation - deviation.median()).abs().argmin())
+        for parameter in norm.parameters():
+            parameter[channel] *= factor
+        for layer in fed.layers:
+            weight = other.get_parameter(f"{names[layer]}.weight")
+            weight[:, channel] /= factor
+    return other
+
+
+@torch.no_grad()
+def same_class(student: nn.Module, teacher: nn.Module, images: Tensor) -> float:
+    """Return the percentage of images that both models put into the same class."""
+    same = [student(batch).argmax(dim=1) == teacher(batch).argmax(dim=1) for batch in images.split(256)]
+    return 100 * float(torch.cat(same).float().mean())
+
+
+if __name__ == "__main__":
+    main()
