@@ -12,7 +12,7 @@ from qvit.analysis.figures import svg
 from qvit.analysis.statistics import QueryKeyStatistics
 from qvit.errors import DataError
 from qvit.files import write_text
-from qvit.study.ablation import mean_and_spread, rows_named, summarise
+from qvit.study.ablation import interval_of, mean_and_spread, rows_named, summarise
 from qvit.study.report import ablation_figures
 from study_plan import Experiment, Plan
 
@@ -82,12 +82,13 @@ def _table(experiment: Experiment, records: Sequence[Record]) -> str:
             ]
         )
     columns = (
-        "bits, method, seeds, after one epoch (%), top-1 (%), gain over the baseline, each seed's gain, "
+        "bits, method, seeds, after one epoch (%), top-1 (%), gain over its baseline, each seed's gain, "
         "query entropy (bits), attention distance"
     )
     return (
         f"### {experiment.name}: {experiment.why}\n\nEpochs of training a run: {epochs}. Recipe changes: "
-        f"{_changes(experiment)}.\n\n{_markdown(columns.split(', '), rows)}"
+        f"{_changes(experiment)}. ± of top-1 is the deviation over the seeds, of a gain its 95 % interval.\n\n"
+        f"{_markdown(columns.split(', '), rows)}"
     )
 
 
@@ -122,7 +123,7 @@ def _trials(plan: Plan, records: Sequence[Record]) -> str:
                 cells.setdefault((record["bits"], record["title"]), []).append(record)
         for (bits, title), its in cells.items():
             gains = [record["top1"] - others[_cell(record)] for record in its]
-            gain = mean_and_spread(statistics.fmean(gains), statistics.stdev(gains) if len(gains) > 1 else None, "+")
+            gain = mean_and_spread(statistics.fmean(gains), interval_of(gains), "+")
             top1, entropy, distance = (
                 statistics.fmean(record[name] for record in its)
                 for name in ("top1", "query_entropy", "attention_distance")
@@ -135,7 +136,10 @@ def _trials(plan: Plan, records: Sequence[Record]) -> str:
         "what is tried, changes, against, bits, method, seeds, top-1 (%), difference, query entropy (bits), "
         "attention distance"
     )
-    text = "Each beside the run of the same method, bits and seed of the experiment that it changes in one thing."
+    text = (
+        "Each beside the run of the same method, bits and seed of the experiment that it changes; of differences over "
+        "several seeds the 95 % interval."
+    )
     return f"### Every trial\n\n{text}\n\n{_markdown(columns.split(', '), rows)}"
 
 

@@ -236,7 +236,7 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "top1": statistics.fmean(top1),
                 "top1_std": statistics.stdev(top1) if len(top1) > 1 else None,
                 "gain": statistics.fmean(compared) if compared else None,
-                "gain_interval": _interval(compared),
+                "gain_interval": interval_of(compared),
                 "against": ALL[method.against].title,
                 "gains": compared,
                 "query_entropy": statistics.fmean(run["query_entropy"] for run in runs),
@@ -246,7 +246,7 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return summary
 
 
-def _interval(differences: Sequence[float]) -> float | None:
+def interval_of(differences: Sequence[float]) -> float | None:
     """Return half of the 95 % interval of the mean of some differences."""
     count = len(differences)
     if count < 2:
