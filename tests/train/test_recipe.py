@@ -1,11 +1,18 @@
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console
 
+from qvit.data.loader import Batches
+from qvit.data.sources import ImageSets
 from qvit.errors import ConfigError, DataError
+from qvit.models.card import describe
+from qvit.train import methods
 from qvit.train.methods import open_images
+from qvit.train.options import Options
 from qvit.train.recipe import Schedule, builtin_recipes, load_recipe
 
 MINIMAL = "full_precision: {epochs: 1, batch_size: 2, lr: 1e-3}\nquantized: {epochs: 1, batch_size: 2, lr: 2e-4}\n"
@@ -48,6 +55,11 @@ def test_set_changes_and_adds_entries(file: Path) -> None:
         ("augmentation.scale=0.5", "timm cannot augment images with scale '0.5': TypeError, "),
         ("quantized.optimizer_args={eps: x}", "lamb does not take eps 'x': "),
         ("augmentation.hflop=1", "did you mean 'hflip'"),
+        ("quantized.augmentation.hflop=1", "in quantized.augmentation: did you mean 'hflip'"),
+        ("quantized.augmentation.scale=0.5", "timm cannot augment images with scale '0.5'"),
+        ("quantized.augmentation=1", "quantized.augmentation must be a mapping"),
+        ("quantized.distillation=warm", "distillation must be hard or soft"),
+        ("quantized.reconstruct_first=1", "reconstruct_first must be true or false"),
         ("quantized.lr=fast", "lr must be a number"),
         ("quantized.ema_decay=1", "ema_decay must be below 1"),
         ("quantized.clip_grad=-1", "clip_grad must be a number from 0 up"),
@@ -144,3 +156,19 @@ def test_what_trains_can_be_exported(image_folder: Callable[..., Path]) -> None:
         (folder / split / "a").rename(folder / split / "caf\udce9")
     with pytest.raises(DataError, match=r"The class 'caf\\udce9' has a name that is not UTF-8: rename it"):
         open_images("vit_tiny_patch16_224", load_recipe("cifar10_small"), str(folder))
+
+
+def test_one_training_may_augment_otherwise(digits: ImageSets, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    recipe = load_recipe("digits", ["quantized.augmentation={hflip: 0.5, scale: [0.9, 1.0]}"])
+    seen: list[Mapping[str, Any] | None] = []
+
+    def note(*args: Any, **kwargs: Any) -> Batches:
+        seen.append(args[4])
+        raise InterruptedError
+
+    monkeypatch.setattr(methods, "training_batches", note)
+    card = describe("vit_tiny_patch16_224", recipe.model_args, digits.classes, recipe.preprocessing)
+    for schedule in (recipe.schedule("full_precision"), recipe.schedule("quantized")):
+        with pytest.raises(InterruptedError):
+            methods._fit(None, None, digits, schedule, recipe, card, Options(tmp_path), Console())  # type: ignore[arg-type]
+    assert seen == [recipe.augmentation, {**recipe.augmentation, "hflip": 0.5, "scale": [0.9, 1.0]}]

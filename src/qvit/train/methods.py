@@ -356,7 +356,7 @@ def _fit(
         card,
         schedule.batch_size,
         options,
-        recipe.augmentation,
+        {**recipe.augmentation, **schedule.augmentation},
         repeats=schedule.repeated_augmentation,
         accumulate=options.accumulate,
         share=share_of(make_accelerator(options)),

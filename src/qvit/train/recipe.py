@@ -74,6 +74,7 @@ class Schedule:
         weight_decay: of matrices alone; never of biases, norms, tokens, scales, offsets, gamma and beta.
         warmup_epochs: may be a fraction.
         label_smoothing: of the plain cross-entropy; distillation does not use it.
+        augmentation: entries of the recipe's augmentation that are others in this training.
         repeated_augmentation: copies of an image a batch (Hoffer et al., 2020); 0 for none.
         scale_lr: learning rate of scales, offsets, gamma and beta, as a multiple of ``lr``.
         distillation: from a teacher, ``"hard"`` (labels and the classes that it chooses) or ``"soft"`` (its
@@ -102,6 +103,7 @@ class Schedule:
     weight_decay: float = 0.0
     warmup_epochs: float = 0.0
     label_smoothing: float = 0.0
+    augmentation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     repeated_augmentation: int = 0
     scale_lr: float = 1.0
     distillation: Distillation = "hard"
@@ -198,7 +200,12 @@ class Recipe:
             value = self.preprocessing.get(name, [])
             if not isinstance(value, list):
                 raise ConfigError(f"preprocessing.{name} must be a list of numbers, one per channel, not {value!r}.")
-        for augmentation in (*({name: value} for name, value in self.augmentation.items()), self.augmentation):
+        schedules = {name: getattr(self, name) for name in get_args(Section) if getattr(self, name) is not None}
+        for name, schedule in schedules.items():
+            _check_keys(f"{name}.augmentation", schedule.augmentation, known)
+        changed = [schedule.augmentation for schedule in schedules.values()]
+        single = [{name: value} for entries in (self.augmentation, *changed) for name, value in entries.items()]
+        for augmentation in (*single, *({**self.augmentation, **changes} for changes in ({}, *changed))):
             _try_augmentation(augmentation)
 
     def schedule(self, section: Section) -> Schedule:
