@@ -15,7 +15,7 @@ from qvit import QuantConfig, calibrate, quantize
 from qvit.data.loader import make_loader, make_transform
 from qvit.data.sources import ImageSets
 from qvit.errors import DataError
-from qvit.quantization.balance import fed_layers
+from qvit.quantization.balance import IMAGES, fed_layers
 from qvit.train.methods import FloatModel
 
 WITHOUT = {"no_affine_norm", "post_norm", "eva_post_norm", "relpos_mlp", "swinv2", "swinv2_pretrained_window"}
@@ -116,6 +116,17 @@ def test_weights_are_what_they_were_if_calibration_fails(vit: nn.Module, images:
     student = quantize(with_outliers(vit, images, 1000.0))
     before = copy.deepcopy(student.state_dict())
     with pytest.raises(DataError):
-        calibrate(student, [images, images * torch.nan, images.repeat(4, 1, 1, 1)])
+        calibrate(student, [images.repeat(IMAGES, 1, 1, 1)[:IMAGES], images * torch.nan])  # NaN is seen after balancing
     for name, value in student.state_dict().items():
         assert torch.equal(value.nan_to_num(), before[name].nan_to_num()), name
+
+
+@pytest.mark.parametrize("tied", ["norm1", "mlp.fc1"])
+def test_parameters_that_two_places_share_stay_as_they_are(vit: nn.Module, images: Tensor, tied: str) -> None:
+    model: Any = with_outliers(vit, images, 1024.0)
+    first, second = (block.get_submodule(tied) for block in model.blocks[:2])
+    second.weight = first.weight
+    student = quantize(model)
+    calibrate(student, [images])
+    state = student.state_dict()
+    assert torch.equal(state[f"blocks.1.{tied}.weight"], second.weight)

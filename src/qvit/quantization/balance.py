@@ -62,8 +62,14 @@ def balance(model: nn.Module, images: Sequence[Tensor], undo: Undo) -> None:
     """
     students = [student for student in model.modules() if type(student) in MODELS]
     feeds = [feed for student in students for feed in fed_layers(student)]
+    # What another place takes too, a module or a parameter, would change there.
     owners = Counter(id(module) for feed in feeds for module in (feed.norm, *feed.layers))
-    feeds = [feed for feed in feeds if all(owners[id(module)] == 1 for module in (feed.norm, *feed.layers))]
+    owners.update(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
+    feeds = [
+        feed
+        for feed in feeds
+        if all(owners[id(each)] == 1 for module in (feed.norm, *feed.layers) for each in (module, *module.parameters()))
+    ]
     seen = [_Moments() for _ in feeds]
     with ExitStack() as hooks:
         for feed, moments in zip(feeds, seen, strict=True):

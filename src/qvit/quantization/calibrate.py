@@ -278,8 +278,9 @@ def _all_or_nothing(model: nn.Module) -> Iterator[Undo]:
     try:
         yield undo
     except BaseException:
-        for parameter, value in undo:
-            parameter.copy_(value)
+        with torch.no_grad():
+            for parameter, value in undo:
+                parameter.copy_(value)
         for module, state in zip(own, before, strict=True):
             module.load_state_dict(state)
         raise
