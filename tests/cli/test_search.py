@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +17,8 @@ from commands import Done, run, sentence
 from conftest import MODEL, TINY, make_vit, save_float
 from members import CLASSES
 from pages import check_page
-from qvit import QuantConfig, quantize
+from qvit import QuantConfig, export, quantize
+from qvit import calibrate as calibrate_student
 from qvit.cli.options import parse_overrides
 from qvit.errors import ConfigError
 from qvit.format.packed import read_packed
@@ -23,7 +26,8 @@ from qvit.models.card import describe
 from qvit.models.checkpoint import save_checkpoint
 from qvit.quantization import calibrate
 from qvit.search import find, timing
-from qvit.search.timing import Stopwatch
+from qvit.search.products import CANDIDATES
+from qvit.search.timing import Stopwatch, Times
 
 
 @pytest.fixture(scope="module")
@@ -58,19 +62,20 @@ def search(teacher: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.Mo
 def test_bits_are_found_within_the_budgets_and_taken_by_quantize(
     search: Callable[..., Done], teacher: Path, pictures: Path, tmp_path: Path
 ) -> None:
-    done = search("--budget-mb", "0.012", "--budget-ops", "0.005", "--report", tmp_path / "report")
+    found = tmp_path / "my bits.txt"
+    done = search("--budget-mb", "0.012", "--budget-ops", "0.005", "--report", tmp_path / "report", "--out", found)
     assert done.status == 0, done.err
-    assert "--override @" in done.out
+    assert f"@{found}" in shlex.split(done.out.splitlines()[-1])  # can be pasted
     record = json.loads((tmp_path / "report" / "report.json").read_text())
     costs = record["model"]["costs"]
     page = (tmp_path / "report" / "report.html").read_text()
     assert len(check_page(page).all("img")) > 0
     assert "blocks.1.mlp.fc2" in page
     assert [model["title"] for model in record["uniform"]] == ["2 bits", "3 bits", "4 bits", "8 bits"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bits.txt", "report"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["my bits.txt", "report"]
 
     out = tmp_path / "model.safetensors"
-    options = ["--override", f"@{tmp_path / 'bits.txt'}", "--bits", "8", "--method", "calibrate", "--cpu", "--out", out]
+    options = ["--override", f"@{found}", "--bits", "8", "--method", "calibrate", "--cpu", "--out", out]
     assert run("quantize", teacher, "--images", pictures, *options).status == 0
     model = read_packed(out)
     size = sum(array.nbytes for array in model.tensors.values())
@@ -87,7 +92,7 @@ def test_bits_are_found_within_the_budgets_and_taken_by_quantize(
         (["--budget-mb", "0"], "--budget-mb must be a number above 0, not 0.0."),
         (["--budget-ms", "nan"], "--budget-ms must be a number above 0, not nan."),
         (["--budget-mb", "0.001"], "No bits keep --budget-mb 0.001: the least of a model is 0.0"),
-        (["--budget-ms", "1e-9", "--budget-mb", "1"], "of a model that keeps --budget-mb is"),
+        (["--budget-ms", "1e-9", "--budget-mb", "1"], "of a model that keeps --budget-mb is 1 ms"),
         (["--budget-mb", "1", "--images", ""], "--images is empty"),
         (["--budget-mb", "1", "--images", "nowhere"], "There is no folder nowhere"),
         (["--budget-mb", "1", "--out", "."], "--out is no name of a file"),
@@ -95,10 +100,22 @@ def test_bits_are_found_within_the_budgets_and_taken_by_quantize(
     ],
 )
 def test_what_cannot_be_meant_is_refused(
-    search: Callable[..., Done], tmp_path: Path, arguments: list[str], told: str
+    search: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], told: str
 ) -> None:
+    monkeypatch.setattr(Stopwatch, "times", functools.partialmethod(times, longer=0.0))
     assert told in sentence(search(*arguments))
     assert not (tmp_path / "bits.txt").exists()
+
+
+def times(stopwatch: Stopwatch, report: object, longer: float) -> Times:
+    """Return what a clock measures for which each product takes ``longer`` milliseconds than with 8 bits, of one."""
+    by_bits = dict.fromkeys(CANDIDATES, longer)
+    return Times(1.0, {product.name: by_bits for product in stopwatch.products}, 1, "portable")
+
+
+def test_no_budget_is_of_times_that_cannot_be(search: Callable[..., Done], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Stopwatch, "times", functools.partialmethod(times, longer=-1.0))
+    assert "no --budget-ms means anything" in sentence(search("--budget-ms", "1"))
 
 
 def test_the_least_that_a_refusal_tells_is_enough_for_one_picture_too_and_nothing_is_replaced(
@@ -114,6 +131,12 @@ def test_the_least_that_a_refusal_tells_is_enough_for_one_picture_too_and_nothin
     assert "is there already" in sentence(search("--budget-ops", least, *one))
 
 
+def test_a_link_that_leads_nowhere_is_not_replaced(search: Callable[..., Done], tmp_path: Path) -> None:
+    (link := tmp_path / "link").symlink_to("nowhere")
+    assert "is there already" in sentence(search("--budget-mb", "1", "--out", link))
+    assert link.is_symlink()
+
+
 def test_nothing_is_written_before_all_is_done(
     search: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,12 +149,17 @@ def test_nothing_is_written_before_all_is_done(
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-def test_a_quantized_teacher_is_refused(search: Callable[..., Done], tmp_path: Path) -> None:
+def test_what_is_no_float_model_is_refused(search: Callable[..., Done], tmp_path: Path) -> None:
     student = quantize(make_vit(), QuantConfig(4, rectify=None))
     card = describe(MODEL, {name: value for name, value in TINY.items() if name != "num_classes"}, CLASSES, {})
     card.quant_config = QuantConfig(4, rectify=None).to_dict()
     save_checkpoint(tmp_path / "q.pt", card, student)
     assert "a teacher must be a float one" in sentence(search("--budget-mb", "1", source=tmp_path / "q.pt"))
+    calibrate_student(student, [torch.randn(2, 3, 16, 16)])
+    export(student, tmp_path / "q.safetensors", preprocessing=card.preprocessing, classes=CLASSES)
+    packed = search("--budget-mb", "1", source=tmp_path / "q.safetensors")
+    assert "is a packed model, which is quantized" in sentence(packed)
+    assert "The name of a model is empty" in sentence(search("--budget-mb", "1", source=""))
 
 
 def test_pictures_that_cannot_be_read_are_named(search: Callable[..., Done], tmp_path: Path, pictures: Path) -> None:
@@ -156,9 +184,14 @@ def test_overrides_come_from_files_and_arguments_in_their_order(tmp_path: Path) 
     path = tmp_path / "bits.txt"
     path.write_text("# where from\n\nblocks.*=3\n  blocks.0.attn.qkv=2/4\n")
     assert parse_overrides([f"@{path}", "head=4"]) == {"blocks.*": 3, "blocks.0.attn.qkv": (2, 4), "head": 4}
-    for text in ("blocks.0", "a=2/3/4", "=4"):
+    assert list(parse_overrides([f"@{path}", "blocks.*=2"])) == ["blocks.0.attn.qkv", "blocks.*"]  # the last one wins
+    for text in ("blocks.0", "a=2/3/4", "=4", f"a={'9' * 5000}"):
         path.write_text(text)
         with pytest.raises(ConfigError, match="--override takes PATTERN=BITS"):
+            parse_overrides([f"@{path}"])
+    for text in ("", "# where from\n"):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match="holds no line PATTERN=BITS"):
             parse_overrides([f"@{path}"])
     path.write_bytes(b"\xff\xfe=4")
     for name in (path, tmp_path / "absent", tmp_path):

@@ -67,6 +67,7 @@ def test_a_checkpoint_becomes_onnx(tmp_path: Path) -> None:
         ("m.safetensors", "n.safetensors", (), "m.safetensors is a packed model already: "),
         ("m.safetensors", "there.onnx", (), "there.onnx is there already: give another name, or move it away."),
         ("q.pt", "there.safetensors", (), "there.safetensors is there already: "),
+        ("m.safetensors", "link.onnx", (), "link.onnx is there already: "),
         ("m.safetensors", "folder.onnx", (), "folder.onnx is there already: "),
         ("m.safetensors", "there.onnx/n.onnx", (), "Cannot write "),
         ("m.safetensors", "n.onnx", ("--opset", "26"), "The opset must be from 21 to 25, not 26."),
@@ -84,11 +85,13 @@ def test_what_cannot_be_meant_is_one_sentence_and_leaves_all_as_it_was(
     later.header["version"] = 3
     (tmp_path / "later.safetensors").write_bytes(later.bytes())
     (tmp_path / "folder.onnx").mkdir()
+    (tmp_path / "link.onnx").symlink_to("nowhere")
     for name in ("there.onnx", "there.safetensors", "q.pt"):
         (tmp_path / name).write_bytes(b"x")
     before = sorted(tmp_path.iterdir())
     assert said in sentence(run("export", tmp_path / source, tmp_path / target, *more))
     assert sorted(tmp_path.iterdir()) == before
+    assert (tmp_path / "link.onnx").is_symlink()
     assert (tmp_path / "there.onnx").read_bytes() == b"x"
 
 

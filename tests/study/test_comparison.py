@@ -99,6 +99,9 @@ def test_each_model_has_its_own_accuracy_by_its_own_preprocessing(tmp_path: Path
     assert told["same"] == 48  # one model, in PyTorch and in the engine
     assert told["p_value"] == 1.0
     assert "report.html is there already" in sentence(run("compare", *pair, "--data", pictures, "--report", report))
+    done = run("compare", *pair, "--data", pictures, "--report", packed)
+    assert "Cannot write" in sentence(done)
+    assert not done.out  # before the work
 
 
 def test_pictures_without_labels_give_agreement_alone(tmp_path: Path, pictures: Path) -> None:

@@ -96,7 +96,8 @@ def compare(
       qvit compare four.safetensors two.safetensors --images photos
     """
     from qvit.study.comparison import Request, run_comparison
-    from qvit.study.comparison_report import check_new, comparison_table, sentences, write_comparison_report
+    from qvit.study.comparison_report import comparison_table, pages, sentences, write_comparison_report
+    from qvit.study.targets import check_new
 
     if data == "" or images == "":  # an unset variable of a script; the empty path would be this folder
         raise ConfigError("--data or --images is empty: give a folder.")
@@ -104,7 +105,7 @@ def compare(
     request = Request(first, second, data, pictures, data_root, splits, batch_size, threads)
     options = options_of(Path(), 0, workers, "no", False, skip_corrupt, False, cpu, data or str(images))
     if report is not None:
-        check_new(report)
+        check_new(pages(report))
     comparison = run_comparison(request, options, console())
     console().print(comparison_table(comparison))
     for sentence in sentences(comparison):

@@ -199,11 +199,12 @@ def parse_overrides(items: list[str] | None) -> dict[str, int | tuple[int, int]]
         for line in _lines(item.removeprefix("@")) if item.startswith("@") else [item]:
             pattern, _, value = line.rpartition("=")
             widths = value.split("/")
-            if not pattern or len(widths) > 2 or not all(width.isdecimal() for width in widths):
+            if not pattern or len(widths) > 2 or not all(width.isdecimal() and len(width) < 10 for width in widths):
                 raise ConfigError(
                     "--override takes PATTERN=BITS, PATTERN=WEIGHT/ACTIVATION or @FILE with lines of these, not "
                     f"{shown(line)}."
                 )
+            overrides.pop(pattern, None)  # the last one wins, over patterns between the two also
             overrides[pattern] = int(widths[0]) if len(widths) == 1 else (int(widths[0]), int(widths[1]))
     return overrides
 
@@ -214,7 +215,12 @@ def _lines(path: str) -> list[str]:
         lines = map(str.strip, Path(path).read_text(encoding="utf-8").splitlines())
     except (OSError, ValueError) as error:
         raise ConfigError(f"--override @{path} is no text file that can be read: {first_line(error)}") from error
-    return [line for line in lines if line and not line.startswith("#")]
+    meant = [line for line in lines if line and not line.startswith("#")]
+    if not meant:
+        raise ConfigError(
+            f"--override @{path} holds no line PATTERN=BITS: leave it out, or give the file that was meant."
+        )
+    return meant
 
 
 def parse_numbers(option: str, text: str) -> list[int]:

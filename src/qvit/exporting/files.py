@@ -5,6 +5,7 @@ PyTorch is imported for checkpoints alone, onnx for ONNX files alone.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def export_file(source: Path, target: Path, *, exact: bool = False, opset: int |
         raise ConfigError(
             f"{source} is a packed model already: export a checkpoint, or give a name that ends with {ONNX}."
         )
-    if target.exists():
+    if os.path.lexists(target):  # a link that leads nowhere is there too
         raise ConfigError(f"{target} is there already: give another name, or move it away.")
     if target.suffix == PACKED:
         from qvit.exporting.packed import export_checkpoint

@@ -58,7 +58,7 @@ def load_float(
     source = str(source)
     if source.startswith(PREFIX):
         model, card = _from_folder(_fetched(source.removeprefix(PREFIX)), source, expected, report)
-    elif Path(source).is_dir():
+    elif source and Path(source).is_dir():
         model, card = _from_folder(Path(source), source, expected, report)
     elif is_model_name(source):
         model, card = _from_timm(source, expected, report)
@@ -79,11 +79,13 @@ def is_model_name(source: str) -> bool:
 
 
 def refuse_misspelt(source: str) -> None:
-    """Refuse what is no file and nearly the name of a model.
+    """Refuse what is no file and nearly the name of a model, and no name at all.
 
     Raises:
         ConfigError: naming what may be meant.
     """
+    if not source:  # an unset variable of a script; the empty path would be this folder
+        raise ConfigError("The name of a model is empty: give a file, a folder, or timm's name of one.")
     near = [] if Path(source).exists() else difflib.get_close_matches(source, timm.list_models(), 3, 0.8)
     if near:
         raise ConfigError(
@@ -116,6 +118,8 @@ def _from_file(
 ) -> tuple[VisionTransformer, ModelCard]:
     content = read_file(path)
     if not is_checkpoint(content):
+        if isinstance(content, dict) and any(str(name).endswith(".codes") for name in content):
+            raise CheckpointError(f"{path} is a packed model, which is quantized: a float one is needed.")
         if model_name is not None:
             expected = _card_of_weights(model_name, content, path)
         if expected is None:

@@ -102,7 +102,8 @@ def search_bits(
         report: called as it goes on.
 
     Raises:
-        ConfigError: without a budget, or for one that nothing keeps; it says the least that something does.
+        ConfigError: without a budget, or for one that nothing keeps; it says the least that something does; for one of
+            time where what was measured cannot be.
         UnsupportedModelError: as :func:`qvit.quantize`.
         DataError: if there are no images, or one makes a NaN or an infinity, naming the layer.
     """
@@ -117,6 +118,11 @@ def search_bits(
     # What nothing keeps is refused before what takes long.
     _chosen(nothing, costs, {name: limit for name, limit in budgets.items() if name in costs})
     costs["ms"] = time_cost(products, stopwatch.times(lambda done, todo: tell("time of products", done, todo)))
+    if "ms" in budgets and not costs["ms"].fixed + sum(map(min, costs["ms"].by_candidate)) > 0:
+        raise ConfigError(
+            "By what was measured some bits would take no time at all, so no --budget-ms means anything: this machine "
+            "does too much else at present, or the model is too small to be timed."
+        )
     _chosen(nothing, costs, budgets)
 
     device = next(student.parameters()).device

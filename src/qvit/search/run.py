@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -83,8 +84,11 @@ def run_search(request: Request, options: Options, console: Console) -> Found:
                 teacher, used, request.budgets, held_out=held_out, threads=request.threads, report=report
             )
     check_new(outputs)  # something may have come there meanwhile
-    budgets = "".join(f" --budget-{name} {limit}" for name, limit in request.budgets.items())
-    command = f"qvit search-bits {request.source} --images {request.images}{budgets}"
+    budgets = [word for name, limit in request.budgets.items() for word in (f"--budget-{name}", str(limit))]
+    settings = {"--pictures": request.pictures, "--held-out": request.held_out, "--seed": options.seed}
+    settings |= {} if request.threads is None else {"--threads": request.threads}
+    given = [str(word) for setting in settings.items() for word in setting]
+    command = shlex.join(["qvit", "search-bits", *_inputs(request), *budgets, *given])
     if request.report is not None:
         about = {
             "command": command,
@@ -114,13 +118,18 @@ def summary(found: Found, request: Request, options: Options) -> list[Table | st
     for row in rows([found.model, *found.uniform]):
         table.add_row(*row)
     widest = max(max(bits) for bits in found.overrides.values())
+    words = ["qvit", "quantize", *_inputs(request), "--bits", str(widest), "--override", f"@{options.out}"]
+    command = shlex.join([*words, "--out", "model.safetensors"])
     return [
         table,
-        printable(
-            f"{options.out} holds the bits: qvit quantize {request.source} --images {request.images} --bits {widest} "
-            f"--override @{options.out} --out model.safetensors; qvit train and qvit ablate take it likewise."
-        ),
+        printable(f"{options.out} holds the bits: {command}; qvit train and qvit ablate take it likewise."),
     ]
+
+
+def _inputs(request: Request) -> list[str]:
+    """Return the words of a command for the model and the pictures."""
+    named = [] if request.model is None else ["--model", request.model]
+    return [request.source, *named, "--images", str(request.images)]
 
 
 @contextmanager

@@ -18,7 +18,6 @@ from qvit.analysis.paired import Difference
 from qvit.analysis.report import Cell, Figure, Section, write_report
 from qvit.analysis.report import Table as ReportTable
 from qvit.data.datasets import Images, Unreadable
-from qvit.errors import ConfigError
 from qvit.files import printable, write_text
 from qvit.runtime.preprocess import fit
 from qvit.study.comparison import Comparison
@@ -29,15 +28,9 @@ _EDGE = 160
 _PAGE, _RECORD = "report.html", "report.json"
 
 
-def check_new(folder: Path) -> None:
-    """See that no report is there that would be replaced.
-
-    Raises:
-        ConfigError: if one is.
-    """
-    for name in (_PAGE, _RECORD):
-        if (folder / name).exists():
-            raise ConfigError(f"{folder / name} is there already: give another --report, or move it away.")
+def pages(folder: Path) -> list[Path]:
+    """Return the files that a report in a folder is."""
+    return [folder / _PAGE, folder / _RECORD]
 
 
 def comparison_table(comparison: Comparison) -> Table:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -111,7 +112,7 @@ def check_new(paths: Iterable[Path]) -> None:
         OutputError: if one cannot be written.
     """
     for path in paths:
-        if path.exists():
+        if os.path.lexists(path):  # a link that leads nowhere is there too
             raise ConfigError(f"{path} is there already: give another name, or move it away.")
         write_atomically(path, lambda temporary: temporary.write_bytes(b""))
         path.unlink()
