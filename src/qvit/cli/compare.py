@@ -21,6 +21,7 @@ from qvit.cli.options import (
 )
 from qvit.errors import ConfigError
 from qvit.files import printable
+from qvit.runtime.processors import MOST_THREADS
 
 
 def complexity(
@@ -79,7 +80,7 @@ def compare(
     data_root: DataRoot = None,
     splits: Splits = "train,validation",
     batch_size: Annotated[int, typer.Option(help="Images a step.", min=1)] = 64,
-    threads: Annotated[int, typer.Option(help="Of either model while it is timed.", min=1)] = 1,
+    threads: Annotated[int, typer.Option(help="Of either model while it is timed.", min=1, max=MOST_THREADS)] = 1,
     report: Annotated[
         Path | None, typer.Option(help="Folder for report.html, with images on which they differ, and report.json.")
     ] = None,

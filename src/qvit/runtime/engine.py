@@ -15,7 +15,7 @@ from qvit.format.packed import PackedModel, Source, read_packed
 from qvit.images import ImageSource, is_one
 from qvit.runtime.parts import program_parts
 from qvit.runtime.preprocess import preprocess_batch
-from qvit.runtime.processors import processors
+from qvit.runtime.processors import MOST_THREADS, processors
 from qvit.runtime.trace import traced
 
 _TRACED = 8
@@ -33,7 +33,8 @@ def load(source: Source, *, threads: int | None = None, instruction_set: str | N
 
     Raises:
         PackedFileError: naming the file, the entry and what is wrong with it.
-        ConfigError: for a number of threads below 1 or an instruction set that this machine does not have.
+        ConfigError: for a number of threads below 1 or above 1024, or an instruction set that this machine does not
+            have.
     """
     engine = Engine.__new__(Engine)
     engine._build(read_packed(source), threads, instruction_set)
@@ -67,9 +68,9 @@ class Engine:
     def _build(self, packed: PackedModel, threads: int | None, instruction_set: str | None) -> None:
         """Take the tensors out of ``packed`` one by one: where it is nobody else's, their memory is free at once."""
         self.program, self.classes, self.preprocessing = packed.program, packed.classes, packed.preprocessing
-        self.threads = processors() if threads is None else threads
-        if not isinstance(self.threads, int) or self.threads < 1:
-            raise ConfigError(f"threads must be a whole number from 1 up, not {threads!r}.")
+        self.threads = min(processors(), MOST_THREADS) if threads is None else threads
+        if not isinstance(self.threads, int) or not 1 <= self.threads <= MOST_THREADS:
+            raise ConfigError(f"threads must be a whole number from 1 to {MOST_THREADS}, not {threads!r}.")
         known = instruction_sets()
         self.instruction_set = known[0] if instruction_set is None else instruction_set
         if self.instruction_set not in known:

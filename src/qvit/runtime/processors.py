@@ -8,6 +8,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+MOST_THREADS = 1024
+"""Of an engine; beyond, their memory is all that they would bring."""
+
 
 def processors(root: Path = Path("/")) -> int:
     """Return how many processors this process may use: a container or taskset may allow fewer than there are.
