@@ -31,7 +31,7 @@ from qvit.cli.ending import ends_in_a_sentence
 from qvit.cli.options import console as plain_console
 from qvit.data.resident import decode_once
 from qvit.data.sources import ImageSets
-from qvit.errors import CheckpointError, TrainingStopped
+from qvit.errors import TrainingStopped
 from qvit.files import printable, write_text
 from qvit.models.card import ModelCard
 from qvit.models.checkpoint import load_checkpoint, save_checkpoint, weights_checksum
@@ -95,11 +95,7 @@ def train_teacher(plan: Plan, card: ModelCard, sets: ImageSets, folder: Path, co
 def collect(plan: Plan, data: str, out: Path, results: Path) -> int:
     """Write every finished run into one file and return how many there are.
 
-    The first line is the teacher: accuracy, curve, statistics of its queries and keys, checksum and machine. Of
-    experiments of which ``out`` holds no run, what ``results`` has of them already is kept.
-
-    Raises:
-        CheckpointError: if ``results`` is of another teacher.
+    The first line is the teacher: accuracy, curve, statistics of its queries and keys, checksum and machine.
     """
     model, card = load_checkpoint(out / "teacher" / "model.pt")
     sets, _ = open_images(plan.model, plan.recipe_of(), data)
@@ -117,12 +113,8 @@ def collect(plan: Plan, data: str, out: Path, results: Path) -> int:
             "machine": environment(),
         }
     ]
-    before = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    if before and before[0]["weights"] != lines[0]["weights"]:
-        raise CheckpointError(f"{results} holds runs of another teacher: give another --results.")
     for experiment in plan.experiments:
-        found = [{"experiment": experiment.name, **record} for record in read_results(out / experiment.name)]
-        lines += found or [record for record in before if record["experiment"] == experiment.name]
+        lines += [{"experiment": experiment.name, **record} for record in read_results(out / experiment.name)]
     results.parent.mkdir(parents=True, exist_ok=True)
     write_text(results, "".join(json.dumps(line) + "\n" for line in lines))
     return len(lines)

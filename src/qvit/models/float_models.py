@@ -118,11 +118,11 @@ def _from_file(
 ) -> tuple[VisionTransformer, ModelCard]:
     content = read_file(path)
     if not is_checkpoint(content):
-        if isinstance(content, dict) and any(str(name).endswith(".codes") for name in content):
-            raise CheckpointError(f"{path} is a packed model, which is quantized: a float one is needed.")
         if model_name is not None:
             expected = _card_of_weights(model_name, content, path)
         if expected is None:
+            if isinstance(content, dict) and any(str(name).endswith(".codes") for name in content):
+                raise CheckpointError(f"{path} is a packed model, which is quantized: a float one is needed.")
             raise CheckpointError(f"{path} holds weights and does not say of which model: name it (--model).")
         return build(expected, adapted(content, expected, str(path), report), str(path)), dataclasses.replace(expected)
     if model_name is not None:
