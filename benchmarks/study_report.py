@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -156,8 +157,8 @@ def _best(plan: Plan, records: Sequence[Record]) -> str:
             f"qvit train {plan.model} --bits {bits} --method {row.method}",
             f"--rectify {row.rectify}" if row.rectify else "",
             f"--teacher study/teacher/model.pt --data cifar10 --recipe {plan.recipe}",
-            *(f"--set {change}" for change in plan.set),
-            *(f"--set {name}={value}" for name, value in changes.items()),
+            *(f"--set {shlex.quote(change)}" for change in plan.set),
+            *(f"--set {shlex.quote(f'{name}={value}')}" for name, value in changes.items()),
             f"--seed {best['seed']} --decode-once",
             f"--precision {plan.options['precision']}" if "precision" in plan.options else "",
             "--compile" if plan.options.get("compile") else "",
