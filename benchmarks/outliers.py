@@ -19,6 +19,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from qvit import QuantConfig, calibrate, quantize
+from qvit.analysis.agreement import agreement
 from qvit.data.loader import make_loader, make_transform
 from qvit.data.pictures import open_pictures
 from qvit.models.checkpoint import load_checkpoint
@@ -56,20 +57,27 @@ def main() -> None:
                 with mock.patch.object(balance, "OUTLIER", outlier):
                     student = quantize(model, QuantConfig(bits, bits, rectify=None))
                     calibrate(student, images.split(128))
-                agreements.append(same_class(student.eval(), teacher, held_out))
+                agreements.append(agreement(student, teacher, held_out.split(256)).same_class)
             table.add_row(str(bits), str(factor), *(f"{agreement:.2f}" for agreement in agreements))
             print(bits, factor, *agreements, flush=True)
     Console(width=100).print(table)
+
+
+def feeds_of(model: nn.Module) -> list[tuple[nn.Module, list[nn.Module]]]:
+    """Return norms of a float model, and the layers that each of them feeds and that are balanced with it."""
+    student = quantize(model)
+    names = {module: name for name, module in student.named_modules()}
+    return [
+        (model.get_submodule(names[norm]), [model.get_submodule(names[layer]) for layer in layers])
+        for norm, layers in balance.fed_layers(student)
+    ]
 
 
 @torch.no_grad()
 def with_outliers(model: nn.Module, images: Tensor, factor: float) -> nn.Module:
     """Return the same function; in every norm before layers the channel of median size is ``factor`` times as large."""
     other = copy.deepcopy(model)
-    student = quantize(other)
-    names = {module: name for name, module in student.named_modules()}
-    for fed in balance.fed_layers(student):
-        norm = other.get_submodule(names[fed.norm])
+    for norm, layers in feeds_of(other):
         seen: list[Tensor] = []
         hook = norm.register_forward_hook(lambda module, args, x, seen=seen: seen.append(x))
         other(images)
@@ -78,17 +86,9 @@ def with_outliers(model: nn.Module, images: Tensor, factor: float) -> nn.Module:
         channel = int((deviation - deviation.median()).abs().argmin())
         for parameter in norm.parameters():
             parameter[channel] *= factor
-        for layer in fed.layers:
-            weight = other.get_parameter(f"{names[layer]}.weight")
-            weight[:, channel] /= factor
+        for layer in layers:
+            layer.get_parameter("weight")[:, channel] /= factor
     return other
-
-
-@torch.no_grad()
-def same_class(student: nn.Module, teacher: nn.Module, images: Tensor) -> float:
-    """Return the percentage of images that both models put into the same class."""
-    same = [student(batch).argmax(dim=1) == teacher(batch).argmax(dim=1) for batch in images.split(256)]
-    return 100 * float(torch.cat(same).float().mean())
 
 
 if __name__ == "__main__":

@@ -66,6 +66,12 @@ def save_float(path: Path, model: nn.Module) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def float_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a float checkpoint of :func:`make_vit`, with random weights."""
+    return save_float(tmp_path_factory.mktemp("random") / "float.pt", make_vit())
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
+from qvit.bench.random_model import with_tensors
 from qvit.config import Bits
 from qvit.format.branches import Attention, Mlp, Residual
 from qvit.format.codes import pack_codes
@@ -157,17 +159,7 @@ def random_packed(program: Program, seed: int = 0) -> PackedModel:
             tensors[name] = pack_codes(codes, bits)
         else:
             tensors[name] = _values(kind, _step(owner, kind, program), shape, rng).astype(dtype)
-    channels = program.input[0]
-    preprocessing = {
-        "input_size": list(program.input),
-        "mean": [0.5] * channels,
-        "std": [0.25] * channels,
-        "crop_pct": 0.9,
-        "crop_mode": "center",
-        "interpolation": "bicubic",
-    }
-    classes = [f"class {n}" for n in range(program.output if program.classifies else 0)]
-    return PackedModel(program, preprocessing, classes, {"method": "random"}, tensors)
+    return dataclasses.replace(with_tensors(program, tensors), origin={"method": "random"})
 
 
 def _step(owner: str, kind: str, program: Program) -> float:

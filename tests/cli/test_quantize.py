@@ -38,11 +38,6 @@ def before_step(patch: pytest.MonkeyPatch, action: Callable[[int], object]) -> N
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_float(tmp_path_factory.mktemp("teacher") / "float.pt", make_vit())
-
-
-@pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder of thirty pictures of all kinds in folders of all kinds."""
     folder = tmp_path_factory.mktemp("pictures")
@@ -57,10 +52,10 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def quantize(teacher: Path, pictures: Path, tmp_path: Path) -> Callable[..., Done]:
+def quantize(float_file: Path, pictures: Path, tmp_path: Path) -> Callable[..., Done]:
     """Return the command with everything that it needs; a later option of the same name wins."""
 
-    def command(*arguments: str | Path, source: str | Path = teacher) -> Done:
+    def command(*arguments: str | Path, source: str | Path = float_file) -> Done:
         out = tmp_path / "model.safetensors"
         given = ["--images", pictures, "--bits", "2", "--steps", "6", "--cpu", "--out", out, *arguments]
         return run("quantize", source, *given)
@@ -117,9 +112,9 @@ def test_same_command_same_model_and_calibration_alone_is_another(
     assert (tmp_path / "0.safetensors").read_bytes() == (tmp_path / "1.safetensors").read_bytes()
 
 
-def test_calibration_alone(teacher: Path, pictures: Path, tmp_path: Path) -> None:
+def test_calibration_alone(float_file: Path, pictures: Path, tmp_path: Path) -> None:
     out = tmp_path / "model.safetensors"
-    done = run("quantize", teacher, "--images", pictures, "--method", "calibrate", "--out", out, "--cpu")
+    done = run("quantize", float_file, "--images", pictures, "--method", "calibrate", "--out", out, "--cpu")
     assert done.status == 0, done.err
     assert "reconstructed" not in done.out
     assert load_checkpoint(tmp_path / "model.pt")[1].method == "calibration, without labels"
@@ -157,7 +152,7 @@ def partial(quantize: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_another_command_does_not_go_on_there(
-    quantize: Callable[..., Done], partial: Path, teacher: Path, pictures: Path, tmp_path: Path
+    quantize: Callable[..., Done], partial: Path, float_file: Path, pictures: Path, tmp_path: Path
 ) -> None:
     other = tmp_path / "other.pt"
     model = make_vit()
@@ -179,7 +174,7 @@ def test_another_command_does_not_go_on_there(
         assert what in said
     assert "differs in teacher" in sentence(quantize("--resume", source=other))
     calibration = ["--images", pictures, "--out", tmp_path / "model.safetensors", "--method", "calibrate"]
-    assert "leave out --resume" in sentence(run("quantize", teacher, *calibration, "--resume"))
+    assert "leave out --resume" in sentence(run("quantize", float_file, *calibration, "--resume"))
     assert partial.exists()
 
 
@@ -271,7 +266,7 @@ def test_nothing_that_was_there_is_lost(quantize: Callable[..., Done], tmp_path:
 
 
 def test_a_reconstruction_that_makes_it_worse_is_not_kept(
-    quantize: Callable[..., Done], teacher: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quantize: Callable[..., Done], float_file: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = Reconstruction._make_step
 
@@ -287,7 +282,7 @@ def test_a_reconstruction_that_makes_it_worse_is_not_kept(
     assert "holds the calibrated model" in (tmp_path / "report" / "report.html").read_text()
     budget = ("--bits", "2", "--method", "calibrate", "--cpu")
     other = tmp_path / "other.safetensors"
-    assert run("quantize", teacher, "--images", pictures, *budget, "--out", other).status == 0
+    assert run("quantize", float_file, "--images", pictures, *budget, "--out", other).status == 0
     assert checksum(tmp_path / "model.pt") == checksum(tmp_path / "other.pt")
 
 
@@ -331,7 +326,7 @@ def test_weights_alone_need_the_name_of_their_model(quantize: Callable[..., Done
 
 
 def test_what_cannot_be_meant_is_a_sentence(
-    quantize: Callable[..., Done], teacher: Path, pictures: Path, tmp_path: Path
+    quantize: Callable[..., Done], float_file: Path, pictures: Path, tmp_path: Path
 ) -> None:
     assert quantize().status == 0
     other = ("--out", tmp_path / "x.safetensors")

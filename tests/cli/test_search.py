@@ -31,11 +31,6 @@ from qvit.search.timing import Stopwatch, Times
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_float(tmp_path_factory.mktemp("teacher") / "float.pt", make_vit())
-
-
-@pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pictures")
     rng = np.random.default_rng(0)
@@ -45,14 +40,14 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def search(teacher: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
+def search(float_file: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
     """Return the command with everything but a budget; a later option of the same name wins."""
     monkeypatch.setattr(timing, "ROUNDS", 1)
     monkeypatch.setattr("qvit.bench.compare.PAUSE", 0.0)
     monkeypatch.setattr(find, "_FRONTIER", 3)
     monkeypatch.setattr(calibrate, "_SHARES", (1.0, 0.7))  # of the ranges that are tried; quick
 
-    def command(*arguments: str | Path, source: str | Path = teacher) -> Done:
+    def command(*arguments: str | Path, source: str | Path = float_file) -> Done:
         given = ["--images", pictures, "--out", tmp_path / "bits.txt", "--threads", "1", "--cpu", *arguments]
         return run("search-bits", source, *given)
 
@@ -60,7 +55,7 @@ def search(teacher: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_bits_are_found_within_the_budgets_and_taken_by_quantize(
-    search: Callable[..., Done], teacher: Path, pictures: Path, tmp_path: Path
+    search: Callable[..., Done], float_file: Path, pictures: Path, tmp_path: Path
 ) -> None:
     found = tmp_path / "my bits.txt"
     done = search("--budget-mb", "0.012", "--budget-ops", "0.005", "--report", tmp_path / "report", "--out", found)
@@ -76,7 +71,7 @@ def test_bits_are_found_within_the_budgets_and_taken_by_quantize(
 
     out = tmp_path / "model.safetensors"
     options = ["--override", f"@{found}", "--bits", "8", "--method", "calibrate", "--cpu", "--out", out]
-    assert run("quantize", teacher, "--images", pictures, *options).status == 0
+    assert run("quantize", float_file, "--images", pictures, *options).status == 0
     model = read_packed(out)
     size = sum(array.nbytes for array in model.tensors.values())
     operations = sum(each.macs * each.bits.weight * each.bits.activation for each in model.program.products())

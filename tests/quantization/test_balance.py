@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from conftest import make_vit
 from members import FAMILY_MEMBERS, MEMBERS, SIZES, family_member, images_for
+from outliers import feeds_of, with_outliers
 from qvit import QuantConfig, calibrate, quantize
 from qvit.data.loader import make_loader, make_transform
 from qvit.data.sources import ImageSets
 from qvit.errors import DataError
-from qvit.quantization.balance import IMAGES, fed_layers
+from qvit.quantization.balance import IMAGES
 from qvit.train.methods import FloatModel
 
 WITHOUT = {"no_affine_norm", "post_norm", "eva_post_norm", "relpos_mlp", "swinv2", "swinv2_pretrained_window"}
@@ -27,35 +28,6 @@ def make_member(name: str) -> tuple[nn.Module, Tensor]:
         return family_member(name)
     model = make_vit(MEMBERS[name][0], **MEMBERS[name][1])
     return model, images_for(int(model.patch_embed.proj.in_channels), SIZES.get(name, (16, 16)))  # type: ignore[union-attr]
-
-
-def feeds_of(model: nn.Module) -> list[tuple[Any, list[Any]]]:
-    """Return the float modules whose quantized ones are fed."""
-    student = quantize(model)
-    names = {id(module): name for name, module in student.named_modules()}
-    return [
-        (model.get_submodule(names[id(norm)]), [model.get_submodule(names[id(layer)]) for layer in layers])
-        for norm, layers in fed_layers(student)
-    ]
-
-
-@torch.no_grad()
-def with_outliers(model: nn.Module, images: Tensor, factor: float) -> nn.Module:
-    """Return the same function, with one channel of every norm before layers ``factor`` times as large."""
-    other = copy.deepcopy(model)
-    for norm, layers in feeds_of(other):
-        seen: list[Tensor] = []
-        hook = norm.register_forward_hook(lambda module, args, x, seen=seen: seen.append(x))
-        other(images)
-        hook.remove()
-        deviation = seen[0].flatten(0, -2).std(dim=0)
-        channel = int((deviation - deviation.median()).abs().argmin())
-        norm.weight[channel] *= factor
-        if getattr(norm, "bias", None) is not None:
-            norm.bias[channel] *= factor
-        for layer in layers:
-            layer.weight[:, channel] /= factor
-    return other
 
 
 def calibrated(model: nn.Module, images: Tensor, bits: int) -> nn.Module:

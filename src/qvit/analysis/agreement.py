@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qvit.errors import DataError
 from qvit.models.families import classifies, family_of
 from qvit.nn.modes import evaluating
+from qvit.nn.moments import Moments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,7 @@ def agreement(student: nn.Module, teacher: nn.Module, batches: Iterable[Any]) ->
     pairs = list(zip(family.blocks(student), family.blocks(teacher), strict=True))
     labels = [names[block] for block, _ in pairs]
     errors = [torch.zeros((), dtype=torch.float64) for _ in pairs]
-    sums: list[_Moments] = [_Moments() for _ in pairs]
+    sums = [Moments() for _ in pairs]
     images = same = 0
     cosines = 0.0
     with evaluating(student, teacher):
@@ -72,12 +73,13 @@ def agreement(student: nn.Module, teacher: nn.Module, batches: Iterable[Any]) ->
             cosines += float(torch.cosine_similarity(got.cpu().double(), wanted.cpu().double(), dim=-1).sum())
             _check_finite({**dict(zip(labels, outputs, strict=True)), "the quantized model": got})
             _check_finite({**dict(zip(labels, floats, strict=True)), "the float model": wanted})
+    tiny = torch.finfo(torch.float32).tiny
     return Agreement(
         images,
         100 * same / images if classifies(teacher) else None,
         cosines / images,
         {
-            names[block]: float(error / moments.spread())
+            names[block]: float(error / (moments.count * moments.variance.sum()).clamp(min=tiny))
             for (block, _), error, moments in zip(pairs, errors, sums, strict=True)
         },
     )
@@ -87,22 +89,6 @@ def _check_finite(outputs: dict[str, Tensor]) -> None:
     for name, output in outputs.items():
         if not bool(torch.isfinite(output).all()):
             raise DataError(f"The output of {name} holds a NaN or an infinity: check the float model and the images.")
-
-
-class _Moments:
-    """Sums from which the squared distance of values from their mean, channel by channel, follows."""
-
-    def __init__(self) -> None:
-        self.count, self.total, self.squares = 0, torch.zeros(()), torch.zeros(())
-
-    def add(self, values: Tensor) -> None:
-        rows = values.cpu().double().flatten(0, -2)
-        self.count += len(rows)
-        self.total, self.squares = self.total + rows.sum(dim=0), self.squares + rows.square().sum()
-
-    def spread(self) -> Tensor:
-        spread = self.squares - self.total.square().sum() / self.count
-        return spread.clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def _with_outputs(model: nn.Module, blocks: list[nn.Module], images: Tensor) -> tuple[Tensor, list[Tensor]]:

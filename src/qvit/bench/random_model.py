@@ -35,6 +35,11 @@ def random_model(program: Program) -> PackedModel:
             tensors[f"{attention}.{operand}.scale"] += 6 / 2 ** getattr(operation, operand)
         group = operation.group(x) if isinstance(operation, Attention) else x.tokens
         tensors[f"{attention}.map.scale"] += 4 / group / 2**operation.map
+    return with_tensors(program, tensors)
+
+
+def with_tensors(program: Program, tensors: dict[str, np.ndarray]) -> PackedModel:
+    """Return a packed model of some tensors, with a preprocessing that fits, and classes that are numbered."""
     channels = program.input[0]
     preprocessing = {
         "input_size": list(program.input),

@@ -16,6 +16,7 @@ from qvit.cli.options import (
     Splits,
     Workers,
     check_bits,
+    check_given,
     console,
     float_model,
     options_of,
@@ -83,8 +84,8 @@ def analyze(
 
     if (data is None) == (images is None):
         raise ConfigError("Give either --data, whose validation images have labels, or --images, a folder of pictures.")
-    if images == "":  # an unset variable of a script; the empty path would be this folder
-        raise ConfigError("--images is empty: give a folder of pictures.")
+    if images is not None:
+        check_given("--images", images, "a folder of pictures")
     source = images if data is None else data
     assert source is not None
     options = options_of(out, seed, workers, "no", False, skip_corrupt, False, cpu, source)

@@ -37,6 +37,17 @@ Data = Annotated[
         "is held out); wds/FOLDER with the shards of both splits; or a timm data set: torch/NAME, hfds/NAME."
     ),
 ]
+FloatSource = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="Float model: a timm name with pretrained weights, a checkpoint, hf-hub:OWNER/NAME, or a folder of "
+        "timm's or transformers'.",
+    ),
+]
+WeightsName = Annotated[str | None, typer.Option(help="timm's name, if MODEL is a file of weights alone.")]
+Pictures = Annotated[str, typer.Option(help="Folder of pictures, at any depth; no labels needed.")]
+ReportFolder = Annotated[Path | None, typer.Option(help="Folder for report.html and report.json.")]
 DataRoot = Annotated[str | None, typer.Option(help="Folder of a timm data set.")]
 Splits = Annotated[
     str,
@@ -135,8 +146,7 @@ def options_of(
     from qvit.train.options import Options
     from qvit.train.run import SaveEvery
 
-    if not data:  # an unset variable of a script; the empty path would be this folder
-        raise ConfigError("--data is empty: give a data set's name or folder.")
+    check_given("--data", data, "a data set's name or folder")
     if precision not in ("no", "bf16"):
         raise ConfigError(f"--precision must be no or bf16, not {precision!r}.")
     if workers is None:
@@ -144,6 +154,12 @@ def options_of(
         workers = min(8, torch.get_num_threads()) if torch.cuda.is_available() and data != "digits" else 0
     interval = SaveEvery.parse(save_every)
     return Options(out, seed, workers, precision, compile_models, skip_corrupt, resume, cpu, accumulate, fsdp, interval)
+
+
+def check_given(option: str, value: str, what: str) -> None:
+    """Refuse an empty value, an unset variable of a script perhaps: the empty path would be this folder."""
+    if not value:
+        raise ConfigError(f"{option} is empty: give {what}.")
 
 
 def decoded(sets: ImageSets, card: ModelCard, options: Options) -> ImageSets:

@@ -10,12 +10,17 @@ import typer
 from qvit.cli.options import (
     Compile,
     Cpu,
+    FloatSource,
     Override,
+    Pictures,
     Precision,
+    ReportFolder,
     Seed,
     SkipCorrupt,
+    WeightsName,
     Workers,
     check_bits,
+    check_given,
     console,
     options_of,
     parse_overrides,
@@ -26,15 +31,8 @@ MINUTES = 10.0
 
 
 def quantize(
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="Float model: a timm name with pretrained weights, a checkpoint, hf-hub:OWNER/NAME, or a folder of "
-            "timm's or transformers'.",
-        ),
-    ],
-    images: Annotated[str, typer.Option(help="Folder of pictures, at any depth; no labels needed.")],
+    source: FloatSource,
+    images: Pictures,
     out: Annotated[Path, typer.Option(help="Packed file to write; a checkpoint to train on from lies beside it.")],
     bits: Annotated[int, typer.Option(help="Bits of weights and activations, 2..8.")] = 4,
     activation_bits: Annotated[int | None, typer.Option(help="Bits of activations, if others.")] = None,
@@ -44,8 +42,8 @@ def quantize(
     steps: Annotated[int | None, typer.Option(help="Of the reconstruction, instead of --minutes.", min=1)] = None,
     pictures: Annotated[int, typer.Option(help="To work with, at most.", min=1)] = 1024,
     held_out: Annotated[int, typer.Option(help="To measure agreement on, at most.", min=1)] = 256,
-    model: Annotated[str | None, typer.Option(help="timm's name, if MODEL is a file of weights alone.")] = None,
-    report: Annotated[Path | None, typer.Option(help="Folder for report.html and report.json.")] = None,
+    model: WeightsName = None,
+    report: ReportFolder = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what was stopped.")] = False,
     seed: Seed = 0,
     workers: Workers = None,
@@ -71,8 +69,7 @@ def quantize(
         raise ConfigError(f"--method must be reconstruct or calibrate, not {method!r}.")
     if method == "calibrate" and (minutes is not None or steps is not None):
         raise ConfigError("--method calibrate has no budget: leave out --minutes and --steps.")
-    if not images:  # an unset variable of a script; the empty path would be this folder
-        raise ConfigError("--images is empty: give a folder of pictures.")
+    check_given("--images", images, "a folder of pictures")
     if resume and method == "calibrate":
         raise ConfigError("--method calibrate takes seconds and leaves nothing to go on with: leave out --resume.")
     if minutes is not None and steps is not None:

@@ -7,20 +7,24 @@ from typing import Annotated
 
 import typer
 
-from qvit.cli.options import Cpu, Seed, SkipCorrupt, Workers, console, options_of
-from qvit.errors import ConfigError
+from qvit.cli.options import (
+    Cpu,
+    FloatSource,
+    Pictures,
+    ReportFolder,
+    Seed,
+    SkipCorrupt,
+    WeightsName,
+    Workers,
+    check_given,
+    console,
+    options_of,
+)
 
 
 def search_bits(
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="Float model: a timm name with pretrained weights, a checkpoint, hf-hub:OWNER/NAME, or a folder of "
-            "timm's or transformers'.",
-        ),
-    ],
-    images: Annotated[str, typer.Option(help="Folder of pictures, at any depth; no labels needed.")],
+    source: FloatSource,
+    images: Pictures,
     out: Annotated[Path, typer.Option(help="File to write: lines PATTERN=BITS for --override @FILE.")],
     budget_ms: Annotated[float | None, typer.Option(help="Milliseconds of an image in the engine, here.")] = None,
     budget_mb: Annotated[float | None, typer.Option(help="Megabytes (10^6) of the file's codes and scales.")] = None,
@@ -31,8 +35,8 @@ def search_bits(
     threads: Annotated[int | None, typer.Option(help="Of the engine [default: all processors].", min=1)] = None,
     pictures: Annotated[int, typer.Option(help="To set scales with, at most.", min=1)] = 512,
     held_out: Annotated[int, typer.Option(help="To measure distances on, at most.", min=1)] = 64,
-    model: Annotated[str | None, typer.Option(help="timm's name, if MODEL is a file of weights alone.")] = None,
-    report: Annotated[Path | None, typer.Option(help="Folder for report.html and report.json.")] = None,
+    model: WeightsName = None,
+    report: ReportFolder = None,
     seed: Seed = 0,
     workers: Workers = None,
     skip_corrupt: SkipCorrupt = False,
@@ -51,8 +55,7 @@ def search_bits(
     """
     from qvit.search.run import Request, run_search, summary
 
-    if not images:  # an unset variable of a script; the empty path would be this folder
-        raise ConfigError("--images is empty: give a folder of pictures.")
+    check_given("--images", images, "a folder of pictures")
     options = options_of(out, seed, workers, "no", False, skip_corrupt, False, cpu, images)
     given = {"mb": budget_mb, "ops": budget_ops, "ms": budget_ms}
     budgets = {name: limit for name, limit in given.items() if limit is not None}

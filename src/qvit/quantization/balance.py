@@ -19,6 +19,9 @@ from qvit.format.branches import Attention, AttentionPool, Residual
 from qvit.format.ops import Classify, Merge, Norm, Pool
 from qvit.format.program import Program
 from qvit.models.families import MODELS, image_size_of, lower
+from qvit.nn.modes import switched_off
+from qvit.nn.moments import Moments
+from qvit.nn.rectify import Rectifier
 
 OUTLIER = 8
 """How many times the median of all channels the deviation of an outlier is, or its distance from their mean."""
@@ -33,22 +36,6 @@ class Fed(NamedTuple):
 
     norm: nn.Module
     layers: list[nn.Module]
-
-
-class _Moments:
-    """Mean and deviation per channel of a stream of values ``(..., C)``, float64."""
-
-    def __init__(self) -> None:
-        self.count, self.sum, self.square = 0, torch.zeros(()), torch.zeros(())
-
-    def add(self, x: Tensor) -> None:
-        rows = x.double().flatten(0, -2)
-        self.count, self.sum = self.count + len(rows), self.sum + rows.sum(dim=0)
-        self.square = self.square + rows.square().sum(dim=0)
-
-    def result(self) -> tuple[Tensor, Tensor]:
-        mean = self.sum / self.count
-        return mean, (self.square / self.count - mean.square()).clamp(min=0).sqrt()
 
 
 @torch.no_grad()
@@ -70,8 +57,8 @@ def balance(model: nn.Module, images: Sequence[Tensor], undo: Undo) -> None:
         for feed in feeds
         if all(owners[id(each)] == 1 for module in (feed.norm, *feed.layers) for each in (module, *module.parameters()))
     ]
-    seen = [_Moments() for _ in feeds]
-    with ExitStack() as hooks:
+    seen = [Moments() for _ in feeds]
+    with switched_off(m for m in model.modules() if isinstance(m, Rectifier)), ExitStack() as hooks:
         for feed, moments in zip(feeds, seen, strict=True):
             hook = feed.norm.register_forward_hook(lambda norm, args, x, moments=moments: moments.add(x))
             hooks.callback(hook.remove)
@@ -82,7 +69,7 @@ def balance(model: nn.Module, images: Sequence[Tensor], undo: Undo) -> None:
             if left <= 0:
                 break
     for feed, moments in zip(feeds, seen, strict=True):
-        _balance(feed, *moments.result(), undo)
+        _balance(feed, moments, undo)
 
 
 def fed_layers(student: nn.Module) -> Iterator[Fed]:
@@ -122,7 +109,9 @@ def _pairs(program: Program) -> Iterator[tuple[str, str]]:
         pooled = operation if isinstance(operation, Norm) else pooled if isinstance(operation, Pool) else None
 
 
-def _balance(feed: Fed, mean: Tensor, deviation: Tensor, undo: Undo) -> None:
+def _balance(feed: Fed, moments: Moments, undo: Undo) -> None:
+    norm: Any = feed.norm
+    mean, deviation = (values.to(norm.weight.device) for values in (moments.mean, moments.variance.sqrt()))
     usual = deviation.median()
     if not usual > 0:
         return
@@ -131,7 +120,6 @@ def _balance(feed: Fed, mean: Tensor, deviation: Tensor, undo: Undo) -> None:
     middle = (mean / factor).median()
     away = mean / factor - middle
     shift = torch.where(away.abs() >= OUTLIER * usual, away, 0.0)
-    norm: Any = feed.norm
     biases = [norm.bias if hasattr(norm, "bias") else None, *(layer.bias for layer in feed.layers)]
     if any(bias is None for bias in biases):
         shift = torch.zeros_like(shift)

@@ -68,16 +68,10 @@ def calibrate(
         if value not in known:
             raise ConfigError(f"{what} must be {' or '.join(known)}, not {value!r}.")
     quantizers, images = _checked(model, batches)
-    done = itertools.count(1)
-
-    def advance() -> None:
-        if report is not None:
-            report(next(done), len(images) + len(quantizers))
-
+    advance = _counter(report, len(images) + len(quantizers))
     with _all_or_nothing(model) as undo, evaluating(model), torch.no_grad():
         with switched_off(quantizers.values()):
-            with switched_off(m for m in model.modules() if isinstance(m, Rectifier)):
-                balance(model, images, undo)
+            balance(model, images, undo)
             _start_rectifiers(model, images, rectify_start)
             samples = _collect(model, images, quantizers, advance)
         for name, quantizer in quantizers.items():
@@ -123,12 +117,7 @@ def scales_by_bits(
         DataError: as :func:`calibrate`.
     """
     quantizers, images = _checked(model, batches)
-    done = itertools.count(1)
-
-    def advance() -> None:
-        if report is not None:
-            report(next(done), len(images) + len(quantizers))
-
+    advance = _counter(report, len(images) + len(quantizers))
     with _all_or_nothing(model) as undo, evaluating(model), switched_off(quantizers.values()):
         balance(model, images, undo)
         values = _collect(model, images, quantizers, advance)
@@ -208,6 +197,12 @@ def _checked(model: nn.Module, batches: Iterable[Any]) -> tuple[dict[str, Quanti
     if not images:
         raise DataError("Calibration needs at least one image, and there was none.")
     return quantizers, images
+
+
+def _counter(report: Callable[[int, int], None] | None, todo: int) -> Callable[[], None]:
+    """Return what is to be called whenever one of ``todo`` things is done."""
+    done = itertools.count(1)
+    return lambda: report(next(done), todo) if report is not None else None
 
 
 def _fit(name: str, quantizer: Quantizer, values: Tensor) -> None:
