@@ -191,6 +191,26 @@ def test_distillation_part_is_hard_label_cross_entropy(vit: nn.Module, images, l
     assert not loss_fn.last_parts["logits"].requires_grad
 
 
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
+def test_soft_distillation_is_the_divergence_from_the_teacher_and_takes_no_label(
+    make_model, images: Tensor, labels: Tensor, name: str
+) -> None:
+    teacher = make_model()
+    student = calibrated(make_model(name, img_size=16), images)
+    if name.startswith("deit"):
+        student.set_distilled_training(True)
+    loss = DistillationLoss(teacher, soft=True, guided=False)
+    found = loss(student.train(), images, labels)
+    assert torch.equal(found, loss(student, images, labels.flip(0) + 1))
+    outputs = student(images)
+    p = teacher(images).double().softmax(dim=1)
+    heads = outputs if isinstance(outputs, tuple) else (outputs,)
+    expected = [(p * (p.log() - q.double().log_softmax(dim=1))).sum(dim=1).mean() for q in heads]
+    assert found.item() == pytest.approx(sum(part.item() for part in expected) / len(heads), rel=1e-4)
+    found.backward()
+    assert student.blocks[0].attn.qkv.weight.grad.abs().max() > 0
+
+
 def test_distillation_token_learns_from_the_teacher_and_class_token_from_the_label(make_model, images, labels) -> None:
     teacher = make_model()
     student = calibrated(make_model(DISTILLED), images, QuantConfig(rectify="token"))

@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import signal
@@ -14,12 +15,14 @@ import torch
 from rich.console import Console
 from sklearn.metrics import top_k_accuracy_score
 
+from qvit import QuantConfig, quantize
 from qvit.analysis.statistics import query_key_statistics
 from qvit.data.loader import make_loader, make_transform
 from qvit.data.sources import ImageSets
 from qvit.errors import CheckpointError, ConfigError, NonFiniteLossError
 from qvit.models.card import create_model, describe
 from qvit.models.checkpoint import load_checkpoint, read_checkpoint
+from qvit.train import methods
 from qvit.train.evaluate import evaluate
 from qvit.train.loop import LabelLoss, read_metrics
 from qvit.train.methods import FloatModel, train_full_precision, train_quantized
@@ -65,9 +68,15 @@ def test_same_seed_same_weights_other_seed_others(
     assert not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
 
 
+SOFT = ["quantized.distillation=soft", "quantized.reconstruct_first=true", "quantized.reconstruction_steps=5"]
+SMALL = ["model_args.depth=2", "quantized.epochs=2"]
+
+
+@pytest.mark.parametrize("changes", [[], SOFT], ids=["labels", "soft_from_a_reconstruction"])
 def test_resumed_run_equals_the_uninterrupted_one(
-    tmp_path: Path, teacher: FloatModel, digits: ImageSets, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, teacher: FloatModel, digits: ImageSets, changes: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    recipe = load_recipe("digits", [*SMALL, *changes])
     run(teacher, digits, recipe, Options(tmp_path / "whole"))
     calls = 0
 
@@ -86,10 +95,35 @@ def test_resumed_run_equals_the_uninterrupted_one(
         run(teacher, digits, recipe, Options(tmp_path / "cut"))
     monkeypatch.undo()
     assert len(read_metrics(tmp_path / "cut")) == 1
+    monkeypatch.setattr(methods, "reconstruct", None)  # what is trained already starts from nothing anew
     run(teacher, digits, recipe, Options(tmp_path / "cut", resume=True))
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     strip = [{k: v for k, v in r.items() if "second" not in k} for r in read_metrics(tmp_path / "whole")]
     assert strip == [{k: v for k, v in r.items() if "second" not in k} for r in read_metrics(tmp_path / "cut")]
+
+
+def test_training_from_a_reconstruction_starts_where_it_ends(
+    tmp_path: Path, teacher: FloatModel, digits: ImageSets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[dict[str, torch.Tensor]] = []
+    monkeypatch.setattr(methods, "_fit", lambda student, *rest: started.append(copy.deepcopy(student.state_dict())))
+    run(teacher, digits, load_recipe("digits", [*SMALL, *SOFT]), Options(tmp_path / "a"), "baseline")
+    plain = load_recipe("digits", [*SMALL, SOFT[-1]])
+    reconstructed = train_quantized(
+        teacher, teacher, "reconstruct", (2, 2), "head", digits, plain, Options(tmp_path / "b"), Console(quiet=True)
+    )
+    assert same(started[0], reconstructed.model.state_dict())
+    run(teacher, digits, plain, Options(tmp_path / "c"), "baseline")
+    assert not same(started[0], started[1])
+
+
+def test_reconstruction_needs_a_float_model(tmp_path: Path, teacher: FloatModel, digits: ImageSets) -> None:
+    config = QuantConfig(4, 4, rectify=None)
+    start = FloatModel(quantize(teacher.model, config), replace(teacher.card, quant_config=config.to_dict()))
+    recipe = load_recipe("digits", [*SMALL, *SOFT])
+    with pytest.raises(ConfigError, match="reconstruct_first learns from a float model"):
+        train_quantized(start, None, "baseline", (2, 2), "head", digits, recipe, Options(tmp_path), Console())
+    assert not list(tmp_path.iterdir())
 
 
 def test_killed_run_resumes_from_its_last_epoch(tmp_path: Path, teacher_file: Path) -> None:

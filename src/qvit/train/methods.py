@@ -173,6 +173,11 @@ def train_quantized(
     """
     chosen = methods[method]
     schedule, device = recipe.schedule("quantized"), make_accelerator(options).device
+    reconstruct_first = schedule.reconstruct_first and chosen.trained
+    if reconstruct_first and teacher is None and start.card.quant_config is not None:
+        raise ConfigError(
+            "The recipe's reconstruct_first learns from a float model: give --teacher, or set it to false."
+        )
     set_seed(options.seed)
     student, config = make_student(start, teacher, method, bits, rectify, overrides, methods)
     student = student.to(device)
@@ -192,7 +197,7 @@ def train_quantized(
             weight_start=schedule.weight_start,
         )
     goes_on = options.resume and can_go_on(options.out)
-    if chosen.reconstructed or (schedule.reconstruct_first and chosen.trained and not goes_on):
+    if chosen.reconstructed or (reconstruct_first and not goes_on):
         _reconstruct(
             student, copy.deepcopy((teacher or start).model).to(device), data, card, schedule, options, console
         )
