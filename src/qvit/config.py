@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple
 
@@ -92,6 +92,13 @@ class QuantConfig:
         if unknown:
             raise ConfigError(f"Unknown field {shown(min(unknown, key=str))} in the quantization config.")
         return cls(**data)
+
+
+def bits_text(bits: Sequence[int], overrides: Collection[str]) -> str:
+    """Return a model's bits of weights and activations for people: ``"2/4 (3 overrides)"``."""
+    count = len(overrides)
+    others = f" ({count} override{'s' if count > 1 else ''})" if count else ""
+    return f"{'/'.join(map(str, bits))}{others}"
 
 
 def _pair(bits: Any) -> Bits:

@@ -95,6 +95,7 @@ def test_report_is_replaced_whole(report, tmp_path):
         (["32 (float)", 4], True),
         (["+0.31 ± 0.20", "−1.20"], True),
         (["6.14×", "12%"], True),
+        (["4.2e-05", "1e-06", "0.021"], True),
         (["–", "", "-"], False),
         (["2 bits", "float"], False),
         (["4-bit"], False),

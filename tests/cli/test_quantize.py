@@ -120,6 +120,19 @@ def test_calibration_alone(float_file: Path, pictures: Path, tmp_path: Path) -> 
     assert load_checkpoint(tmp_path / "model.pt")[1].method == "calibration, without labels"
 
 
+def test_other_bits_are_told_by_quantize_and_compare(float_file: Path, pictures: Path, tmp_path: Path) -> None:
+    out, report, others = tmp_path / "model.safetensors", tmp_path / "report", ["blocks.0.*=8", "*.mlp.fc2=2/4"]
+    command = ["quantize", float_file, "--images", pictures, "--method", "calibrate", "--out", out, "--cpu"]
+    done = run(*command, "--report", report, *(part for other in others for part in ("--override", other)))
+    assert done.status == 0, done.err
+    assert "4 bits, 2 overrides" in " ".join(done.out.split())  # the title of a narrow table is wrapped
+    page = (report / "report.html").read_text()
+    assert "Other bits, of weights and activations: blocks.0.* 8/8, *.mlp.fc2 2/4." in page
+    compared = run("compare", tmp_path / "model.pt", out, "--images", pictures, "--cpu")
+    assert compared.status == 0, compared.err
+    assert compared.out.count("4/4 (2 overrides)") == 1  # of a packed file, the bits of most layers
+
+
 @pytest.mark.usefixtures("kept")
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_what_was_stopped_goes_on_as_if_nothing_had_been(

@@ -30,7 +30,7 @@ def test_quantization(tmp_path: Path, name: str) -> None:
     told = {"pictures": 8, "held_out": 2, "bytes": 10, "float_bytes": 60, "seconds": 9.0, "seed": 0, "apart": True}
     names = {"model": name, "source": name, "method": name, "checksum": "0" * 64, "kept": "calibrated"}
     path = tmp_path / "report.html"
-    result = {**told, **names, "bits": (4, 4), "agreement": {"calibrated": measured}}
+    result = {**told, **names, "bits": (4, 4), "overrides": {name: [8, 8]}, "agreement": {"calibrated": measured}}
     write_quantization_report(path, result)
     page = check_page(path.read_text())
     assert printable(name) in {cell["text"] for cell in page.all("td")}

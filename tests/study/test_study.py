@@ -28,9 +28,26 @@ experiments:
     against: chain
 """
 
+# The program, which gets SIGTERM when it has saved its first epoch: the teacher's first of two.
+STOPPED = """
+import os, runpy, signal, sys
+from qvit.train.run import Run
 
-def study(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(BENCHMARKS / "study.py"), *map(str, arguments)]
+save = Run.save
+
+def save_and_stop(run, **options):
+    save(run, **options)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+Run.save = save_and_stop
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def study(*arguments: str | Path, stopped: bool = False) -> subprocess.CompletedProcess[str]:
+    program = str(BENCHMARKS / "study.py")
+    start = ["-c", f"import sys; sys.argv[0] = {program!r}; sys.path.insert(0, {str(BENCHMARKS)!r}){STOPPED}"]
+    command = [sys.executable, *(start if stopped else [program]), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -38,11 +55,15 @@ def study(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("study")
     (folder / "plan.yaml").write_text(PLAN)
-    # Stopped in the middle, wherever that is after three seconds, and started again.
-    first = study("run", folder / "plan.yaml", "--data", "digits", "--out", folder / "runs", "--minutes", "0.05")
-    assert first.returncode == 143, first.stderr
-    assert first.stderr.startswith("qvit: Stopped by SIGTERM ")
-    again = study("run", folder / "plan.yaml", "--data", "digits", "--out", folder / "runs")
+    run = ["run", folder / "plan.yaml", "--data", "digits", "--out", folder / "runs"]
+    # Stopped by its own clock before anything, in the middle of the teacher, and started again.
+    clock = study(*run, "--minutes", "0")
+    assert clock.returncode == 143, clock.stderr
+    assert clock.stderr.startswith("qvit: Stopped by SIGTERM ")
+    signal = study(*run, stopped=True)
+    assert signal.returncode == 143, signal.stderr
+    assert "at the end of epoch 1" in signal.stderr
+    again = study(*run)
     assert again.returncode == 0, again.stderr
     results = folder / "tiny.jsonl"
     done = study("collect", folder / "plan.yaml", "--data", "digits", "--out", folder / "runs", "--results", results)

@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader
 from qvit.files import printable, write_text
 
 Cell = str | int | float
-_NUMBER = re.compile(r"([–-]?|[+±−-]?\d[\d.,]*[%×]?)(\s|$)")  # nothing or a dash, too
+_NUMBER = re.compile(r"([–-]?|[+±−-]?\d[\d.,]*(e-?\d+)?[%×]?)(\s|$)")  # nothing or a dash, too
 
 
 @dataclass(frozen=True)

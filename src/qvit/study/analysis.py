@@ -20,7 +20,7 @@ from qvit._version import __version__
 from qvit.analysis.attention_range import AttentionGrid, attention_grids
 from qvit.analysis.bottleneck import KINDS, PARTS, Places, Tried, cells_of, grid_of, overrides_of, variants_of
 from qvit.analysis.examination import Examination
-from qvit.config import MAX_BITS, QuantConfig
+from qvit.config import MAX_BITS, QuantConfig, bits_text
 from qvit.data.loader import Prepared, make_loader, make_transform, readable
 from qvit.data.order import Sample
 from qvit.errors import ConfigError, DataError
@@ -155,6 +155,7 @@ def _analysed(
                 "architecture": subject.card.name,
                 "method": subject.card.method,
                 "bits": _bits(subject.card),
+                "overrides": (subject.card.quant_config or {}).get("overrides", {}),
                 "weights": weights_checksum(subject.model),
                 **examinations[subject.name].result(),
             }
@@ -319,26 +320,26 @@ def _shown(blocks: Sequence[int] | None, count: int) -> list[int]:
     return sorted(set(blocks))
 
 
-def _bits(card: ModelCard) -> list[int] | None:
+def _bits(card: ModelCard) -> tuple[int, int] | None:
     config = card.quant_config
-    return None if config is None else [config["weight_bits"], config["activation_bits"]]
+    return None if config is None else (config["weight_bits"], config["activation_bits"])
 
 
 def summary(result: Mapping[str, Any], out: Path) -> list[Any]:
     """Return what an analysis has found in short, to be printed."""
     table = Table(title=printable(f"{result['images']} images of {result['source']}"))
-    columns = ("model", "bits", "top-1 (%)", "same class (%)", "lowest SNR (dB)", "of")
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("model", "of") else "right", overflow="fold")
+    noisiest: list[str] = []
+    for column in ("model", "bits", "top-1 (%)", "same class (%)", "lowest SNR (dB)"):
+        table.add_column(column, justify="left" if column == "model" else "right", overflow="fold")
     for name, model in result["models"].items():
         lossy = [noise for noise in model["quantizers"] if noise["snr"] is not None]
         least = min(lossy, key=lambda noise: noise["snr"], default=None)
         table.add_row(
             printable(name),
-            "32" if model["bits"] is None else "/".join(map(str, model["bits"])),
+            "32" if model["bits"] is None else bits_text(model["bits"], model["overrides"]),
             f"{model['top1']:.2f}" if "top1" in model else "",
             f"{model['same_class']:.2f}" if "same_class" in model else "",
             "" if least is None else f"{least['snr']:.1f}",
-            "" if least is None else least["name"],
         )
-    return [table, printable(f"Report in {out / 'report.html'}, numbers in {out / 'analysis.json'}")]
+        noisiest += [] if least is None else [printable(f"{name}: the lowest is that of {least['name']}.")]
+    return [table, *noisiest, printable(f"Report in {out / 'report.html'}, numbers in {out / 'analysis.json'}")]

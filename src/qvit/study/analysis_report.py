@@ -16,6 +16,7 @@ from qvit._version import __version__
 from qvit.analysis.figures import png, svg
 from qvit.analysis.report import Cell, Section, Table, write_report
 from qvit.analysis.report import Figure as ReportFigure
+from qvit.config import bits_text
 from qvit.files import write_atomically, write_text
 from qvit.study import analysis_sections as sections
 from qvit.study.analysis_sections import Drawing, Drawn, Part, Result
@@ -91,7 +92,7 @@ def _overview(result: Result, models: Mapping[str, Any]) -> Part:
         rows.append(
             [
                 name,
-                "32" if model["bits"] is None else "/".join(map(str, dict.fromkeys(model["bits"]))),
+                "32" if model["bits"] is None else bits_text(model["bits"], model["overrides"]),
                 model["method"],
                 *([f"{model['top1']:.2f}" if "top1" in model else "–"] if labelled else []),
                 *([f"{model['same_class']:.2f}" if "same_class" in model else "–"] if compared else []),

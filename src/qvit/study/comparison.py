@@ -21,6 +21,7 @@ from qvit.analysis.paired import Paired, compare_classes
 from qvit.analysis.size import model_size
 from qvit.bench.compare import ROUNDS, interleaved, time_once
 from qvit.bench.peers import Images, Runner
+from qvit.config import bits_text
 from qvit.data.loader import Batch, make_loader, make_transform, readable
 from qvit.data.pictures import all_pictures
 from qvit.data.sources import check_classes, open_validation
@@ -81,9 +82,11 @@ class Side:
 
     @property
     def bits(self) -> str:
-        """Bits of weights and activations."""
+        """Bits of weights and activations; of a packed file those that most layers have."""
         config = self.card.quant_config
-        return "32 (float)" if config is None else f"{config['weight_bits']}/{config['activation_bits']}"
+        if config is None:
+            return "32 (float)"
+        return bits_text((config["weight_bits"], config["activation_bits"]), config.get("overrides", ()))
 
     @property
     def timed_in(self) -> str:

@@ -95,9 +95,9 @@ def _rows(comparison: Comparison) -> list[list[str]]:
 def _sections(comparison: Comparison) -> list[Section]:
     paired, right = comparison.paired, comparison.paired.right
     caption = (
-        "MB: of a packed file, or of a checkpoint's model with its codes at their width. ms: median of one image on "
-        f"{comparison.threads} thread(s), both models by turns; a quantized checkpoint is timed as the packed file "
-        "that it becomes. ± is one standard error."
+        "bits: of a packed file, those of most layers. MB: of a packed file, or of a checkpoint's model with its codes "
+        f"at their width. ms: median of one image on {comparison.threads} thread(s), both models by turns; a quantized "
+        "checkpoint is timed as the packed file that it becomes. ± is one standard error."
     )
     tables = [ReportTable(_columns(comparison), _rows(comparison), caption)]
     if right is not None:

@@ -150,6 +150,7 @@ def _quantized(request: Request, options: Options, console: Console, targets: Ta
         source=request.source,
         model=card.name,
         bits=[request.config.weight_bits, request.config.activation_bits],
+        overrides=request.config.to_dict()["overrides"],
         method=request.method,
         seed=options.seed,
         pictures=sum(map(len, used)),
@@ -306,4 +307,5 @@ def _metrics(measured: Agreement) -> dict[str, float]:
 
 def _bits(result: Result) -> str:
     weights, activations = result["bits"]
-    return f"{weights} bits" if weights == activations else f"{weights} bits, activations {activations}"
+    text = f"{weights} bits" if weights == activations else f"{weights} bits, activations {activations}"
+    return f"{text}, {len(result['overrides'])} overrides" if result["overrides"] else text

@@ -27,6 +27,7 @@ def write_quantization_report(path: Path, result: Mapping[str, Any]) -> None:
         OutputError: if the file cannot be written.
     """
     weights, activations = result["bits"]
+    others = ", ".join(f"{name} {'/'.join(map(str, pair))}" for name, pair in result["overrides"].items())
     measured: Mapping[str, Mapping[str, Any]] = result["agreement"]
     classifies = all(one["same_class"] is not None for one in measured.values())
     apart = "held out: no step saw them" if result["apart"] else "the only one there was, which the model was made with"
@@ -40,6 +41,7 @@ def write_quantization_report(path: Path, result: Mapping[str, Any]) -> None:
         [
             f"{result['model']} at {weights} bits for weights and {activations} for activations, from "
             f"{result['pictures']} pictures without labels. The packed file holds the {result['kept']} model.",
+            *([f"Other bits, of weights and activations: {others}."] if others else []),
             *(f"{name}: {_STEPS[name]}." for name in measured),
         ],
         [
