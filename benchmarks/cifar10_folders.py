@@ -1,4 +1,4 @@
-"""Lay out CIFAR-10's training images as train/ and val/ with the split that docs/results.md uses.
+"""Lay out CIFAR-10's training images as train/ and val/ with the split that docs/cifar10.md uses.
 
 Input: a folder ``train/<class>/<0000..4999>.jpg`` (or an archive of one), the 50,000 training images in their original
 order. Images 4500 to 4999 of each class become validation.

@@ -1,4 +1,4 @@
-"""The study of docs/results.md: a float teacher, the ablation and the trials around it, as a plan lists them.
+"""The study of docs/cifar10.md: a float teacher, the ablation and the trials around it, as a plan lists them.
 
 A plan (benchmarks/study_cpu.yaml, benchmarks/study_gpu.yaml) names model, recipe and data preparation, and experiments:
 each an ablation (qvit ablate) with entries of the recipe changed, and why. ``run`` trains the teacher and then whatever
@@ -9,7 +9,7 @@ all that was measured into one file, a line a run; ``report`` makes tables and f
 Example:
   python benchmarks/study.py run benchmarks/study_cpu.yaml --data cifar10 --out study
   python benchmarks/study.py collect benchmarks/study_cpu.yaml --out study --results docs/study/cpu.jsonl
-  python benchmarks/study.py report benchmarks/study_cpu.yaml --results docs/study/cpu.jsonl --document docs/results.md
+  python benchmarks/study.py report benchmarks/study_cpu.yaml --results docs/study/cpu.jsonl --document docs/cifar10.md
 """
 
 from __future__ import annotations

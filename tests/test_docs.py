@@ -285,6 +285,14 @@ def test_the_citation_says_what_the_package_says() -> None:
     assert f'license = "{citation["license"]}"' in PYPROJECT
 
 
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
+def test_a_page_can_be_read_at_once_and_says_who_writes_it(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 400, f"{page.name}: split it by topic"
+    for name in re.findall(r"^<!-- study: (\w+) -->$", text, re.MULTILINE):
+        assert f"--results docs/study/{name}.jsonl --document docs/{page.name}\n" in text, name
+
+
 def test_every_page_is_in_the_site() -> None:
     listed = set(re.findall(r"[\w-]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8")))
     added = set(re.findall(r'"([a-z]+\.md)"', (ROOT / "docs" / "site.py").read_text(encoding="utf-8")))
