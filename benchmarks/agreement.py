@@ -74,8 +74,8 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    model, card = load_checkpoint(arguments.checkpoint)
-    sets, transform = open_data(arguments.data, mode=card.mode), make_transform(card.preprocessing)
+    model, spec = load_checkpoint(arguments.checkpoint)
+    sets, transform = open_data(arguments.data, mode=spec.mode), make_transform(spec.preprocessing)
     with tempfile.TemporaryDirectory() as folder:
         packed = Path(folder) / "model.safetensors"
         export_checkpoint(arguments.checkpoint, packed)
@@ -112,7 +112,7 @@ def main() -> None:
         "checkpoint": str(arguments.checkpoint),
         "data": arguments.data,
         "images": len(truth),
-        "bits": [card.quant_config["weight_bits"], card.quant_config["activation_bits"]] if card.quant_config else None,
+        "bits": [spec.quant_config["weight_bits"], spec.quant_config["activation_bits"]] if spec.quant_config else None,
         "instruction_set": engine.instruction_set,
         "top1": {name: 100 * float((values.argmax(1) == truth).mean()) for name, values in logits.items()},
         "logit_std": float(logits["double"].std()),

@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--random", type=int, default=8, help="how many models of random bits")
     arguments = parser.parse_args()
     with torch.device("meta"):
-        student = quantize(timm.create_model(arguments.model), QuantConfig(rectify=None))
+        student = quantize(timm.create_model(arguments.model), QuantConfig(rectifier=None))
     program, _ = lower(student, image_size_of(student))
     products = free_products(student, program)
     stopwatch = Stopwatch(program, products, arguments.threads)

@@ -24,7 +24,7 @@ from qvit.analysis.statistics import attention_distance
 from qvit.data.loader import make_loader, make_transform
 from qvit.data.sources import open_data
 from qvit.models.checkpoint import load_checkpoint
-from qvit.nn.rectify import Start
+from qvit.nn.rectifier import Start
 
 BITS = (8, 4, 3, 2)
 CALIBRATION_IMAGES = 512
@@ -44,8 +44,8 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    teacher, card = load_checkpoint(arguments.checkpoint)
-    sets, transform = open_data(arguments.data, mode=card.mode), make_transform(card.preprocessing)
+    teacher, spec = load_checkpoint(arguments.checkpoint)
+    sets, transform = open_data(arguments.data, mode=spec.mode), make_transform(spec.preprocessing)
     torch.manual_seed(0)
     some = next(iter(make_loader(sets.train, transform, CALIBRATION_IMAGES, shuffle=True))).images
     batches = list(make_loader(sets.val, transform, 256, shuffle=False))
@@ -58,16 +58,16 @@ def main() -> None:
     expected = classes(teacher)
     results = []
     for bits in BITS:
-        for rectify, start in STARTS:
-            student = quantize(teacher, QuantConfig(bits, bits, rectify=rectify))
+        for rectifier, start in STARTS:
+            student = quantize(teacher, QuantConfig(bits, bits, rectifier=rectifier))
             calibrate(student, [some], rectify_start=start)
             found = classes(student)
             distance = attention_distance(teacher, student, [batch.images for batch in batches[:2]])
             results.append(
                 {
                     "bits": bits,
-                    "rectify": rectify or "none",
-                    "start": start if rectify else "",
+                    "rectifier": rectifier or "none",
+                    "start": start if rectifier else "",
                     "agreement": 100 * float((found == expected).float().mean()),
                     "top1": 100 * float((found == labels).float().mean()),
                     "attention_distance": float(distance.mean()),
@@ -81,7 +81,7 @@ def main() -> None:
         table.add_column(column, justify="left" if column in ("IRM", "start") else "right")
     for r in results:
         figures = (f"{r['agreement']:.2f}", f"{r['top1']:.2f}", f"{r['attention_distance']:.4f}")
-        table.add_row(str(r["bits"]), str(r["rectify"]), str(r["start"]), *figures)
+        table.add_row(str(r["bits"]), str(r["rectifier"]), str(r["start"]), *figures)
     Console().print(table)
     if arguments.json:
         arguments.json.write_text(json.dumps({"float_top1": float_top1, "results": results}))

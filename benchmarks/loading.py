@@ -27,14 +27,14 @@ from torch import nn
 from qvit import DistillationLoss, QuantConfig, calibrate, quantize
 from qvit.data.loader import make_loader, make_transform
 from qvit.data.sources import ImageSets
-from qvit.models.card import ModelCard, create_model
+from qvit.models.spec import ModelSpec, create_model
 from qvit.train.methods import open_images
 from qvit.train.recipe import Recipe, load_recipe
 
 
-def loading_rate(data: ImageSets, card: ModelCard, recipe: Recipe, workers: int, seconds: float) -> float:
+def loading_rate(data: ImageSets, spec: ModelSpec, recipe: Recipe, workers: int, seconds: float) -> float:
     """Return images a second of the training loader, measured for at least ``seconds`` after its first batch."""
-    transform = make_transform(card.preprocessing, recipe.augmentation)
+    transform = make_transform(spec.preprocessing, recipe.augmentation)
     schedule = recipe.schedule("quantized")
     loader = make_loader(
         data.train,
@@ -57,14 +57,14 @@ def loading_rate(data: ImageSets, card: ModelCard, recipe: Recipe, workers: int,
                 return images / passed
 
 
-def training_rate(data: ImageSets, card: ModelCard, recipe: Recipe, steps: int, *, compiled: bool) -> float:
+def training_rate(data: ImageSets, spec: ModelSpec, recipe: Recipe, steps: int, *, compiled: bool) -> float:
     """Return images a second of training without loading: the median of ``steps`` steps."""
     device, schedule = _device(), recipe.schedule("quantized")
-    transform = make_transform(card.preprocessing, recipe.augmentation)
+    transform = make_transform(spec.preprocessing, recipe.augmentation)
     batch = next(iter(make_loader(data.train, transform, schedule.batch_size, shuffle=True)))
     images, labels = batch.images.to(device), batch.labels.to(device)
     torch.manual_seed(0)
-    teacher: nn.Module = create_model(card).to(device).eval()
+    teacher: nn.Module = create_model(spec).to(device).eval()
     student = quantize(teacher, QuantConfig())
     calibrate(student, [images[:8]])
     student.train()
@@ -106,10 +106,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     recipe = load_recipe(arguments.recipe)
-    data, card = open_images(arguments.model, recipe, arguments.data, root=arguments.data_root)
+    data, spec = open_images(arguments.model, recipe, arguments.data, root=arguments.data_root)
 
-    loading = {w: loading_rate(data, card, recipe, w, arguments.seconds) for w in range(arguments.workers + 1)}
-    training = training_rate(data, card, recipe, arguments.steps, compiled=arguments.compile)
+    loading = {w: loading_rate(data, spec, recipe, w, arguments.seconds) for w in range(arguments.workers + 1)}
+    training = training_rate(data, spec, recipe, arguments.steps, compiled=arguments.compile)
     best = max(rate for workers, rate in loading.items() if workers or len(loading) == 1)
     limit = "loading" if best < training else "training"
     table = Table(title=f"{arguments.model}, {arguments.data}, {_device()}, PyTorch {torch.__version__}")

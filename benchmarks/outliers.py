@@ -38,15 +38,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    teacher, card = load_checkpoint(arguments.teacher)
+    teacher, spec = load_checkpoint(arguments.teacher)
     pictures = open_pictures(
-        arguments.images, card.mode, count=arguments.calibration, held_out=arguments.held_out, seed=0
+        arguments.images, spec.mode, count=arguments.calibration, held_out=arguments.held_out, seed=0
     )
     images, held_out = (
-        torch.cat([batch.images for batch in make_loader(part, make_transform(card.preprocessing), 256, shuffle=False)])
+        torch.cat([batch.images for batch in make_loader(part, make_transform(spec.preprocessing), 256, shuffle=False)])
         for part in (pictures.used, pictures.held_out)
     )
-    table = Table(title=f"{card.name}: same class as the float model (%), {len(held_out)} pictures, calibrated alone")
+    table = Table(title=f"{spec.name}: same class as the float model (%), {len(held_out)} pictures, calibrated alone")
     for column in ("bits", "one channel times", "balanced", "not balanced"):
         table.add_column(column, justify="right")
     for bits in (8, 4):
@@ -55,7 +55,7 @@ def main() -> None:
             agreements = []
             for outlier in (balance.OUTLIER, float("inf")):
                 with mock.patch.object(balance, "OUTLIER", outlier):
-                    student = quantize(model, QuantConfig(bits, bits, rectify=None))
+                    student = quantize(model, QuantConfig(bits, bits, rectifier=None))
                     calibrate(student, images.split(128))
                 agreements.append(agreement(student, teacher, held_out.split(256)).same_class)
             table.add_row(str(bits), str(factor), *(f"{agreement:.2f}" for agreement in agreements))

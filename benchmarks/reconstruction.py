@@ -65,19 +65,19 @@ def main() -> None:
     parser.add_argument("--variants", help="those whose names start so, separated by semicolons [default: all]")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    teacher, card = load_checkpoint(arguments.teacher)
+    teacher, spec = load_checkpoint(arguments.teacher)
     teacher.requires_grad_(False)
-    transform = make_transform(card.preprocessing)
+    transform = make_transform(spec.preprocessing)
     chosen = open_pictures(
-        arguments.data / "train", card.mode, count=arguments.pictures, held_out=1, seed=arguments.seed
+        arguments.data / "train", spec.mode, count=arguments.pictures, held_out=1, seed=arguments.seed
     ).used
     images = torch.cat([batch.images for batch in make_loader(chosen, transform, 256, shuffle=False)])
-    val = make_loader(open_validation(str(arguments.data), card.classes, mode=card.mode), transform, 256, shuffle=False)
-    calibrated = quantize(teacher, QuantConfig(arguments.bits, arguments.bits, rectify=None))
+    val = make_loader(open_validation(str(arguments.data), spec.classes, mode=spec.mode), transform, 256, shuffle=False)
+    calibrated = quantize(teacher, QuantConfig(arguments.bits, arguments.bits, rectifier=None))
     calibrate(calibrated, images[:512].split(64))
 
     table = Table(
-        title=f"{card.name}, {arguments.bits} bits, {len(images)} pictures, {arguments.seconds:g} s each, "
+        title=f"{spec.name}, {arguments.bits} bits, {len(images)} pictures, {arguments.seconds:g} s each, "
         f"{arguments.threads} threads, {machine()['cpu']}"
     )
     for column in ("variant", "top-1", "steps", "seconds"):

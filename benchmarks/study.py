@@ -33,8 +33,8 @@ from qvit.data.resident import decode_once
 from qvit.data.sources import ImageSets
 from qvit.errors import TrainingStopped
 from qvit.files import printable, write_text
-from qvit.models.card import ModelCard
 from qvit.models.checkpoint import load_checkpoint, save_checkpoint, weights_checksum
+from qvit.models.spec import ModelSpec
 from qvit.runtime.environment import machine
 from qvit.study.ablation import ablate, read_results, rows_named, teacher_statistics
 from qvit.train.lock import alone_in
@@ -54,9 +54,9 @@ def run(plan: Plan, data: str, out: Path, only: Iterable[str], minutes: float | 
         timer = threading.Timer(60 * minutes, os.kill, (os.getpid(), signal.SIGTERM))
         timer.daemon = True
         timer.start()
-    sets, card = open_images(plan.model, plan.recipe_of(), data)
-    sets = decode_once(sets, card.preprocessing, console, workers=8 if torch.cuda.is_available() else 0)
-    teacher = train_teacher(plan, card, sets, out / "teacher", console)
+    sets, spec = open_images(plan.model, plan.recipe_of(), data)
+    sets = decode_once(sets, spec.preprocessing, console, workers=8 if torch.cuda.is_available() else 0)
+    teacher = train_teacher(plan, spec, sets, out / "teacher", console)
     for experiment in plan.experiments:
         if only and experiment.name not in only:
             continue
@@ -76,7 +76,7 @@ def run(plan: Plan, data: str, out: Path, only: Iterable[str], minutes: float | 
         )
 
 
-def train_teacher(plan: Plan, card: ModelCard, sets: ImageSets, folder: Path, console: Console) -> FloatModel:
+def train_teacher(plan: Plan, spec: ModelSpec, sets: ImageSets, folder: Path, console: Console) -> FloatModel:
     """Return the teacher, trained first (or further) if it is not finished."""
     recipe = plan.recipe_of()
     epochs = recipe.schedule("full_precision").epochs
@@ -86,9 +86,9 @@ def train_teacher(plan: Plan, card: ModelCard, sets: ImageSets, folder: Path, co
             if not (can_go_on(folder) and len(read_metrics(folder)) == epochs):
                 console.rule("teacher")
                 options = Options(folder, resume=can_go_on(folder), **plan.teacher)
-                train_full_precision(card, sets, recipe, options, console)
-            model, card = load_checkpoint(folder / "last.pt")
-            save_checkpoint(finished, card, model)  # without the optimizer: what the experiments need of it
+                train_full_precision(spec, sets, recipe, options, console)
+            model, spec = load_checkpoint(folder / "last.pt")
+            save_checkpoint(finished, spec, model)  # without the optimizer: what the experiments need of it
     return FloatModel(*load_checkpoint(finished))
 
 
@@ -97,9 +97,9 @@ def collect(plan: Plan, data: str, out: Path, results: Path) -> int:
 
     The first line is the teacher: accuracy, curve, statistics of its queries and keys, checksum and machine.
     """
-    model, card = load_checkpoint(out / "teacher" / "model.pt")
+    model, spec = load_checkpoint(out / "teacher" / "model.pt")
     sets, _ = open_images(plan.model, plan.recipe_of(), data)
-    layers = teacher_statistics(FloatModel(model, card), sets, Options(out))
+    layers = teacher_statistics(FloatModel(model, spec), sets, Options(out))
     history = read_metrics(out / "teacher")
     lines: list[dict[str, Any]] = [
         {

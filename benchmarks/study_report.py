@@ -155,7 +155,7 @@ def _best(plan: Plan, records: Sequence[Record]) -> str:
         changes = dict(change.split("=", 1) for change in plan.quantized + experiments[best["experiment"]].set)
         words = [
             f"qvit train {plan.model} --bits {bits} --method {row.method}",
-            f"--rectify {row.rectify}" if row.rectify else "",
+            f"--rectifier {row.rectifier}" if row.rectifier else "",
             f"--teacher study/teacher/model.pt --data cifar10 --recipe {plan.recipe}",
             *(f"--set {shlex.quote(change)}" for change in plan.set),
             *(f"--set {shlex.quote(f'{name}={value}')}" for name, value in changes.items()),

@@ -20,8 +20,8 @@ from torch import nn
 import qvit
 from members import CLASSES, vary
 from qvit.data.sources import ImageSets, open_data
-from qvit.models.card import describe
 from qvit.models.checkpoint import save_checkpoint
+from qvit.models.spec import describe
 from qvit.train.methods import FloatModel, train_full_precision
 from qvit.train.options import Options
 from qvit.train.recipe import Recipe, load_recipe
@@ -137,8 +137,8 @@ def digits() -> ImageSets:
 @pytest.fixture(scope="session")
 def teacher_file(tmp_path_factory: pytest.TempPathFactory, recipe: Recipe, digits: ImageSets) -> Path:
     out = tmp_path_factory.mktemp("float")
-    card = describe(MODEL, recipe.model_args, digits.classes, recipe.preprocessing)
-    train_full_precision(card, digits, recipe, Options(out), Console(file=io.StringIO()))
+    spec = describe(MODEL, recipe.model_args, digits.classes, recipe.preprocessing)
+    train_full_precision(spec, digits, recipe, Options(out), Console(file=io.StringIO()))
     return out / "best.pt"
 
 

@@ -204,7 +204,7 @@ def feature_program() -> Program:
 
 
 FAMILIES: dict[str, Program] = {
-    "vit": vit_program(4, distillation_token=True, qk_norm=("layer", EPS), rectify="token"),
+    "vit": vit_program(4, distillation_token=True, qk_norm=("layer", EPS), rectifier="token"),
     "swin": swin_program(),
     "swinv2": swin_program(second=True),
     "beit": beit_program(),

@@ -21,7 +21,7 @@ from qvit.format.packed import PackedModel, read_packed
 from qvit.models.families import image_size_of
 from qvit.nn.linear import QuantConv2d, QuantLinear
 from qvit.nn.quantizer import Quantizer
-from qvit.nn.rectify import Rectifier
+from qvit.nn.rectifier import Rectifier
 from qvit.runtime.reference import ReferenceEngine
 
 VIT = "vit_tiny_patch16_224"

@@ -194,7 +194,7 @@ def vit_programs(draw: st.DrawFn) -> Program:
         **{name: draw(kinds) for name in ("attention_norm", "mlp_norm")},
         "block": draw(st.sampled_from(("pre", "post", "parallel"))),
         "parallel": draw(st.integers(1, 3)),
-        "rectify": draw(st.sampled_from((None, "token"))),
+        "rectifier": draw(st.sampled_from((None, "token"))),
         "mlp": draw(st.sampled_from(MLP_KINDS)),
         "mlp_hidden": draw(HIDDEN),
         "activation": draw(st.sampled_from(ACTIVATIONS)),

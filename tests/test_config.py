@@ -35,16 +35,16 @@ def test_override_that_is_neither_number_nor_pair_is_refused(bits: object) -> No
         QuantConfig(overrides={"head": bits})
 
 
-@pytest.mark.parametrize("rectify", ["channel", "", "Head", 1, False])
-def test_unknown_rectify_is_refused(rectify: object) -> None:
-    with pytest.raises(ConfigError, match="rectify must be") as caught:
-        QuantConfig(rectify=rectify)
-    assert repr(rectify) in str(caught.value)
+@pytest.mark.parametrize("rectifier", ["channel", "", "Head", 1, False])
+def test_unknown_rectifier_is_refused(rectifier: object) -> None:
+    with pytest.raises(ConfigError, match="rectifier must be") as caught:
+        QuantConfig(rectifier=rectifier)
+    assert repr(rectifier) in str(caught.value)
 
 
 def test_defaults_are_four_bits_rectified_by_head() -> None:
     config = QuantConfig()
-    assert (config.weight_bits, config.activation_bits, config.rectify, dict(config.overrides)) == (4, 4, "head", {})
+    assert (config.weight_bits, config.activation_bits, config.rectifier, dict(config.overrides)) == (4, 4, "head", {})
 
 
 def test_last_matching_override_wins() -> None:
@@ -81,17 +81,17 @@ def test_edges_are_matched_by_whole_name() -> None:
     "config",
     [
         QuantConfig(),
-        QuantConfig(2, 8, rectify=None),
-        QuantConfig(3, 4, rectify="token", overrides={"blocks.*": 8, "blocks.0.*": (2, 3), "head": 4}),
+        QuantConfig(2, 8, rectifier=None),
+        QuantConfig(3, 4, rectifier="token", overrides={"blocks.*": 8, "blocks.0.*": (2, 3), "head": 4}),
     ],
 )
 def test_round_trip_through_json_keeps_the_meaning(config: QuantConfig) -> None:
     again = QuantConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert again.to_dict() == config.to_dict()
-    assert (again.weight_bits, again.activation_bits, again.rectify) == (
+    assert (again.weight_bits, again.activation_bits, again.rectifier) == (
         config.weight_bits,
         config.activation_bits,
-        config.rectify,
+        config.rectifier,
     )
     for name in ("blocks.0.attn.qkv", "blocks.1.mlp.fc2", "head", "patch_embed.proj"):
         assert again.bits(name) == config.bits(name)

@@ -19,8 +19,8 @@ from qvit.analysis.size import model_size, operations
 from qvit.analysis.statistics import attention_distance, query_key_statistics
 from qvit.data.sources import ImageSets
 from qvit.errors import DataError, TeacherMismatchError
-from qvit.models.card import create_model, describe
 from qvit.models.queries import run_with_queries
+from qvit.models.spec import create_model, describe
 from qvit.study.ablation import ablate, rows_named, teacher_statistics
 from qvit.train.methods import FloatModel, train_full_precision, train_quantized
 from qvit.train.nonfinite import first_non_finite
@@ -126,10 +126,10 @@ def test_runs_and_ablations_leave_nothing_behind(tmp_path: Path, digits: ImageSe
     changes = ["model_args.depth=2", "quantized.batch_size=512", "quantized.calibration_images=64"]
     recipe = load_recipe("digits", [*changes, "quantized.epochs=1", "full_precision.epochs=1"])
     console = Console(quiet=True)
-    card = describe("vit_tiny_patch16_224", recipe.model_args, digits.classes, recipe.preprocessing)
-    clean = traces(create_model(card))
-    made = train_full_precision(card, digits, recipe, Options(tmp_path / "float", cpu=True), console)
-    teacher = FloatModel(made.model, made.card)
+    spec = describe("vit_tiny_patch16_224", recipe.model_args, digits.classes, recipe.preprocessing)
+    clean = traces(create_model(spec))
+    made = train_full_precision(spec, digits, recipe, Options(tmp_path / "float", cpu=True), console)
+    teacher = FloatModel(made.model, made.spec)
     assert traces(teacher.model) == clean
     options = Options(tmp_path / "quantized", cpu=True)
     student = train_quantized(teacher, teacher, "q-vit", (4, 4), "head", digits, recipe, options, console).model
@@ -137,4 +137,4 @@ def test_runs_and_ablations_leave_nothing_behind(tmp_path: Path, digits: ImageSe
     ablate(teacher, digits, recipe, options, console, bits=[2], seeds=[0], rows=rows)
     teacher_statistics(teacher, digits, options)
     assert traces(teacher.model) == clean
-    assert traces(student) == traces(quantize(create_model(card), QuantConfig(4, 4)))
+    assert traces(student) == traces(quantize(create_model(spec), QuantConfig(4, 4)))

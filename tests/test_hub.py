@@ -25,12 +25,12 @@ from packed_models import random_packed
 from qvit import QuantConfig, calibrate, hub, quantize
 from qvit.errors import CheckpointError, HubError
 from qvit.format.packed import write_packed
-from qvit.models.card import describe
 from qvit.models.checkpoint import read_checkpoint, save_checkpoint
+from qvit.models.spec import describe
 from qvit.train.recipe import load_recipe
 
 ARGS = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
-CONFIG = QuantConfig(3, 4, rectify="token", overrides={"blocks.0.*": 5})
+CONFIG = QuantConfig(3, 4, rectifier="token", overrides={"blocks.0.*": 5})
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def checkpoint(tmp_path: Path, make_model: Callable[..., nn.Module], images: tor
     student = quantize(make_model(), CONFIG)
     calibrate(student, [images])
     classes = [f"class {i}" for i in range(10)]
-    card = dataclasses.replace(
+    spec = dataclasses.replace(
         describe("vit_tiny_patch16_224", ARGS, classes, {}),
         quant_config=CONFIG.to_dict(),
         method="q-vit",
@@ -76,7 +76,7 @@ def checkpoint(tmp_path: Path, make_model: Callable[..., nn.Module], images: tor
         recipe=load_recipe("digits").to_dict(),
     )
     path = tmp_path / "best.pt"
-    save_checkpoint(path, card, student, {"optimizer": {"state": torch.zeros(10)}})
+    save_checkpoint(path, spec, student, {"optimizer": {"state": torch.zeros(10)}})
     return path
 
 
@@ -98,9 +98,9 @@ def test_checkpoint_comes_back_the_same(remote: Path, checkpoint: Path, images: 
     commit = hub.push_to_hub(checkpoint, "me/small")
     assert commit == "me/small: Upload checkpoint.pt"
     assert (remote / "me/small/.private").read_text() == "False"
-    model, card = hub.from_pretrained("me/small")
+    model, spec = hub.from_pretrained("me/small")
     original, weights, _ = read_checkpoint(checkpoint)
-    assert card == original
+    assert spec == original
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     assert model(images).shape == (16, 10)
     # What only resuming needs stays at home.
@@ -149,19 +149,19 @@ def test_model_card_of_a_feature_extractor_embeds_and_has_bits(remote: Path, tmp
     assert "| bits | weights 4, activations 4 |" in readme
 
 
-def test_float_checkpoint_has_a_card_and_is_a_teacher(
+def test_float_checkpoint_has_a_spec_and_is_a_teacher(
     remote: Path, tmp_path: Path, make_model: Callable[..., nn.Module], images: torch.Tensor
 ) -> None:
     from qvit.models.float_models import load_float
 
     float_model = make_model()
-    card = describe("vit_tiny_patch16_224", ARGS, [str(i) for i in range(10)], {})
-    save_checkpoint(tmp_path / "float.pt", card, float_model)
+    spec = describe("vit_tiny_patch16_224", ARGS, [str(i) for i in range(10)], {})
+    save_checkpoint(tmp_path / "float.pt", spec, float_model)
     hub.push_to_hub(tmp_path / "float.pt", "me/teacher")
     assert "in full precision" in (remote / "me/teacher/README.md").read_text()
-    teacher, its = load_float("hf-hub:me/teacher", card, print)
+    teacher, its = load_float("hf-hub:me/teacher", spec, print)
     assert torch.equal(teacher(images), float_model(images))
-    assert its.classes == card.classes
+    assert its.classes == spec.classes
 
 
 def test_quantized_checkpoint_of_the_hub_is_no_teacher(remote: Path, checkpoint: Path) -> None:

@@ -14,7 +14,7 @@ MIN_BITS, MAX_BITS = 2, 8
 EDGE_BITS = 8
 """Bits of the patch embedding and the classifier heads (docs/method.md, section 1: "8 bits for weights and inputs")."""
 
-Rectify = Literal["head", "token"]
+RectifierKind = Literal["head", "token"]
 
 
 class Bits(NamedTuple):
@@ -31,26 +31,26 @@ class QuantConfig:
     Args:
         weight_bits: bits of every linear layer's weights, 2..8.
         activation_bits: bits of every activation that enters a product, 2..8.
-        rectify: over what queries and keys are normalised before they are quantized (docs/method.md, section 2):
+        rectifier: over what queries and keys are normalised before they are quantized (docs/method.md, section 2):
             ``"head"`` (all values of one head), ``"token"`` (each token of each head), or ``None`` for none at all.
         overrides: bits by module-name pattern (:func:`fnmatch.fnmatchcase`), an integer for both or
             ``(weight, activation)``; the last matching pattern wins. The patch embedding and the heads have 8 bits
             unless a pattern names them. Example: ``{"blocks.0.*": 8, "blocks.*.mlp.fc2": (2, 4)}``.
 
     Raises:
-        ConfigError: for bits outside 2..8 or an unknown ``rectify``.
+        ConfigError: for bits outside 2..8 or an unknown ``rectifier``.
     """
 
     weight_bits: int = 4
     activation_bits: int = 4
-    rectify: Rectify | None = "head"
+    rectifier: RectifierKind | None = "head"
     overrides: Mapping[str, int | tuple[int, int]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_bits("weight_bits", self.weight_bits)
         _check_bits("activation_bits", self.activation_bits)
-        if self.rectify not in ("head", "token", None):
-            raise ConfigError(f'rectify must be "head", "token" or None, not {shown(self.rectify)}.')
+        if self.rectifier not in ("head", "token", None):
+            raise ConfigError(f'rectifier must be "head", "token" or None, not {shown(self.rectifier)}.')
         if not isinstance(self.overrides, Mapping) or not all(isinstance(name, str) for name in self.overrides):
             raise ConfigError(f"overrides must be bits by the names of modules, not {shown(self.overrides)}.")
         for pattern, bits in self.overrides.items():

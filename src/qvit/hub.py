@@ -23,7 +23,7 @@ from qvit.runtime.engine import Engine, load
 if TYPE_CHECKING:
     from timm.models import VisionTransformer
 
-    from qvit.models.card import ModelCard
+    from qvit.models.spec import ModelSpec
 
 PACKED = "model.safetensors"
 
@@ -31,7 +31,7 @@ PACKED = "model.safetensors"
 def push_to_hub(path: str | Path, repository: str, *, private: bool = False) -> str:
     """Upload a checkpoint or a packed file with a model card, and return the address of the commit.
 
-    Of a checkpoint the weights and the card are uploaded, not the optimizer's state. The token is the one that
+    Of a checkpoint the weights and the spec are uploaded, not the optimizer's state. The token is the one that
     ``hf auth login`` or the variable ``HF_TOKEN`` left.
 
     Args:
@@ -45,7 +45,7 @@ def push_to_hub(path: str | Path, repository: str, *, private: bool = False) -> 
     """
     path = Path(path)
     with tempfile.TemporaryDirectory(prefix="qvit-push-") as folder:
-        content: ModelCard | PackedModel
+        content: ModelSpec | PackedModel
         if path.suffix == ".safetensors":
             content = read_packed(path)
             file = Path(folder) / PACKED
@@ -67,15 +67,15 @@ def push_to_hub(path: str | Path, repository: str, *, private: bool = False) -> 
 
 
 @overload
-def from_pretrained(repository: str, *, packed: Literal[False] = False) -> tuple[VisionTransformer, ModelCard]: ...
+def from_pretrained(repository: str, *, packed: Literal[False] = False) -> tuple[VisionTransformer, ModelSpec]: ...
 
 
 @overload
 def from_pretrained(repository: str, *, packed: Literal[True]) -> Engine: ...
 
 
-def from_pretrained(repository: str, *, packed: bool = False) -> tuple[VisionTransformer, ModelCard] | Engine:
-    """Return what :func:`push_to_hub` uploaded: a checkpoint's model and card, or an engine that runs the packed file.
+def from_pretrained(repository: str, *, packed: bool = False) -> tuple[VisionTransformer, ModelSpec] | Engine:
+    """Return what :func:`push_to_hub` uploaded: a checkpoint's model and spec, or an engine that runs the packed file.
 
     Args:
         repository: ``OWNER/NAME``; ``@REVISION`` may follow.
@@ -96,18 +96,18 @@ def from_pretrained(repository: str, *, packed: bool = False) -> tuple[VisionTra
     return load_checkpoint(path)
 
 
-def model_card(content: ModelCard | PackedModel, repository: str, size: int) -> str:
+def model_card(content: ModelSpec | PackedModel, repository: str, size: int) -> str:
     """Return the ``README.md`` of a repository: what the model is, how good, how large, and how it was made.
 
     Args:
-        content: card of a checkpoint, or packed model.
+        content: spec of a checkpoint, or packed model.
         repository: ``OWNER/NAME``.
         size: bytes of the file.
     """
     if not isinstance(content, PackedModel):
         origin: dict[str, Any] = {"method": content.method, "metrics": content.metrics, "recipe": content.recipe}
         name, quantization = content.name, content.quant_config
-        use = f'import qvit.hub\n\nmodel, card = qvit.hub.from_pretrained("{repository}")'
+        use = f'import qvit.hub\n\nmodel, spec = qvit.hub.from_pretrained("{repository}")'
     else:
         name, origin = content.program.name, dict(content.origin)
         bits = content.program.usual_bits()  # all that is known of one that was exported from Python
@@ -137,7 +137,7 @@ def model_card(content: ModelCard | PackedModel, repository: str, size: int) -> 
 
 
 def _facts(
-    content: ModelCard | PackedModel, origin: dict[str, Any], quantization: dict[str, Any] | None, size: int
+    content: ModelSpec | PackedModel, origin: dict[str, Any], quantization: dict[str, Any] | None, size: int
 ) -> dict[str, str]:
     metrics = origin.get("metrics") or {}
     facts = {}
@@ -146,8 +146,8 @@ def _facts(
         facts["accuracy"] = f"top-1 {metrics['val_top1']:.2f} %, top-5 {metrics['val_top5']:.2f} %{images}"
     if quantization is not None:
         facts["bits"] = f"weights {quantization['weight_bits']}, activations {quantization['activation_bits']}"
-        if "rectify" in quantization:
-            facts["rectification"] = str(quantization["rectify"] or "none")
+        if "rectifier" in quantization:
+            facts["rectification"] = str(quantization["rectifier"] or "none")
         if quantization.get("overrides"):
             facts["other bits"] = ", ".join(f"{name}: {bits}" for name, bits in quantization["overrides"].items())
     facts["method"] = str(origin.get("method", "unknown"))

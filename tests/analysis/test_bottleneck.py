@@ -31,7 +31,7 @@ def quantizers(model):
 @pytest.mark.parametrize("member", MEMBERS)
 def test_parts_of_every_family_divide_it_and_can_be_trained_alone(member):
     teacher, _ = family_member(member)
-    places = Places(quantize(teacher, QuantConfig(2, 3, rectify=None)))
+    places = Places(quantize(teacher, QuantConfig(2, 3, rectifier=None)))
     names = [name for kind in (*KINDS, OUTSIDE) for name in places.kinds if places.kinds[name] == kind]
     assert sorted(names) == sorted(quantizers(quantize(teacher)))
     assert set(places.kinds.values()) == {*KINDS, OUTSIDE}
@@ -40,13 +40,13 @@ def test_parts_of_every_family_divide_it_and_can_be_trained_alone(member):
     cells = cells_of(places)
     assert sorted(name for cell in cells.values() for name in cell) == sorted(set(names) - set(places.of_part(OUTSIDE)))
     for part in PARTS:
-        config = QuantConfig(8, 8, rectify=None, overrides=overrides_of(places.of_part(part), 3))
+        config = QuantConfig(8, 8, rectifier=None, overrides=overrides_of(places.of_part(part), 3))
         for name, quantizer in quantizers(quantize(teacher, config)).items():
             assert quantizer.bits == (3 if name in places.of_part(part) else 8), (part, name)
 
 
 def test_a_variant_quantizes_its_quantizers_alone(vit, images):
-    student = quantize(vit, QuantConfig(2, 2, rectify=None))
+    student = quantize(vit, QuantConfig(2, 2, rectifier=None))
     calibrate(student, [images])
     places = Places(student)
     with torch.no_grad(), evaluating(student, vit):
@@ -61,7 +61,7 @@ def test_a_variant_quantizes_its_quantizers_alone(vit, images):
 
 
 def test_numbers_are_those_of_an_explicit_computation(vit, images, labels):
-    student = student_of(vit, images, QuantConfig(2, 2, rectify=None))
+    student = student_of(vit, images, QuantConfig(2, 2, rectifier=None))
     variants = variants_of(Places(student))
     assert list(variants) == [*PARTS, *(f"but {part}" for part in PARTS if part != EVERYTHING)]
     tried = Tried(vit, student, variants)
@@ -82,7 +82,7 @@ def test_numbers_are_those_of_an_explicit_computation(vit, images, labels):
 
 def test_blocks_of_a_feature_extractor_without_labels():
     teacher, images = family_member("dinov3")
-    student = student_of(teacher, images, QuantConfig(2, 2, rectify=None))
+    student = student_of(teacher, images, QuantConfig(2, 2, rectifier=None))
     places = Places(student)
     tried = Tried(teacher, student, cells_of(places))
     tried.add(images, None)

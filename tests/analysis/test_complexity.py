@@ -24,8 +24,8 @@ from qvit.config import Bits
 from qvit.errors import CheckpointError, ConfigError
 from qvit.exporting.packed import export_checkpoint
 from qvit.format.packed import packed_size, write_packed
-from qvit.models.card import describe
 from qvit.models.checkpoint import save_checkpoint
+from qvit.models.spec import describe
 from qvit.runtime.engine import Engine
 from qvit.study import complexity as study
 
@@ -82,14 +82,14 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_size_of_a_quantized_checkpoint_is_that_of_its_file(tmp_path: Path, case: str) -> None:
     name, arguments = CASES[case]
-    card = describe(name, arguments, [*HOSTILE, "ordinary"], {})
-    model = timm.create_model(name, num_classes=len(card.classes), **arguments)
+    spec = describe(name, arguments, [*HOSTILE, "ordinary"], {})
+    model = timm.create_model(name, num_classes=len(spec.classes), **arguments)
     config = qvit.QuantConfig(3, 4, overrides={"*.fc1": 5})
     student = qvit.quantize(model, config)
     qvit.calibrate(student, [torch.randn(2, 3, 32, 32)])
-    card = dataclasses.replace(card, quant_config=config.to_dict(), metrics={"val_top1": 12.5})
+    spec = dataclasses.replace(spec, quant_config=config.to_dict(), metrics={"val_top1": 12.5})
     checkpoint, packed = tmp_path / "q.pt", tmp_path / "q.safetensors"
-    save_checkpoint(checkpoint, card, student)
+    save_checkpoint(checkpoint, spec, student)
     export_checkpoint(checkpoint, packed)
 
     counted, of_file = complexity(str(checkpoint)), complexity(str(packed))
@@ -99,7 +99,7 @@ def test_size_of_a_quantized_checkpoint_is_that_of_its_file(tmp_path: Path, case
     folded = 26 if case == "vit" else -(2 * 8)  # the class token's position; merging has no bias, and 0 in the file
     assert counted.parameters - of_file.parameters == folded
 
-    save_checkpoint(tmp_path / "float.pt", dataclasses.replace(card, quant_config=None), model)
+    save_checkpoint(tmp_path / "float.pt", dataclasses.replace(spec, quant_config=None), model)
     same = complexity(str(tmp_path / "float.pt"), config)
     assert same.program == counted.program
     assert abs(same.file_size - counted.file_size) < 20  # how it was made, in the header

@@ -70,7 +70,7 @@ def test_outlier_channels_are_found(vit, images):
 @pytest.mark.parametrize("member", MEMBERS)
 def test_what_is_to_be_tried_gives_that_quantizer_8_bits_and_no_other(member):
     teacher, _ = family_member(member)
-    config = QuantConfig(2, 3, rectify=None)
+    config = QuantConfig(2, 3, rectifier=None)
     student = quantize(teacher, config)
     bits = {name: m.bits for name, m in student.named_modules() if isinstance(m, Quantizer)}
     names = [name for name, value in bits.items() if value < 8]
@@ -78,7 +78,7 @@ def test_what_is_to_be_tried_gives_that_quantizer_8_bits_and_no_other(member):
     last = [name for name in names if name.split(".")[-2:] == names[-1].split(".")[-2:]]
     for name in {*names[:8], *last}:  # the others are called the same, block after block
         override = override_for(student, name)
-        other = quantize(teacher, QuantConfig(2, 3, rectify=None, overrides=parse_overrides([override])))
+        other = quantize(teacher, QuantConfig(2, 3, rectifier=None, overrides=parse_overrides([override])))
         found = {name: m.bits for name, m in other.named_modules() if isinstance(m, Quantizer)}
         assert found == {**bits, name: 8}, override
 

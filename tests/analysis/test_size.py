@@ -30,16 +30,16 @@ def test_float_model(vit):
     assert size.total == 4 * sum(p.numel() for p in vit.parameters())
 
 
-@pytest.mark.parametrize(("bits", "rectify"), [(4, "head"), (3, "token"), (2, None)])
-def test_tiny_model_by_hand(vit, bits, rectify):
-    size = model_size(quantize(vit, QuantConfig(bits, bits, rectify=rectify)))
+@pytest.mark.parametrize(("bits", "rectifier"), [(4, "head"), (3, "token"), (2, None)])
+def test_tiny_model_by_hand(vit, bits, rectifier):
+    size = model_size(quantize(vit, QuantConfig(bits, bits, rectifier=rectifier)))
     assert size.codes == L * bits * numel(BLOCK) // 8 + numel(EDGES)
     weight_scales = L * sum(rows for rows, _ in BLOCK) + sum(rows for rows, _ in EDGES)
     input_scales = 2 * (4 * L + 2)  # a scale and an offset each
     attention_scales = L * H * (3 * 2 + 1)
     assert size.scales == 4 * (weight_scales + input_scales + attention_scales)
-    running = {"head": 2 * H, "token": 0, None: 0}[rectify]
-    assert size.rectifiers == (0 if rectify is None else 4 * L * 2 * (2 * C + running))
+    running = {"head": 2 * H, "token": 0, None: 0}[rectifier]
+    assert size.rectifiers == (0 if rectifier is None else 4 * L * 2 * (2 * C + running))
     assert size.float32 == 4 * FLOAT32
     assert size.float_bytes == model_size(vit).total
     assert size.total == size.codes + size.scales + size.rectifiers + size.float32

@@ -11,8 +11,8 @@ from qvit.analysis.statistics import BINS, attention_distance, code_entropy, que
 from qvit.errors import DataError, TeacherMismatchError, UncalibratedError, UnsupportedModelError
 
 
-def quantized(model, images, bits=4, rectify="head", **kwargs):
-    student = quantize(model, QuantConfig(bits, bits, rectify=rectify, **kwargs))
+def quantized(model, images, bits=4, rectifier="head", **kwargs):
+    student = quantize(model, QuantConfig(bits, bits, rectifier=rectifier, **kwargs))
     calibrate(student, [images])
     return student.eval()
 
@@ -63,9 +63,9 @@ def test_float_model_against_numpy(vit, images):
         assert layer.query_entropy is layer.key_entropy is layer.query_bits is layer.key_bits is None
 
 
-@pytest.mark.parametrize("rectify", ["head", "token", None])
-def test_entropy_of_a_student_head_by_head(vit, images, rectify):
-    student = quantized(vit, images, rectify=rectify, overrides={"blocks.1.attn.key_quantizer": 2})
+@pytest.mark.parametrize("rectifier", ["head", "token", None])
+def test_entropy_of_a_student_head_by_head(vit, images, rectifier):
+    student = quantized(vit, images, rectifier=rectifier, overrides={"blocks.1.attn.key_quantizer": 2})
     seen = {}
     for index, block in enumerate(student.blocks):
         for part in ("query_quantizer", "key_quantizer"):
@@ -133,9 +133,9 @@ def test_distance_falls_with_bits(vit, images):
     assert distances[0] < distances[1] < distances[2] < 1
 
 
-@pytest.mark.parametrize("rectify", ["head", "token"])
-def test_distance_against_an_explicit_computation(vit, images, rectify):
-    student = quantized(vit, images, 3, rectify)
+@pytest.mark.parametrize("rectifier", ["head", "token"])
+def test_distance_against_an_explicit_computation(vit, images, rectifier):
+    student = quantized(vit, images, 3, rectifier)
     captured = {"queries": [], "keys": []}
     for block in student.blocks:
         for part, kept in (("query_quantizer", captured["queries"]), ("key_quantizer", captured["keys"])):

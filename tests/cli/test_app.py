@@ -124,7 +124,7 @@ def test_every_method_trains_and_its_checkpoint_evaluates(
 
 
 def test_training_without_a_teacher_starts_from_float_weights(qvit: Run, student: list[str], teacher: Path) -> None:
-    done = qvit(*student, "--start", teacher, "--method", "rectify", "--rectify", "token", "--seed", "3")
+    done = qvit(*student, "--start", teacher, "--method", "rectify", "--rectifier", "token", "--seed", "3")
     assert done.status == 0, done.err
 
 
@@ -206,9 +206,9 @@ def test_a_resumed_run_has_the_same_settings(qvit: Run, finished: list[str], nam
 
 
 def test_a_resumed_run_has_the_same_teacher(qvit: Run, finished: list[str], teacher: Path, tmp_path: Path) -> None:
-    model, card = load_checkpoint(teacher)
+    model, spec = load_checkpoint(teacher)
     torch.nn.init.zeros_(model.norm.bias)
-    save_checkpoint(tmp_path / "other.pt", card, model)
+    save_checkpoint(tmp_path / "other.pt", spec, model)
     said = sentence(qvit(*finished, "--resume", "--teacher", tmp_path / "other.pt"))
     assert "last.pt is of a run with teacher " in said
     assert qvit(*finished, "--resume", "--workers", "1", "--save-every", "7").status == 0
@@ -334,7 +334,7 @@ def test_nan_loss_stops_and_the_last_good_checkpoint_evaluates(
     ("arguments", "named"),
     [
         (["--method", "magic"], "no method 'magic'"),
-        (["--rectify", "channel"], "head or token, not 'channel'"),
+        (["--rectifier", "channel"], "head or token, not 'channel'"),
         (["--precision", "fp8"], "no or bf16, not 'fp8'"),
         (["--recipe", "mine.yaml"], "no recipe 'mine.yaml'"),
         (["--set", "quantized.epoch=3"], "did you mean 'epochs'"),

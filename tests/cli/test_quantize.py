@@ -87,10 +87,10 @@ def test_pictures_become_a_packed_file_a_checkpoint_and_a_report(
     page = (tmp_path / "report" / "report.html").read_text()
     assert "blocks.1" in page
     assert "<img" in page
-    model, card = load_checkpoint(tmp_path / "model.pt")
-    assert card.quant_config is not None
-    assert (card.quant_config["weight_bits"], card.quant_config["rectify"]) == (2, None)
-    assert card.metrics["pictures"] == 6
+    model, spec = load_checkpoint(tmp_path / "model.pt")
+    assert spec.quant_config is not None
+    assert (spec.quant_config["weight_bits"], spec.quant_config["rectifier"]) == (2, None)
+    assert spec.metrics["pictures"] == 6
     engine = load(tmp_path / "model.safetensors")
     images = torch.randn(4, 3, 16, 16)
     with torch.no_grad():

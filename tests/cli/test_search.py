@@ -22,8 +22,8 @@ from qvit import calibrate as calibrate_student
 from qvit.cli.options import parse_overrides
 from qvit.errors import ConfigError
 from qvit.format.packed import read_packed
-from qvit.models.card import describe
 from qvit.models.checkpoint import save_checkpoint
+from qvit.models.spec import describe
 from qvit.quantization import calibrate
 from qvit.search import find, timing
 from qvit.search.products import CANDIDATES
@@ -145,13 +145,13 @@ def test_nothing_is_written_before_all_is_done(
 
 
 def test_what_is_no_float_model_is_refused(search: Callable[..., Done], tmp_path: Path) -> None:
-    student = quantize(make_vit(), QuantConfig(4, rectify=None))
-    card = describe(MODEL, {name: value for name, value in TINY.items() if name != "num_classes"}, CLASSES, {})
-    card.quant_config = QuantConfig(4, rectify=None).to_dict()
-    save_checkpoint(tmp_path / "q.pt", card, student)
+    student = quantize(make_vit(), QuantConfig(4, rectifier=None))
+    spec = describe(MODEL, {name: value for name, value in TINY.items() if name != "num_classes"}, CLASSES, {})
+    spec.quant_config = QuantConfig(4, rectifier=None).to_dict()
+    save_checkpoint(tmp_path / "q.pt", spec, student)
     assert "a teacher must be a float one" in sentence(search("--budget-mb", "1", source=tmp_path / "q.pt"))
     calibrate_student(student, [torch.randn(2, 3, 16, 16)])
-    export(student, tmp_path / "q.safetensors", preprocessing=card.preprocessing, classes=CLASSES)
+    export(student, tmp_path / "q.safetensors", preprocessing=spec.preprocessing, classes=CLASSES)
     packed = search("--budget-mb", "1", source=tmp_path / "q.safetensors")
     assert "is a packed model, which is quantized" in sentence(packed)
     assert "The name of a model is empty" in sentence(search("--budget-mb", "1", source=""))

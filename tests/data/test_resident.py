@@ -187,7 +187,7 @@ def test_images_that_do_not_fit_in_memory_are_refused(image_folder: Callable[...
 def test_training_from_memory_repeats_itself(
     tmp_path: Path, teacher: FloatModel, digits: ImageSets, recipe: Recipe, console: Console
 ) -> None:
-    sets = decode_once(digits, teacher.card.preprocessing, console)
+    sets = decode_once(digits, teacher.spec.preprocessing, console)
     losses = []
     for name in ("one", "two"):
         result = train_quantized(

@@ -33,8 +33,8 @@ from qvit.errors import CheckpointError, ConfigError, PackedFileError, Uncalibra
 from qvit.exporting.packed import export_checkpoint
 from qvit.format.branches import Residual
 from qvit.format.packed import PackedModel, read_packed
-from qvit.models.card import describe
 from qvit.models.checkpoint import save_checkpoint
+from qvit.models.spec import describe
 from qvit.nn.quantizer import Quantizer
 from qvit.runtime.reference import ReferenceEngine
 
@@ -78,14 +78,14 @@ def compare(student: nn.Module, model: PackedModel, images: Tensor) -> tuple[flo
     return distance, float((got.argmax(1) == expected.argmax(1)).mean()), differ / total
 
 
-@pytest.mark.parametrize(("bits", "rectify"), [(8, "token"), (4, "head"), (3, None)])
+@pytest.mark.parametrize(("bits", "rectifier"), [(8, "token"), (4, "head"), (3, None)])
 @pytest.mark.parametrize("member", MEMBERS)
 def test_exported_member_computes_what_the_fake_quantized_model_does(
-    make_model, tmp_path: Path, member: str, bits: int, rectify: Any
+    make_model, tmp_path: Path, member: str, bits: int, rectifier: Any
 ) -> None:
     name, kwargs = MEMBERS[member]
     images = images_for(kwargs.get("in_chans", 3), SIZES.get(member, (16, 16)))
-    student = student_of(make_model(name, **kwargs), images, QuantConfig(bits, bits, rectify))
+    student = student_of(make_model(name, **kwargs), images, QuantConfig(bits, bits, rectifier))
     distance, agreement, flipped = compare(student, packed(student, tmp_path / "m.safetensors", images), images)
     # A value in the middle between two codes may fall to either side; then the rest of its image differs a little.
     assert flipped < 0.02
@@ -228,11 +228,11 @@ def test_norms_of_queries_and_keys_may_differ(make_model, tmp_path: Path, images
 
 
 @pytest.mark.parametrize("pool", ["token", "avg"])
-@pytest.mark.parametrize("rectify", ["head", "token"])
+@pytest.mark.parametrize("rectifier", ["head", "token"])
 def test_feature_extractor_gives_its_vectors(
-    make_model, tmp_path: Path, images: Tensor, pool: str, rectify: Any
+    make_model, tmp_path: Path, images: Tensor, pool: str, rectifier: Any
 ) -> None:
-    student = student_of(make_model(num_classes=0, global_pool=pool), images, QuantConfig(rectify=rectify))
+    student = student_of(make_model(num_classes=0, global_pool=pool), images, QuantConfig(rectifier=rectifier))
     path = tmp_path / "m.safetensors"
     qvit.export(student, path, preprocessing=preprocessing(), classes=[])
     file = read_packed(path)
@@ -269,11 +269,11 @@ def test_switched_off_quantizer_is_refused(vit: nn.Module, tmp_path: Path, image
     refused(student, tmp_path / "m.safetensors", UnsupportedModelError, r"blocks\.1\.mlp\.fc1\.input_quantizer")
 
 
-@pytest.mark.parametrize(("rectify", "error"), [("head", UnsupportedModelError), ("token", PackedFileError)])
+@pytest.mark.parametrize(("rectifier", "error"), [("head", UnsupportedModelError), ("token", PackedFileError)])
 def test_rectifier_that_divides_by_zero_is_refused(
-    vit: nn.Module, tmp_path: Path, images: Tensor, rectify: Any, error: type[Exception]
+    vit: nn.Module, tmp_path: Path, images: Tensor, rectifier: Any, error: type[Exception]
 ) -> None:
-    student = student_of(vit, images, QuantConfig(rectify=rectify))
+    student = student_of(vit, images, QuantConfig(rectifier=rectifier))
     with torch.no_grad():
         student.blocks[0].attn.key_rectifier.gamma[1, 0, 2] = 0
     refused(student, tmp_path / "m.safetensors", error, r"blocks\.0\.attn\.key_rectifier.* holds a 0")
@@ -311,15 +311,15 @@ def test_image_size_that_cuts_a_patch_is_refused(make_model, tmp_path: Path, ima
 
 def test_checkpoint_becomes_a_file_that_says_where_it_came_from(make_model, tmp_path: Path, images: Tensor) -> None:
     arguments = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
-    card = describe(VIT, arguments, CLASSES, {})
+    spec = describe(VIT, arguments, CLASSES, {})
     config = QuantConfig(3, 4)
     student = student_of(make_model(), images, config)
-    quantized = dataclasses.replace(card, quant_config=config.to_dict(), method="q-vit", metrics={"val_top1": 80.5})
+    quantized = dataclasses.replace(spec, quant_config=config.to_dict(), method="q-vit", metrics={"val_top1": 80.5})
     save_checkpoint(tmp_path / "q.pt", quantized, student)
     export_checkpoint(tmp_path / "q.pt", tmp_path / "m.safetensors")
     model = read_packed(tmp_path / "m.safetensors")
     assert model.classes == CLASSES
-    assert model.preprocessing == card.preprocessing
+    assert model.preprocessing == spec.preprocessing
     assert model.origin["method"] == "q-vit"
     assert model.origin["metrics"] == {"val_top1": 80.5}
     assert model.origin["quantization"]["weight_bits"] == 3
@@ -336,9 +336,9 @@ def test_float_checkpoint_is_refused_with_the_way_out(make_model, tmp_path: Path
 
 def test_command_exports_and_informs(make_model, tmp_path: Path, images: Tensor) -> None:
     arguments = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
-    card = describe(VIT, arguments, CLASSES, {})
+    spec = describe(VIT, arguments, CLASSES, {})
     student = student_of(make_model(), images, QuantConfig())
-    save_checkpoint(tmp_path / "q.pt", dataclasses.replace(card, quant_config=QuantConfig().to_dict()), student)
+    save_checkpoint(tmp_path / "q.pt", dataclasses.replace(spec, quant_config=QuantConfig().to_dict()), student)
     done = run("export", tmp_path / "q.pt", tmp_path / "m.safetensors")
     assert done.status == 0, done.err
     assert "MB" in done.out

@@ -22,7 +22,7 @@ from qvit.format.packed import MAX_HEADER, read_packed, write_packed
 @pytest.fixture(scope="module")
 def content(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     path = tmp_path_factory.mktemp("packed") / "m.safetensors"
-    write_packed(path, make_packed(3, depth=1, rectify="token", qk_norm=LAYER))
+    write_packed(path, make_packed(3, depth=1, rectifier="token", qk_norm=LAYER))
     return path.read_bytes()
 
 

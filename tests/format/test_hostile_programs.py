@@ -23,7 +23,7 @@ from qvit.runtime.reference import ReferenceEngine
 @pytest.fixture(scope="module")
 def content(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     path = tmp_path_factory.mktemp("packed") / "m.safetensors"
-    write_packed(path, make_packed(3, depth=1, rectify="token", qk_norm=LAYER))
+    write_packed(path, make_packed(3, depth=1, rectifier="token", qk_norm=LAYER))
     return path.read_bytes()
 
 
@@ -37,7 +37,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "m.safetensors"
 
 
-PROGRAM = make_packed(3, depth=1, rectify="token", qk_norm=LAYER).program.to_list()
+PROGRAM = make_packed(3, depth=1, rectifier="token", qk_norm=LAYER).program.to_list()
 WAYS = [way for way in ways_of(PROGRAM) if len(way) > 1]
 
 

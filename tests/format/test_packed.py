@@ -70,7 +70,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "qk_norm": ("rms", 1e-6),
         "attention_norm": LAYER,
         "mlp_norm": LAYER,
-        "rectify": "token",
+        "rectifier": "token",
         "mlp": "swiglu",
         "pool": "avg",
         "pool_skip": 1,

@@ -10,9 +10,9 @@ import torch
 from qvit.config import QuantConfig
 from qvit.errors import CheckpointError, ConfigError, OutputError
 from qvit.files import write_atomically
-from qvit.models.card import create_model, describe
 from qvit.models.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
 from qvit.models.float_models import load_float
+from qvit.models.spec import create_model, describe
 from qvit.quantization.calibrate import calibrate
 from qvit.quantization.convert import quantize
 from qvit.train.methods import FloatModel
@@ -26,21 +26,21 @@ def images() -> torch.Tensor:
 
 
 def test_quantized_checkpoint_gives_the_same_logits(tmp_path: Path, images: torch.Tensor) -> None:
-    config = QuantConfig(3, 4, rectify="head", overrides={"blocks.0.*": 5})
-    card = describe("vit_tiny_patch16_224", ARGS, ["a", "b", "c"], {})
-    student = quantize(create_model(card), config)
+    config = QuantConfig(3, 4, rectifier="head", overrides={"blocks.0.*": 5})
+    spec = describe("vit_tiny_patch16_224", ARGS, ["a", "b", "c"], {})
+    student = quantize(create_model(spec), config)
     calibrate(student, [images])
     path = tmp_path / "q.pt"
-    save_checkpoint(path, dataclasses.replace(card, quant_config=config.to_dict()), student)
+    save_checkpoint(path, dataclasses.replace(spec, quant_config=config.to_dict()), student)
     loaded, its = load_checkpoint(path)
     assert its.classes == ["a", "b", "c"]
     assert torch.equal(loaded(images), student.eval()(images))
 
 
 def test_uncalibrated_checkpoint_is_refused(tmp_path: Path) -> None:
-    card = describe("vit_tiny_patch16_224", ARGS, ["a", "b"], {})
-    student = quantize(create_model(card), QuantConfig())
-    save_checkpoint(tmp_path / "q.pt", dataclasses.replace(card, quant_config=QuantConfig().to_dict()), student)
+    spec = describe("vit_tiny_patch16_224", ARGS, ["a", "b"], {})
+    student = quantize(create_model(spec), QuantConfig())
+    save_checkpoint(tmp_path / "q.pt", dataclasses.replace(spec, quant_config=QuantConfig().to_dict()), student)
     with pytest.raises(CheckpointError, match="input_quantizer.log_scale is no usable scale"):
         load_checkpoint(tmp_path / "q.pt")
 
@@ -65,13 +65,13 @@ def test_weights_of_another_shape_are_named(tmp_path: Path) -> None:
 
 
 def test_quantized_model_is_no_teacher(tmp_path: Path, images: torch.Tensor) -> None:
-    card = describe("vit_tiny_patch16_224", ARGS, ["a", "b"], {})
-    student = quantize(create_model(card), QuantConfig())
+    spec = describe("vit_tiny_patch16_224", ARGS, ["a", "b"], {})
+    student = quantize(create_model(spec), QuantConfig())
     calibrate(student, [images])
-    card.quant_config = QuantConfig().to_dict()
-    save_checkpoint(tmp_path / "q.pt", card, student)
+    spec.quant_config = QuantConfig().to_dict()
+    save_checkpoint(tmp_path / "q.pt", spec, student)
     with pytest.raises(CheckpointError, match="quantized model"):
-        load_float(tmp_path / "q.pt", card, print)
+        load_float(tmp_path / "q.pt", spec, print)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.7, 0.99])
@@ -125,7 +125,7 @@ def test_full_disk_is_one_sentence_and_keeps_the_old_file(teacher: FloatModel) -
     if not full.exists():
         pytest.skip("this system has no /dev/full")
     with pytest.raises(OutputError, match="Cannot write"):
-        write_atomically(Path("/dev/shm/qvit-test"), lambda temporary: torch.save(teacher.card.metrics, full))
+        write_atomically(Path("/dev/shm/qvit-test"), lambda temporary: torch.save(teacher.spec.metrics, full))
 
 
 def test_unknown_model_names_the_nearest() -> None:
@@ -138,6 +138,6 @@ def test_wrong_model_argument_is_explained() -> None:
         describe("vit_tiny_patch16_224", {"dephth": 3}, ["a", "b"], {})
 
 
-def test_card_of_grey_images_needs_grey_statistics() -> None:
+def test_spec_of_grey_images_needs_grey_statistics() -> None:
     with pytest.raises(ConfigError, match="preprocessing.mean has 3"):
         describe("vit_tiny_patch16_224", {**ARGS, "in_chans": 1}, ["a", "b"], {})

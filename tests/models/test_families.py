@@ -19,7 +19,7 @@ from qvit.models.from_program import float_model
 from qvit.models.queries import attention_layers, run_with_maps, run_with_queries
 from qvit.nn.attention import QuantAttention
 from qvit.nn.quantizer import Quantizer
-from qvit.nn.rectify import Rectifier
+from qvit.nn.rectifier import Rectifier
 
 FIRST = [next(iter(members)) for members in FAMILIES.values()]
 
@@ -31,7 +31,7 @@ def classes_of(model: nn.Module) -> list[str]:
 @pytest.mark.parametrize("member", FAMILY_MEMBERS)
 def test_member_without_quantizers_computes_what_the_float_model_does(member: str) -> None:
     model, images = family_member(member)
-    student = quantize(model, QuantConfig(rectify="token")).eval()
+    student = quantize(model, QuantConfig(rectifier="token")).eval()
     for module in student.modules():
         if isinstance(module, (Quantizer, Rectifier)):
             module.enabled = False
@@ -49,13 +49,13 @@ def test_member_keeps_timms_names_and_loads_its_state_dict(member: str) -> None:
     assert all(torch.equal(student.state_dict()[key], value) for key, value in other.items())
 
 
-@pytest.mark.parametrize(("bits", "rectify"), [(8, "token"), (4, "head"), (3, None)])
+@pytest.mark.parametrize(("bits", "rectifier"), [(8, "token"), (4, "head"), (3, None)])
 @pytest.mark.parametrize("member", FAMILY_MEMBERS)
 def test_exported_member_computes_what_the_fake_quantized_model_does(
-    tmp_path: Path, member: str, bits: int, rectify: Any
+    tmp_path: Path, member: str, bits: int, rectifier: Any
 ) -> None:
     model, images = family_member(member)
-    student = student_of(model, images, QuantConfig(bits, bits, rectify))
+    student = student_of(model, images, QuantConfig(bits, bits, rectifier))
     file = packed(student, tmp_path / "m.safetensors", images, classes=classes_of(model))
     distance, agreement, flipped = compare(student, file, images)
     # A value in the middle between two codes may fall to either side; then the rest of its image differs a little.
@@ -87,7 +87,7 @@ def test_blocks_hold_every_attention_of_the_family(member: str) -> None:
 @pytest.mark.parametrize("member", FIRST)
 def test_queries_keys_and_maps_of_teacher_and_student_are_paired(member: str) -> None:
     model, images = family_member(member)
-    student = quantize(model, QuantConfig(rectify=None)).eval()
+    student = quantize(model, QuantConfig(rectifier=None)).eval()
     for module in student.modules():
         if isinstance(module, Quantizer):
             module.enabled = False

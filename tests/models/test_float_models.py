@@ -14,7 +14,7 @@ from timm.models import save_for_hf
 
 from qvit.errors import CheckpointError, ConfigError, HubError, QvitError, UnsupportedModelError
 from qvit.models import float_models
-from qvit.models.card import ModelCard, describe
+from qvit.models.spec import ModelSpec, describe
 from qvit.models.transformers_vit import class_names
 
 CLASSES = ["a", "b", "c", "d", "e"]
@@ -36,16 +36,16 @@ def images() -> torch.Tensor:
     return torch.randn(3, 3, 16, 16)
 
 
-def load(source: Any, expected: ModelCard, *, quantized: bool = False) -> tuple[Any, ModelCard]:
-    """Return a model and its card, of which there is nothing to tell."""
+def load(source: Any, expected: ModelSpec, *, quantized: bool = False) -> tuple[Any, ModelSpec]:
+    """Return a model and its spec, of which there is nothing to tell."""
     said: list[str] = []
-    model, card = float_models.load_float(source, expected, said.append, quantized=quantized)
+    model, spec = float_models.load_float(source, expected, said.append, quantized=quantized)
     assert not said
-    return model, card
+    return model, spec
 
 
 @pytest.fixture
-def expected() -> ModelCard:
+def expected() -> ModelSpec:
     return describe("vit_tiny_patch16_224", ARGS, CLASSES, {})
 
 
@@ -84,31 +84,31 @@ def test_transformers_model_gives_the_same_logits(tmp_path: Path, kind: str, cha
     side = changes.get("image_size", 16)
     images = torch.randn(3, 3, side, side)
     expected = describe("vit_tiny_patch16_224", {**ARGS, "img_size": side}, CLASSES, {})
-    ours, card = load(tmp_path, expected)
+    ours, spec = load(tmp_path, expected)
     with torch.no_grad():
         torch.testing.assert_close(ours(images), theirs(images).logits, atol=2e-4, rtol=1e-4)
-    assert card.classes == CLASSES  # it does not name its own
-    assert card.preprocessing["input_size"] == [3, side, side]
+    assert spec.classes == CLASSES  # it does not name its own
+    assert spec.preprocessing["input_size"] == [3, side, side]
 
 
-def test_a_student_can_start_from_the_same_architecture(tmp_path: Path, expected: ModelCard) -> None:
+def test_a_student_can_start_from_the_same_architecture(tmp_path: Path, expected: ModelSpec) -> None:
     saved(tmp_path / "same")
-    _, card = load(tmp_path / "same", expected)
-    assert (card.name, card.model_args) == (expected.name, expected.model_args)
+    _, spec = load(tmp_path / "same", expected)
+    assert (spec.name, spec.model_args) == (expected.name, expected.model_args)
     saved(tmp_path / "deeper", num_hidden_layers=3)
-    _, card = load(tmp_path / "deeper", expected)
-    assert card.model_args["depth"] == 3
+    _, spec = load(tmp_path / "deeper", expected)
+    assert spec.model_args["depth"] == 3
     saved(tmp_path / "heads", num_attention_heads=4)
-    _, card = load(tmp_path / "heads", expected)
-    assert card.model_args["num_heads"] == 4
+    _, spec = load(tmp_path / "heads", expected)
+    assert spec.model_args["num_heads"] == 4
 
 
-def test_card_builds_the_same_model_again(tmp_path: Path, expected: ModelCard, images: torch.Tensor) -> None:
+def test_spec_builds_the_same_model_again(tmp_path: Path, expected: ModelSpec, images: torch.Tensor) -> None:
     from qvit.models.checkpoint import load_checkpoint, save_checkpoint
 
     saved(tmp_path, "DeiT", num_attention_heads=4, hidden_act="gelu_new")
-    model, card = load(tmp_path, expected)
-    save_checkpoint(tmp_path / "float.pt", card, model)
+    model, spec = load(tmp_path, expected)
+    save_checkpoint(tmp_path / "float.pt", spec, model)
     again, _ = load_checkpoint(tmp_path / "float.pt")
     assert torch.equal(again(images), model(images))
 
@@ -127,12 +127,12 @@ def test_card_builds_the_same_model_again(tmp_path: Path, expected: ModelCard, i
     ],
 )  # fmt: skip
 def test_preprocessing_is_its_own(
-    tmp_path: Path, expected: ModelCard, config: dict[str, Any], found: dict[str, Any]
+    tmp_path: Path, expected: ModelSpec, config: dict[str, Any], found: dict[str, Any]
 ) -> None:
     saved(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
-    _, card = load(tmp_path, expected)
-    assert {name: card.preprocessing[name] for name in found} == found
+    _, spec = load(tmp_path, expected)
+    assert {name: spec.preprocessing[name] for name in found} == found
 
 
 def test_classes_of_imagenet_are_called_like_its_folders() -> None:
@@ -147,20 +147,20 @@ def test_classes_of_imagenet_are_called_like_its_folders() -> None:
     [({"hidden_act": "tanh"}, "activation 'tanh'"), ({"layer_norm_eps": 1e-3}, "layer_norm_eps 0.001")],
 )
 def test_what_timm_cannot_represent_is_refused(
-    tmp_path: Path, expected: ModelCard, changes: dict[str, Any], named: str
+    tmp_path: Path, expected: ModelSpec, changes: dict[str, Any], named: str
 ) -> None:
     saved(tmp_path, **changes)
     with pytest.raises(UnsupportedModelError, match=named):
         load(tmp_path, expected)
 
 
-def test_model_without_a_classifier_is_refused(tmp_path: Path, expected: ModelCard) -> None:
+def test_model_without_a_classifier_is_refused(tmp_path: Path, expected: ModelSpec) -> None:
     transformers.ViTModel(transformers.ViTConfig(**SMALL)).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match="no classifier"):
         load(tmp_path, expected)
 
 
-def test_another_kind_of_model_is_refused(tmp_path: Path, expected: ModelCard) -> None:
+def test_another_kind_of_model_is_refused(tmp_path: Path, expected: ModelSpec) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(UnsupportedModelError, match="'bert'"):
         load(tmp_path, expected)
@@ -169,7 +169,7 @@ def test_another_kind_of_model_is_refused(tmp_path: Path, expected: ModelCard) -
 @pytest.mark.parametrize(
     "damage", ["no config", "no weights", "cut weights", "no JSON", "other depth", "a weight less"]
 )
-def test_damaged_folder_is_named(tmp_path: Path, expected: ModelCard, damage: str) -> None:
+def test_damaged_folder_is_named(tmp_path: Path, expected: ModelSpec, damage: str) -> None:
     folder = tmp_path / "model"
     saved(folder)
     config, weights = folder / "config.json", folder / "model.safetensors"
@@ -202,7 +202,7 @@ def hub_model(folder: Path, **config: Any) -> torch.nn.Module:
 
 @pytest.mark.parametrize("source", ["hf-hub:someone/small", "hf-hub:someone/small@v1"])
 def test_timm_model_of_the_hub(
-    tmp_path: Path, expected: ModelCard, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch, source: str
+    tmp_path: Path, expected: ModelSpec, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch, source: str
 ) -> None:
     theirs = hub_model(tmp_path / "snapshot", label_names=["v", "w", "x", "y", "z"])
     asked: list[tuple[str, str | None]] = []
@@ -212,16 +212,16 @@ def test_timm_model_of_the_hub(
         return str(tmp_path / "snapshot")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    ours, card = load(source, expected)
+    ours, spec = load(source, expected)
     assert asked == [("someone/small", "v1" if "@" in source else None)]
     assert torch.equal(ours(images), theirs(images))
-    assert card.preprocessing["mean"] == [0.1, 0.2, 0.3]
-    assert card.classes == ["v", "w", "x", "y", "z"]
-    assert (card.name, card.model_args) == (expected.name, expected.model_args)
+    assert spec.preprocessing["mean"] == [0.1, 0.2, 0.3]
+    assert spec.classes == ["v", "w", "x", "y", "z"]
+    assert (spec.name, spec.model_args) == (expected.name, expected.model_args)
 
 
 def test_pretrained_timm_model_by_its_name(
-    tmp_path: Path, expected: ModelCard, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, expected: ModelSpec, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     theirs = hub_model(tmp_path)
     create = timm.create_model
@@ -235,23 +235,23 @@ def test_pretrained_timm_model_by_its_name(
 
     monkeypatch.setattr(float_models.timm, "create_model", from_file)
     said: list[str] = []
-    ours, card = float_models.load_float("vit_tiny_patch16_224.augreg_in21k_ft_in1k", expected, said.append)
+    ours, spec = float_models.load_float("vit_tiny_patch16_224.augreg_in21k_ft_in1k", expected, said.append)
     assert torch.equal(ours(images), theirs(images))
     assert said == [
         "vit_tiny_patch16_224.augreg_in21k_ft_in1k: the position embedding was resampled from 224 x 224 to 16 x 16 "
         "pixels.",
         "vit_tiny_patch16_224.augreg_in21k_ft_in1k: the patch embedding was resampled from 16 x 16 to 4 x 4 pixels.",
     ]
-    assert (card.name, card.model_args) == (expected.name, expected.model_args)
+    assert (spec.name, spec.model_args) == (expected.name, expected.model_args)
 
 
-def test_timm_model_without_pretrained_weights_says_so(expected: ModelCard) -> None:
+def test_timm_model_without_pretrained_weights_says_so(expected: ModelSpec) -> None:
     name = next(name for name in timm.list_models("vit_*") if not timm.is_model_pretrained(name))
     with pytest.raises(ConfigError, match=f"no pretrained weights for {name}"):
         load(name, expected)
 
 
-def test_unreachable_hub_is_one_sentence(expected: ModelCard, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_hub_is_one_sentence(expected: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object, **kwargs: object) -> str:
         raise ConnectionError("cannot connect\nwith details")
 
@@ -261,11 +261,11 @@ def test_unreachable_hub_is_one_sentence(expected: ModelCard, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("name", ["hf-hub:", "hf-hub:a/b/c", "hf-hub:../../etc"])
-def test_name_that_is_none_of_the_hubs_is_refused(expected: ModelCard, name: str) -> None:
+def test_name_that_is_none_of_the_hubs_is_refused(expected: ModelSpec, name: str) -> None:
     with pytest.raises(HubError):
         load(name, expected)
 
 
-def test_neither_file_nor_model_is_named(expected: ModelCard) -> None:
+def test_neither_file_nor_model_is_named(expected: ModelSpec) -> None:
     with pytest.raises(QvitError, match="no file nothing-of-the-kind"):
         load("nothing-of-the-kind", expected)

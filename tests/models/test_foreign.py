@@ -29,8 +29,8 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from qvit.errors import CheckpointError, ConfigError, QvitError
-from qvit.models.card import ModelCard, create_model, describe
 from qvit.models.float_models import load_float
+from qvit.models.spec import ModelSpec, create_model, describe
 
 VIT = "vit_tiny_patch16_224"
 ARGS = {"img_size": 16, "patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 2}
@@ -47,7 +47,7 @@ def trained(name: str = VIT, **changes: Any) -> nn.Module:
 
 
 @pytest.fixture
-def expected() -> ModelCard:
+def expected() -> ModelSpec:
     return describe(VIT, ARGS, ["a", "b", "c"], {})
 
 
@@ -56,16 +56,16 @@ def images() -> Tensor:
     return torch.randn(2, 3, 16, 16)
 
 
-def load(path: Path, card: ModelCard) -> tuple[Any, list[str]]:
+def load(path: Path, spec: ModelSpec) -> tuple[Any, list[str]]:
     said: list[str] = []
-    model, _ = load_float(path, card, said.append)
+    model, _ = load_float(path, spec, said.append)
     return model, said
 
 
-def refusal(path: Path, card: ModelCard) -> str:
+def refusal(path: Path, spec: ModelSpec) -> str:
     """Return the sentence in which a file is refused: one line, short, and no escape sequence."""
     with pytest.raises(QvitError) as caught:
-        load_float(path, card, print)
+        load_float(path, spec, print)
     text = str(caught.value)
     assert text.isprintable()
     assert len(text) < 600
@@ -139,7 +139,7 @@ WRITERS: list[Callable[[nn.Module], tuple[Any, str]]] = [
 @pytest.mark.parametrize("writer", WRITERS, ids=lambda writer: writer.__name__)
 @pytest.mark.parametrize("zipped", [True, False])
 def test_checkpoint_as_others_write_it_is_taken(
-    tmp_path: Path, expected: ModelCard, images: Tensor, writer: Callable[[nn.Module], tuple[Any, str]], zipped: bool
+    tmp_path: Path, expected: ModelSpec, images: Tensor, writer: Callable[[nn.Module], tuple[Any, str]], zipped: bool
 ) -> None:
     model = trained()
     content, sentence = writer(model)
@@ -175,7 +175,7 @@ def test_prefixes_and_nesting_of_any_kind_are_taken_off(prefix: str, inside: str
     assert said == [f"w.pth: the averaged weights are taken ({inside})."] * inside.endswith("ema")
 
 
-def test_backbone_and_head_of_a_module_come_together(tmp_path: Path, expected: ModelCard, images: Tensor) -> None:
+def test_backbone_and_head_of_a_module_come_together(tmp_path: Path, expected: ModelSpec, images: Tensor) -> None:
     model = trained()
     weights = {f"model.{'' if name.startswith('head.') else 'backbone.'}{name}": value
                for name, value in model.state_dict().items()}  # fmt: skip
@@ -184,7 +184,7 @@ def test_backbone_and_head_of_a_module_come_together(tmp_path: Path, expected: M
     assert torch.equal(loaded(images), model(images))
 
 
-def test_two_models_in_one_file_are_not_mixed_up(tmp_path: Path, expected: ModelCard) -> None:
+def test_two_models_in_one_file_are_not_mixed_up(tmp_path: Path, expected: ModelSpec) -> None:
     weights = {f"{prefix}{name}": value for prefix in ("", "module.") for name, value in trained().state_dict().items()}
     torch.save(weights, tmp_path / "w.pth")
     assert "holds more than one model: 'cls_token' and 'module.cls_token'" in refusal(tmp_path / "w.pth", expected)
@@ -194,8 +194,8 @@ def test_two_models_in_one_file_are_not_mixed_up(tmp_path: Path, expected: Model
 def test_position_embedding_of_another_image_size_is_resampled_and_said(tmp_path: Path, name: str) -> None:
     model = trained(name, img_size=24)
     torch.save({"model": model.state_dict()}, tmp_path / "w.pth")
-    card = describe(name, {**ARGS, "img_size": [32, 24]}, ["a", "b", "c"], {})
-    loaded, said = load(tmp_path / "w.pth", card)
+    spec = describe(name, {**ARGS, "img_size": [32, 24]}, ["a", "b", "c"], {})
+    loaded, said = load(tmp_path / "w.pth", spec)
     prefix = 1 if name == VIT else 2
     assert said == [
         f"{tmp_path / 'w.pth'}: the position embedding was resampled from (1, {36 + prefix}, 8) to "
@@ -209,9 +209,9 @@ def test_position_embedding_of_another_image_size_is_resampled_and_said(tmp_path
 def test_checkpoint_of_qvits_of_another_image_size_is_resampled_and_said(tmp_path: Path) -> None:
     from qvit.models.checkpoint import save_checkpoint
 
-    card = describe(VIT, ARGS, ["a", "b", "c"], {})
+    spec = describe(VIT, ARGS, ["a", "b", "c"], {})
     model = trained()
-    save_checkpoint(tmp_path / "best.pt", card, model)
+    save_checkpoint(tmp_path / "best.pt", spec, model)
     expected = describe(VIT, {**ARGS, "img_size": 24}, ["a", "b", "c"], {})
     said: list[str] = []
     loaded, its = load_float(tmp_path / "best.pt", expected, said.append)
@@ -229,8 +229,8 @@ def test_checkpoint_of_qvits_of_another_image_size_is_resampled_and_said(tmp_pat
 def test_images_of_other_channels_are_refused(tmp_path: Path) -> None:
     from qvit.models.checkpoint import save_checkpoint
 
-    card = describe(VIT, ARGS, ["a", "b", "c"], {})
-    save_checkpoint(tmp_path / "best.pt", card, trained())
+    spec = describe(VIT, ARGS, ["a", "b", "c"], {})
+    save_checkpoint(tmp_path / "best.pt", spec, trained())
     grey = describe(VIT, {**ARGS, "in_chans": 1}, ["a", "b", "c"], {"mean": [0.5], "std": [0.5]})
     assert "takes images of 3 channels, the images have 1" in refusal(tmp_path / "best.pt", grey)
 
@@ -238,10 +238,10 @@ def test_images_of_other_channels_are_refused(tmp_path: Path) -> None:
 def test_swin_of_anyones_is_taken(tmp_path: Path) -> None:
     name = "swin_tiny_patch4_window7_224"
     model = trained(name)
-    card = describe(name, SWIN, ["a", "b", "c"], {})
+    spec = describe(name, SWIN, ["a", "b", "c"], {})
     content = {"model": {f"module.{key}": value for key, value in model.state_dict().items()}}
     torch.save(content, tmp_path / "w.pth")
-    loaded, said = load(tmp_path / "w.pth", card)
+    loaded, said = load(tmp_path / "w.pth", spec)
     images = torch.randn(2, 3, 16, 16)
     torch.testing.assert_close(loaded(images), model(images))
     assert said == []
@@ -281,7 +281,7 @@ def shards(folder: Path, weights: dict[str, Tensor], suffix: str, parts: int = 3
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
-def test_weights_in_several_files_are_taken(tmp_path: Path, expected: ModelCard, images: Tensor, suffix: str) -> None:
+def test_weights_in_several_files_are_taken(tmp_path: Path, expected: ModelSpec, images: Tensor, suffix: str) -> None:
     model = trained()
     index = shards(tmp_path, model.state_dict(), suffix)
     assert torch.equal(load(index, expected)[0](images), model(images))
@@ -293,7 +293,7 @@ def test_weights_in_several_files_are_taken(tmp_path: Path, expected: ModelCard,
 
 @pytest.mark.parametrize("way", ["safetensors", "sharded safetensors", "bin", "sharded bin"])
 def test_folder_of_transformers_is_taken_however_its_weights_are_written(
-    tmp_path: Path, expected: ModelCard, images: Tensor, way: str
+    tmp_path: Path, expected: ModelSpec, images: Tensor, way: str
 ) -> None:
     config = transformers.ViTConfig(
         hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=4,
@@ -323,7 +323,7 @@ def test_folder_of_transformers_is_taken_however_its_weights_are_written(
         (lambda places: places.update({"more": "model-00001-of-00003.safetensors"}), "which none of its files holds"),
     ],
 )
-def test_index_that_lies_is_refused(tmp_path: Path, expected: ModelCard, change: Any, sentence: str) -> None:
+def test_index_that_lies_is_refused(tmp_path: Path, expected: ModelSpec, change: Any, sentence: str) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     safetensors.torch.save_file({"cls_token": torch.zeros(1)}, tmp_path / "secret.safetensors")
@@ -359,16 +359,16 @@ NONSENSE = [None, 0, 3, 10**6, 1e300, "x", [1, 2], {"x": "y"}, True]
 
 @pytest.mark.parametrize(("name", "field"), [(name, field) for name, fields in EDITED.items() for field in fields])
 def test_edited_settings_of_transformers_are_a_sentence(saved: Path, name: str, field: str, tmp_path: Path) -> None:
-    card = describe(VIT, {**ARGS, "img_size": 8, "depth": 1, "mlp_ratio": 1}, ["a", "b", "c"], {})
+    spec = describe(VIT, {**ARGS, "img_size": 8, "depth": 1, "mlp_ratio": 1}, ["a", "b", "c"], {})
     folder = tmp_path / "model"
     shutil.copytree(saved, folder)
-    load_float(folder, card, print)
+    load_float(folder, spec, print)
     original = json.loads((folder / name).read_text())
     refused = 0
     for value in NONSENSE:
         (folder / name).write_text(json.dumps({**original, field: value}))
         try:
-            load_float(folder, card, print)
+            load_float(folder, spec, print)
         except QvitError as error:
             refused += 1
             assert str(error).isprintable()  # noqa: PT017
@@ -379,7 +379,7 @@ def test_edited_settings_of_transformers_are_a_sentence(saved: Path, name: str, 
 # --- what cannot be used ----------------------------------------------------------------------------------------------
 
 
-def test_what_is_missing_is_described_with_what_was_found(tmp_path: Path, expected: ModelCard) -> None:
+def test_what_is_missing_is_described_with_what_was_found(tmp_path: Path, expected: ModelSpec) -> None:
     weights = trained().state_dict()
     del weights["blocks.1.mlp.fc1.weight"]
     torch.save({"arch": "vit_small_patch16_224", "state_dict": weights}, tmp_path / "w.pth")
@@ -401,13 +401,13 @@ def test_what_is_missing_is_described_with_what_was_found(tmp_path: Path, expect
     ],
 )
 def test_file_without_weights_says_what_it_holds(
-    tmp_path: Path, expected: ModelCard, content: Any, sentence: str
+    tmp_path: Path, expected: ModelSpec, content: Any, sentence: str
 ) -> None:
     torch.save(content, tmp_path / "w.pth")
     assert re.search(sentence, refusal(tmp_path / "w.pth", expected))
 
 
-def test_models_of_others_are_recognised(tmp_path: Path, expected: ModelCard) -> None:
+def test_models_of_others_are_recognised(tmp_path: Path, expected: ModelSpec) -> None:
     names = {
         "torchvision's names": ["conv_proj.weight", "encoder.layers.encoder_layer_0.ln_1.weight"],
         "give the folder with its config.json": ["vit.embeddings.patch_embeddings.projection.weight"],
@@ -432,13 +432,13 @@ def test_models_of_others_are_recognised(tmp_path: Path, expected: ModelCard) ->
     ],
 )
 def test_another_model_is_refused_by_what_differs(
-    tmp_path: Path, expected: ModelCard, changes: dict[str, Any], sentence: str
+    tmp_path: Path, expected: ModelSpec, changes: dict[str, Any], sentence: str
 ) -> None:
     torch.save(trained(**changes).state_dict(), tmp_path / "w.pth")
     assert re.search(sentence, refusal(tmp_path / "w.pth", expected))
 
 
-def test_distilled_weights_do_not_pass_for_others(tmp_path: Path, expected: ModelCard) -> None:
+def test_distilled_weights_do_not_pass_for_others(tmp_path: Path, expected: ModelSpec) -> None:
     torch.save(trained("deit_tiny_distilled_patch16_224").state_dict(), tmp_path / "w.pth")
     assert re.search("dist_token.* is more than the model has|pos_embed", refusal(tmp_path / "w.pth", expected))
 
@@ -469,7 +469,7 @@ def test_other_classes_are_told(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("name", ["blocks.1.attn.qkv.weight", "norm.bias"])
 def test_weight_that_is_none_is_refused_by_name(
-    tmp_path: Path, expected: ModelCard, name: str, spoil: Callable[[Tensor], Any], why: str
+    tmp_path: Path, expected: ModelSpec, name: str, spoil: Callable[[Tensor], Any], why: str
 ) -> None:
     weights: dict[str, Any] = dict(trained().state_dict())
     weights[name] = spoil(weights[name])
@@ -510,7 +510,7 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("kind", FILES)
-def test_file_that_is_none_is_described(tmp_path: Path, expected: ModelCard, kind: str) -> None:
+def test_file_that_is_none_is_described(tmp_path: Path, expected: ModelSpec, kind: str) -> None:
     write, sentence = FILES[kind]
     path = tmp_path / "w.pth"
     write(path)
@@ -524,7 +524,7 @@ def test_file_that_is_none_is_described(tmp_path: Path, expected: ModelCard, kin
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_damaged_file_is_a_sentence(tmp_path_factory: Any, data: st.DataObject) -> None:
-    card = describe(VIT, ARGS, ["a", "b", "c"], {})
+    spec = describe(VIT, ARGS, ["a", "b", "c"], {})
     buffer = io.BytesIO()
     torch.save({"model": trained().state_dict(), "args": argparse.Namespace(lr=1)}, buffer)
     content = bytearray(buffer.getvalue())
@@ -534,19 +534,19 @@ def test_damaged_file_is_a_sentence(tmp_path_factory: Any, data: st.DataObject) 
     path = tmp_path_factory.mktemp("damaged") / "w.pth"
     path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
     try:
-        load_float(path, card, lambda sentence: None)
+        load_float(path, spec, lambda sentence: None)
     except QvitError as error:
         assert str(error).isprintable()  # noqa: PT017
         assert len(str(error)) < 600  # noqa: PT017
 
 
-def test_folder_that_is_none_says_what_to_give(tmp_path: Path, expected: ModelCard) -> None:
+def test_folder_that_is_none_says_what_to_give(tmp_path: Path, expected: ModelSpec) -> None:
     assert "expected model.safetensors or pytorch_model.bin" in refusal(tmp_path, expected)
     (tmp_path / "best.pt").touch()
     assert f"give {tmp_path / 'best.pt'}" in refusal(tmp_path, expected)
 
 
-def test_whole_model_is_not_built_and_says_what_to_save(tmp_path: Path, expected: ModelCard) -> None:
+def test_whole_model_is_not_built_and_says_what_to_save(tmp_path: Path, expected: ModelSpec) -> None:
     torch.save({"model": trained()}, tmp_path / "w.pth")
     text = refusal(tmp_path / "w.pth", expected)
     assert "a whole object of the class 'timm.models.vision_transformer.VisionTransformer'" in text
@@ -587,7 +587,7 @@ def malicious(target: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", malicious(Path("x")))
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("where", ["args", "weight", "all"])
-def test_no_code_in_a_file_is_run(tmp_path: Path, expected: ModelCard, kind: str, zipped: bool, where: str) -> None:
+def test_no_code_in_a_file_is_run(tmp_path: Path, expected: ModelSpec, kind: str, zipped: bool, where: str) -> None:
     target = tmp_path / "made"
     evil = malicious(target)[kind]
     weights: dict[str, Any] = dict(trained().state_dict())
@@ -604,13 +604,13 @@ def test_no_code_in_a_file_is_run(tmp_path: Path, expected: ModelCard, kind: str
     assert "antigravity" not in set(sys.modules) - before
 
 
-def test_call_into_the_system_is_named(tmp_path: Path, expected: ModelCard) -> None:
+def test_call_into_the_system_is_named(tmp_path: Path, expected: ModelSpec) -> None:
     torch.save({"model": Calls(os.system, "true")}, tmp_path / "evil.pth")
     text = refusal(tmp_path / "evil.pth", expected)
     assert f"holds a call of '{os.name}.system': qvit runs no code of a file" in text
 
 
-def test_too_many_classes_are_refused(tmp_path: Path, expected: ModelCard) -> None:
+def test_too_many_classes_are_refused(tmp_path: Path, expected: ModelSpec) -> None:
     pickled = b"\x80\x02(" + b"".join(b"cmodule%d\nname\n" % n for n in range(101)) + b"t."
     with zipfile.ZipFile(tmp_path / "w.pth", "w") as file:
         file.writestr("w/data.pkl", pickled)
@@ -622,12 +622,12 @@ def test_too_many_classes_are_refused(tmp_path: Path, expected: ModelCard) -> No
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224.nonsense", "deit_tiny_patch16_224.fb_in1"])
-def test_unknown_tag_names_those_that_there_are(expected: ModelCard, name: str) -> None:
+def test_unknown_tag_names_those_that_there_are(expected: ModelSpec, name: str) -> None:
     with pytest.raises(ConfigError, match=rf"no pretrained weights for {name}: it has {name.partition('.')[0]}\."):
         load_float(name, expected, print)
 
 
-def test_pretrained_weights_with_a_nan_are_refused(expected: ModelCard, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pretrained_weights_with_a_nan_are_refused(expected: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     create = timm.create_model
 
     def from_timm(name: str, pretrained: bool = False, **arguments: Any) -> Any:

@@ -35,16 +35,16 @@ def images() -> Tensor:
 
 def test_version_1_gives_its_logits_and_its_checksum(expected, images: Tensor) -> None:
     assert torch.load(OLD, weights_only=True)["version"] == 1 < VERSION
-    model, card = load_checkpoint(OLD)
+    model, spec = load_checkpoint(OLD)
     with torch.no_grad():
         torch.testing.assert_close(model(images), torch.tensor(expected["logits"]), rtol=1e-5, atol=1e-5)
     assert weights_checksum(model) == expected["sha256"]
-    assert card.quant_config["overrides"] == {"blocks.0.mlp.fc2": [2, 5], "blocks.7.*": [8, 8]}
+    assert spec.quant_config["overrides"] == {"blocks.0.mlp.fc2": [2, 5], "blocks.7.*": [8, 8]}
 
 
 def test_version_1_goes_through_the_chain(tmp_path: Path, expected, images: Tensor) -> None:
-    model, card = load_checkpoint(OLD)
-    save_checkpoint(tmp_path / "new.pt", card, model)
+    model, spec = load_checkpoint(OLD)
+    save_checkpoint(tmp_path / "new.pt", spec, model)
     again, _ = load_checkpoint(tmp_path / "new.pt")
     assert weights_checksum(again) == expected["sha256"]
     assert torch.load(tmp_path / "new.pt", weights_only=True)["version"] == VERSION

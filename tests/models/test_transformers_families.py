@@ -11,8 +11,8 @@ import transformers as hf
 from commands import run
 from qvit import QuantConfig, quantize
 from qvit.errors import CheckpointError, UnsupportedModelError
-from qvit.models.card import ModelCard, describe
 from qvit.models.float_models import load_float
+from qvit.models.spec import ModelSpec, describe
 from qvit.models.transformers_families import CONVERSIONS
 
 CLASSES = ["a", "b", "c"]
@@ -49,7 +49,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 @pytest.fixture
-def expected() -> ModelCard:
+def expected() -> ModelSpec:
     return describe("vit_tiny_patch16_224", {"img_size": 16, "patch_size": 4}, CLASSES, {})
 
 
@@ -66,11 +66,11 @@ def saved(folder: Path, model: str) -> Any:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_transformers_model_gives_the_same_output(tmp_path: Path, expected: ModelCard, model: str) -> None:
+def test_transformers_model_gives_the_same_output(tmp_path: Path, expected: ModelSpec, model: str) -> None:
     theirs = saved(tmp_path, model)
     side = MODELS[model][2]["image_size"]
     expected.preprocessing["input_size"] = [3, side, side]
-    ours, card = load_float(tmp_path, expected, print)
+    ours, spec = load_float(tmp_path, expected, print)
     images = torch.randn(3, 3, side, side)
     with torch.no_grad():
         found, wanted = ours(images), theirs(pixel_values=images)
@@ -78,29 +78,29 @@ def test_transformers_model_gives_the_same_output(tmp_path: Path, expected: Mode
             wanted = theirs.vision_model(images)
         wanted = wanted.logits if hasattr(wanted, "logits") else wanted.pooler_output
     torch.testing.assert_close(found, wanted, atol=1e-5 * float(wanted.abs().max()), rtol=1e-4)
-    assert card.classes == (CLASSES if MODELS[model][0].endswith("Classification") else [])
+    assert spec.classes == (CLASSES if MODELS[model][0].endswith("Classification") else [])
     quantize(ours, QuantConfig())
 
 
-def test_siglip_classifier_pools_by_the_mean(tmp_path: Path, expected: ModelCard) -> None:
+def test_siglip_classifier_pools_by_the_mean(tmp_path: Path, expected: ModelSpec) -> None:
     text = {"vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     config = hf.SiglipConfig(vision_config={**PLAIN, **MLP}, text_config=text, num_labels=3)
     theirs = hf.SiglipForImageClassification(config).eval()
     theirs.save_pretrained(tmp_path)
-    ours, card = load_float(tmp_path, expected, print)
+    ours, spec = load_float(tmp_path, expected, print)
     images = torch.randn(3, 3, 16, 16)
     with torch.no_grad():
         torch.testing.assert_close(ours(images), theirs(images).logits, atol=1e-5, rtol=1e-4)
-    assert card.classes == CLASSES
+    assert spec.classes == CLASSES
 
 
-def test_dinov2_that_classifies_by_both_is_refused(tmp_path: Path, expected: ModelCard) -> None:
+def test_dinov2_that_classifies_by_both_is_refused(tmp_path: Path, expected: ModelSpec) -> None:
     hf.Dinov2ForImageClassification(hf.Dinov2Config(**PLAIN, mlp_ratio=2)).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match="classifies by class token and patches"):
         load_float(tmp_path, expected, print)
 
 
-def test_weights_that_are_not_what_the_configuration_says_are_refused(tmp_path: Path, expected: ModelCard) -> None:
+def test_weights_that_are_not_what_the_configuration_says_are_refused(tmp_path: Path, expected: ModelSpec) -> None:
     saved(tmp_path, "siglip")
     config = tmp_path / "config.json"
     config.write_text(config.read_text().replace("siglip_vision_model", "clip_vision_model").replace("1e-06", "1e-05"))

@@ -13,7 +13,7 @@ from qvit.data.loader import Batch
 from qvit.errors import DataError
 from qvit.nn.modes import evaluating
 from qvit.nn.quantizer import Quantizer
-from qvit.nn.rectify import Rectifier
+from qvit.nn.rectifier import Rectifier
 from qvit.train.evaluate import evaluate
 
 

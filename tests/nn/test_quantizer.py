@@ -329,12 +329,12 @@ def test_deepcopy_is_equal_and_independent() -> None:
     assert torch.equal(quantizer(x), before)
 
 
-@pytest.mark.parametrize("rectify", ["head", "token", None])
-def test_float_state_dict_loads_strictly_and_leaves_no_scale(make_model, images: Tensor, rectify) -> None:
+@pytest.mark.parametrize("rectifier", ["head", "token", None])
+def test_float_state_dict_loads_strictly_and_leaves_no_scale(make_model, images: Tensor, rectifier) -> None:
     from qvit import calibrate
 
     teacher = make_model()
-    student = quantize(teacher, QuantConfig(rectify=rectify))
+    student = quantize(teacher, QuantConfig(rectifier=rectifier))
     student.load_state_dict(teacher.state_dict(), strict=True)
     assert not student.blocks[0].attn.qkv.input_quantizer.calibrated
     calibrate(student, [images])

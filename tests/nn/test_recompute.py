@@ -43,11 +43,11 @@ def saved_bytes(model: nn.Module, step: Callable[[], Any]) -> int:
     return sum(storage.nbytes() for storage in storages.values())
 
 
-@pytest.mark.parametrize(("rectify", "compiled"), [("head", False), ("token", False), (None, False), ("head", True)])
-def test_a_students_step_keeps_at_most_a_quarter_more_than_a_float_step(make_model, rectify, compiled: bool) -> None:
+@pytest.mark.parametrize(("rectifier", "compiled"), [("head", False), ("token", False), (None, False), ("head", True)])
+def test_a_students_step_keeps_at_most_a_quarter_more_than_a_float_step(make_model, rectifier, compiled: bool) -> None:
     teacher = make_model(**LIKE_DEIT)
     x = torch.randn(4, 3, 28, 28)
-    student = quantize(teacher, QuantConfig(rectify=rectify))
+    student = quantize(teacher, QuantConfig(rectifier=rectifier))
     calibrate(student, [x])
     student.train()
     teacher.train()
@@ -152,7 +152,7 @@ def test_dropout_is_the_same_when_it_is_computed_again() -> None:
 
 
 def test_attention_with_dropout_computes_the_dropped_map_again(make_model, images: Tensor) -> None:
-    student = quantize(make_model(attn_drop_rate=0.5), QuantConfig(8, 8, rectify=None))
+    student = quantize(make_model(attn_drop_rate=0.5), QuantConfig(8, 8, rectifier=None))
     calibrate(student, [images])
     attention = student.train().blocks[0].attn
     x = torch.randn(2, 17, 24)

@@ -54,7 +54,7 @@ def test_norms_in_front_of_layers_are_found(name: str) -> None:
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_model_with_outliers_agrees_as_the_one_without(teacher: FloatModel, digits: ImageSets, bits: int) -> None:
-    transform = make_transform(teacher.card.preprocessing)
+    transform = make_transform(teacher.spec.preprocessing)
     images, held_out = (
         next(iter(make_loader(part, transform, 512, shuffle=False))).images for part in (digits.train, digits.val)
     )

@@ -13,7 +13,7 @@ from qvit.errors import ConfigError, DataError, UnsupportedModelError
 from qvit.models.queries import run_with_queries
 from qvit.nn.attention import QuantAttention
 from qvit.nn.quantizer import Quantizer, code_range
-from qvit.nn.rectify import Rectifier
+from qvit.nn.rectifier import Rectifier
 from qvit.quantization.calibrate import minimum_error_scale
 
 
@@ -104,9 +104,9 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
     return float((got - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("rectify", ["head", None])
-def test_calibrated_eight_bit_student_is_close_to_the_float_model(vit: nn.Module, images: Tensor, rectify) -> None:
-    student = quantize(vit, QuantConfig(8, 8, rectify=rectify))
+@pytest.mark.parametrize("rectifier", ["head", None])
+def test_calibrated_eight_bit_student_is_close_to_the_float_model(vit: nn.Module, images: Tensor, rectifier) -> None:
+    student = quantize(vit, QuantConfig(8, 8, rectifier=rectifier))
     calibrate(student, [images])
     with torch.no_grad():
         assert relative_error(student(images), vit(images)) < 0.05
@@ -129,16 +129,16 @@ def attention_maps(model: nn.Module, images: Tensor) -> list[Tensor]:
     return [(q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1) for q, k in zip(queries, keys, strict=True)]
 
 
-@pytest.mark.parametrize("rectify", ["head", "token"])
-def test_fitted_start_has_attention_nearer_to_the_teachers_than_unit(vit: nn.Module, images: Tensor, rectify) -> None:
+@pytest.mark.parametrize("rectifier", ["head", "token"])
+def test_fitted_start_has_attention_nearer_to_the_teachers_than_unit(vit: nn.Module, images: Tensor, rectifier) -> None:
     teacher_maps = attention_maps(vit, images)
     distance = {}
     for start in ("teacher", "unit"):
-        student = quantize(vit, QuantConfig(8, 8, rectify=rectify))
+        student = quantize(vit, QuantConfig(8, 8, rectifier=rectifier))
         calibrate(student, [images], rectify_start=start)
         maps = attention_maps(student, images)
         distance[start] = sum((a - b).abs().mean().item() for a, b in zip(maps, teacher_maps, strict=True))
-    assert distance["teacher"] < (0.2 if rectify == "head" else 0.9) * distance["unit"]
+    assert distance["teacher"] < (0.2 if rectifier == "head" else 0.9) * distance["unit"]
 
 
 def test_unit_start_has_gamma_one_and_beta_zero_and_fitted_statistics(vit: nn.Module, images: Tensor) -> None:
@@ -176,10 +176,10 @@ def test_no_images_is_a_data_error(vit: nn.Module, batches: list[Tensor]) -> Non
         calibrate(quantize(vit), batches)
 
 
-@pytest.mark.parametrize("rectify", ["head", "token", None])
+@pytest.mark.parametrize("rectifier", ["head", "token", None])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_image_with_nan_is_a_data_error_and_leaves_the_mode(vit: nn.Module, images: Tensor, rectify, value) -> None:
-    student = quantize(vit, QuantConfig(rectify=rectify)).train()
+def test_image_with_nan_is_a_data_error_and_leaves_the_mode(vit: nn.Module, images: Tensor, rectifier, value) -> None:
+    student = quantize(vit, QuantConfig(rectifier=rectifier)).train()
     images[3, 1, 7, 7] = value
     with pytest.raises(DataError, match="NaN or an infinity at "):
         calibrate(student, [images])
@@ -207,9 +207,9 @@ def test_unknown_start_is_refused(vit: nn.Module, images: Tensor) -> None:
         calibrate(quantize(vit), [images], rectify_start="zero")
 
 
-@pytest.mark.parametrize("rectify", ["head", "token", None])
-def test_calibrating_twice_gives_the_same_result(vit: nn.Module, images: Tensor, rectify) -> None:
-    student = quantize(vit, QuantConfig(rectify=rectify))
+@pytest.mark.parametrize("rectifier", ["head", "token", None])
+def test_calibrating_twice_gives_the_same_result(vit: nn.Module, images: Tensor, rectifier) -> None:
+    student = quantize(vit, QuantConfig(rectifier=rectifier))
     calibrate(student, [images])
     first = copy.deepcopy(student.state_dict())
     calibrate(student, [images])

@@ -15,7 +15,7 @@ from qvit.errors import UnsupportedModelError
 from qvit.nn.attention import QuantAttention, QuantSelfAttention
 from qvit.nn.linear import QuantConv2d, QuantLinear
 from qvit.nn.quantizer import Quantizer
-from qvit.nn.rectify import Rectifier
+from qvit.nn.rectifier import Rectifier
 
 VIT, DEIT, DISTILLED = "vit_tiny_patch16_224", "deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"
 MEMBERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -226,10 +226,10 @@ def test_linear_layer_is_an_integer_product_between_two_affine_steps(vit: nn.Mod
     torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("rectify", ["head", "token", None])
-def test_rectifiers_follow_the_config(vit: nn.Module, rectify) -> None:
-    student = quantize(vit, QuantConfig(rectify=rectify))
-    assert sum(isinstance(m, Rectifier) for m in student.modules()) == (0 if rectify is None else 4)
+@pytest.mark.parametrize("rectifier", ["head", "token", None])
+def test_rectifiers_follow_the_config(vit: nn.Module, rectifier) -> None:
+    student = quantize(vit, QuantConfig(rectifier=rectifier))
+    assert sum(isinstance(m, Rectifier) for m in student.modules()) == (0 if rectifier is None else 4)
 
 
 def test_dynamic_image_sizes_run_without_new_calibration(make_model, images: Tensor) -> None:
@@ -316,9 +316,9 @@ def test_model_that_is_quantized_already_is_refused(vit: nn.Module) -> None:
 # --- copies, precision, compilation ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rectify", ["head", "token", None])
-def test_deepcopy_of_a_calibrated_student_gives_equal_logits(vit: nn.Module, images: Tensor, rectify) -> None:
-    student = student_of(vit, images, rectify=rectify)
+@pytest.mark.parametrize("rectifier", ["head", "token", None])
+def test_deepcopy_of_a_calibrated_student_gives_equal_logits(vit: nn.Module, images: Tensor, rectifier) -> None:
+    student = student_of(vit, images, rectifier=rectifier)
     other = copy.deepcopy(student)
     assert torch.equal(other(images), student(images))
     with torch.no_grad():
@@ -326,18 +326,18 @@ def test_deepcopy_of_a_calibrated_student_gives_equal_logits(vit: nn.Module, ima
     assert not torch.equal(other(images), student(images))
 
 
-@pytest.mark.parametrize("rectify", ["head", "token", None])
-def test_state_dict_of_a_calibrated_student_makes_another_one_run(vit: nn.Module, images: Tensor, rectify) -> None:
-    student = student_of(vit, images, rectify=rectify)
-    other = quantize(vit, QuantConfig(rectify=rectify))
+@pytest.mark.parametrize("rectifier", ["head", "token", None])
+def test_state_dict_of_a_calibrated_student_makes_another_one_run(vit: nn.Module, images: Tensor, rectifier) -> None:
+    student = student_of(vit, images, rectifier=rectifier)
+    other = quantize(vit, QuantConfig(rectifier=rectifier))
     other.load_state_dict(student.state_dict())
     other.eval()
     assert torch.equal(other(images), student(images))
 
 
-@pytest.mark.parametrize("rectify", ["head", "token", None])
-def test_autocast_bfloat16_trains_and_keeps_scales_float32(vit: nn.Module, images, labels, rectify) -> None:
-    student = student_of(vit, images, rectify=rectify).train()
+@pytest.mark.parametrize("rectifier", ["head", "token", None])
+def test_autocast_bfloat16_trains_and_keeps_scales_float32(vit: nn.Module, images, labels, rectifier) -> None:
+    student = student_of(vit, images, rectifier=rectifier).train()
     loss_fn = DistillationLoss(vit)
     expected = loss_fn(copy.deepcopy(student), images, labels).item()
     with torch.autocast("cpu", torch.bfloat16):
@@ -376,9 +376,11 @@ def test_compiled_student_equals_eager_without_graph_breaks(vit: nn.Module, imag
         torch.testing.assert_close(compiled(images), student(images), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("way", "rectify"), [("in_place", "head"), ("wrapped", "token")])
-def test_training_step_with_a_compiled_student_equals_eager(vit: nn.Module, images, labels, way: str, rectify) -> None:
-    student = student_of(vit, images, rectify=rectify).train()
+@pytest.mark.parametrize(("way", "rectifier"), [("in_place", "head"), ("wrapped", "token")])
+def test_training_step_with_a_compiled_student_equals_eager(
+    vit: nn.Module, images, labels, way: str, rectifier
+) -> None:
+    student = student_of(vit, images, rectifier=rectifier).train()
     eager = copy.deepcopy(student)
     loss_fn = DistillationLoss(vit)
     expected = loss_fn(eager, images, labels)

@@ -177,9 +177,9 @@ def test_memory_for_the_backward_pass_grows_linearly_with_tokens() -> None:
 # --- the loss ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rectify", [None, "head", "token"])
-def test_distillation_part_is_hard_label_cross_entropy(vit: nn.Module, images, labels, rectify) -> None:
-    student = calibrated(vit, images, QuantConfig(rectify=rectify)).train()
+@pytest.mark.parametrize("rectifier", [None, "head", "token"])
+def test_distillation_part_is_hard_label_cross_entropy(vit: nn.Module, images, labels, rectifier) -> None:
+    student = calibrated(vit, images, QuantConfig(rectifier=rectifier)).train()
     loss_fn = DistillationLoss(vit, guided=False)
     loss = loss_fn(student, images, labels)
     logits = student(images)
@@ -213,7 +213,7 @@ def test_soft_distillation_is_the_divergence_from_the_teacher_and_takes_no_label
 
 def test_distillation_token_learns_from_the_teacher_and_class_token_from_the_label(make_model, images, labels) -> None:
     teacher = make_model()
-    student = calibrated(make_model(DISTILLED), images, QuantConfig(rectify="token"))
+    student = calibrated(make_model(DISTILLED), images, QuantConfig(rectifier="token"))
     student.set_distilled_training(True)
     student.train()
     loss = DistillationLoss(teacher, guided=False)(student, images, labels)
@@ -226,15 +226,15 @@ def test_distillation_token_learns_from_the_teacher_and_class_token_from_the_lab
     assert student.head_dist.weight.grad.abs().max() > 0
 
 
-@pytest.mark.parametrize("rectify", [None, "head", "token"])
-def test_guided_part_is_the_papers_sum_over_lambda_mapping(vit: nn.Module, images, labels, rectify) -> None:
-    student = calibrated(vit, images, QuantConfig(3, 3, rectify=rectify)).train()
+@pytest.mark.parametrize("rectifier", [None, "head", "token"])
+def test_guided_part_is_the_papers_sum_over_lambda_mapping(vit: nn.Module, images, labels, rectifier) -> None:
+    student = calibrated(vit, images, QuantConfig(3, 3, rectifier=rectifier)).train()
     weight, layers, heads = 0.7, 2, 2
     loss_fn = DistillationLoss(vit, guided_weight=weight)
     loss = loss_fn(student, images, labels)
     teacher_qk, student_qk = queries_and_keys(vit, images), queries_and_keys(student, images)
     assert len(teacher_qk) == len(student_qk) == 2 * layers
-    if rectify == "token":  # every row of the teacher's normalised alike, without gamma and beta
+    if rectifier == "token":  # every row of the teacher's normalised alike, without gamma and beta
         teacher_qk = [
             (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt() for x in teacher_qk
         ]
@@ -249,7 +249,7 @@ def test_guided_part_is_the_papers_sum_over_lambda_mapping(vit: nn.Module, image
 
 def test_token_reading_is_recognised_inside_a_wrapper(vit: nn.Module, images, labels) -> None:
     """DistributedDataParallel and the like hide the student's attributes."""
-    student = calibrated(vit, images, QuantConfig(rectify="token")).train()
+    student = calibrated(vit, images, QuantConfig(rectifier="token")).train()
     loss_fn = DistillationLoss(vit)
     plain = loss_fn(student, images, labels)
     torch.testing.assert_close(loss_fn(nn.Sequential(student), images, labels), plain, rtol=0, atol=0)
@@ -371,7 +371,7 @@ def test_compiled_models_are_guided_after_they_have_run_alone(make_model, images
 
 
 def test_guidance_reaches_the_weights_of_checkpointed_blocks(vit: nn.Module, images, labels) -> None:
-    student = calibrated(vit, images, QuantConfig(rectify="token")).train()
+    student = calibrated(vit, images, QuantConfig(rectifier="token")).train()
     gradients = []
     for checkpointing in (False, True):
         student.set_grad_checkpointing(checkpointing)
@@ -384,7 +384,7 @@ def test_guidance_reaches_the_weights_of_checkpointed_blocks(vit: nn.Module, ima
 
 @pytest.mark.parametrize("cause", ["frozen", "reentrant"])
 def test_guidance_without_a_gradient_is_refused(vit: nn.Module, images, labels, cause: str) -> None:
-    student = calibrated(vit, images, QuantConfig(rectify=None)).train()
+    student = calibrated(vit, images, QuantConfig(rectifier=None)).train()
     if cause == "frozen":
         student.requires_grad_(False)
         student.head.requires_grad_(True)

@@ -204,7 +204,7 @@ def test_ctrl_c_keeps_the_steps_that_were_made(vit: nn.Module, student: Any, ima
 )
 def test_every_family_is_reconstructed(member: str, learning_rate: float) -> None:
     teacher, images = family_member(member)
-    student = quantize(teacher, QuantConfig(2, 2, rectify=None))
+    student = quantize(teacher, QuantConfig(2, 2, rectifier=None))
     calibrate(student, [images])
     before = agreement(student, teacher, [images])
     reconstruct(student, teacher, [images], steps=12, batch_size=8, learning_rate=learning_rate)

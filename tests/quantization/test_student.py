@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from qvit import DistillationLoss, QuantConfig, calibrate, quantize
 from qvit.errors import ConfigError, ModeError
 from qvit.nn.quantizer import BITS, Float32Module, Quantizer
-from qvit.nn.rectify import HeadRectifier
+from qvit.nn.rectifier import HeadRectifier
 from qvit.quantization.convert import layers_with_bits
 
 DISTILLED = "deit_tiny_distilled_patch16_224"
@@ -81,10 +81,10 @@ def test_teacher_in_training_mode_is_refused(vit: nn.Module, images: Tensor, lab
 
 
 @pytest.mark.parametrize("name", [VIT, DISTILLED])
-@pytest.mark.parametrize("rectify", ["head", "token", None])
-def test_no_weight_decay_names_the_parameters_of_quantizers_and_rectifiers(make_model, name: str, rectify) -> None:
+@pytest.mark.parametrize("rectifier", ["head", "token", None])
+def test_no_weight_decay_names_the_parameters_of_quantizers_and_rectifiers(make_model, name: str, rectifier) -> None:
     teacher = make_model(name)
-    student = quantize(teacher, QuantConfig(rectify=rectify))
+    student = quantize(teacher, QuantConfig(rectifier=rectifier))
     kept = student.no_weight_decay()
     expected = set(teacher.no_weight_decay()) | own_parameters(student)
     assert kept == expected | {f"_orig_mod.{name}" for name in expected}  # as torch.compile's wrapper calls them
@@ -190,9 +190,9 @@ def test_student_whose_state_dict_lacks_a_part_does_not_load(vit, images: Tensor
 
 
 def test_state_dict_without_rectifiers_does_not_load_into_a_student_with_them(vit, images: Tensor) -> None:
-    baseline = student_of(vit, images, rectify=None)
+    baseline = student_of(vit, images, rectifier=None)
     with pytest.raises(RuntimeError, match=r"rectifier\.gamma"):
-        quantize(vit, QuantConfig(rectify="head")).load_state_dict(baseline.state_dict())
+        quantize(vit, QuantConfig(rectifier="head")).load_state_dict(baseline.state_dict())
 
 
 # --- overrides --------------------------------------------------------------------------------------------------------

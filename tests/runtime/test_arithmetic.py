@@ -17,7 +17,7 @@ from qvit.format.codes import pack_codes
 from qvit.format.ops import ACTIVATIONS, Norm
 from qvit.format.packed import PackedLayer
 from qvit.nn.quantizer import to_codes
-from qvit.nn.rectify import TokenRectifier
+from qvit.nn.rectifier import TokenRectifier
 from qvit.runtime import arithmetic
 from qvit.runtime.arithmetic import (
     activate,

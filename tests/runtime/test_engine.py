@@ -24,11 +24,11 @@ BATCHES = (1, 3, 17)
 CONFIGURATIONS: dict[str, tuple[str, dict[str, Any], QuantConfig]] = {
     **{name: (model, options, QuantConfig(4, 4)) for name, (model, options) in MEMBERS.items()},
     **{
-        f"{bits}_bits_{rectify}": (VIT, {}, QuantConfig(bits, bits, rectify=rectify))
+        f"{bits}_bits_{rectifier}": (VIT, {}, QuantConfig(bits, bits, rectifier=rectifier))
         for bits in (2, 3, 5, 6, 7, 8)
-        for rectify in ("head", "token", None)
+        for rectifier in ("head", "token", None)
     },
-    "token_qk_norm": (VIT, {"qk_norm": True}, QuantConfig(4, 4, rectify="token")),
+    "token_qk_norm": (VIT, {"qk_norm": True}, QuantConfig(4, 4, rectifier="token")),
     "distilled_2_bits": (DISTILLED, {}, QuantConfig(2, 2)),
     "odd_sizes": (
         VIT,

@@ -22,7 +22,7 @@ def printed(path: Path) -> str:
 
 
 def test_info_says_what_the_model_is(tmp_path: Path) -> None:
-    fields = {"register_tokens": 2, "rectify": "token", "qk_norm": ("rms", 1e-5), "mlp": "glu"}
+    fields = {"register_tokens": 2, "rectifier": "token", "qk_norm": ("rms", 1e-5), "mlp": "glu"}
     bits = dict(vit_program(3, **fields).bits())
     bits["blocks.1.attn.value"] = Bits(5, 5)
     model = make_packed(bits, **fields)

@@ -21,7 +21,7 @@ from qvit.runtime.reference import RUN, ReferenceEngine
 
 
 def test_watch_sees_every_quantizer_within_its_bits() -> None:
-    fields = {"rectify": "token", "pool": "avgmax", "pool_skip": 1}
+    fields = {"rectifier": "token", "pool": "avgmax", "pool_skip": 1}
     bits = {**vit_program(3, **fields).bits(), "blocks.1.attn.map": Bits(2, 2)}
     model = make_packed(bits, **fields)
     seen: dict[str, np.ndarray] = {}

@@ -44,7 +44,7 @@ def float_model(kind: str) -> tuple[nn.Module, Tensor]:
 
 
 def student_of(kind: str, overrides: dict[str, Bits] | None = None) -> tuple[nn.Module, Program]:
-    student = quantize(float_model(kind)[0], QuantConfig(8, 8, rectify=None, overrides=overrides or {}))
+    student = quantize(float_model(kind)[0], QuantConfig(8, 8, rectifier=None, overrides=overrides or {}))
     return student, lower(student, image_size_of(student))[0]
 
 
@@ -61,7 +61,7 @@ def test_a_student_that_takes_other_bits_is_one_that_was_calibrated_at_them(kind
     model = Rescaled(student, scales_by_bits(student, batches, (2, 5)))
     for bits in (5, 2):
         model.set(dict.fromkeys(model.quantizers, bits))
-        other = quantize(teacher, QuantConfig(bits, bits, rectify=None, overrides={"*": bits}))
+        other = quantize(teacher, QuantConfig(bits, bits, rectifier=None, overrides={"*": bits}))
         calibrate(other, batches)
         state, expected = student.state_dict(), other.state_dict()
         assert state.keys() == expected.keys()

@@ -131,7 +131,7 @@ def test_every_row_starts_from_the_teacher_and_leaves_it_alone(
         ("ptq", 1, 359), ("reconstruct", 1, 359), ("baseline", 1, 359), ("q-vit-token", 1, 359),
     ]  # fmt: skip
     # At 8 bits a calibrated student is the float model to a few images, and its maps are the float model's.
-    assert records[0]["top1"] == pytest.approx(teacher.card.metrics["val_top1"], abs=1.0)
+    assert records[0]["top1"] == pytest.approx(teacher.spec.metrics["val_top1"], abs=1.0)
     assert records[0]["attention_distance"] < 0.02
     assert all(0 < r["query_entropy"] <= 8 and 0 < r["key_entropy"] <= 8 for r in records)
     assert all((value == before[name]).all() for name, value in teacher.model.state_dict().items())
@@ -170,7 +170,7 @@ def test_another_recipe_or_teacher_is_not_mixed_in(
     message = r"quantized.epochs 1, this one with recipe.quantized.epochs 2: give another --out"
     with pytest.raises(CheckpointError, match=message):
         run(teacher, digits, longer, tmp_path, "ptq", [0], [2])
-    other = FloatModel(teacher.model, replace(teacher.card, metrics={"val_top1": 1.0}))
+    other = FloatModel(teacher.model, replace(teacher.spec, metrics={"val_top1": 1.0}))
     with pytest.raises(CheckpointError, match=r"teacher.metrics.val_images 359, teacher.metrics.val_top1 "):
         run(other, digits, budget, tmp_path, "ptq", [0], [2])
     console = Console(quiet=True)
@@ -204,8 +204,8 @@ def test_a_ladder_starts_from_the_finished_run_of_the_bits_before(
     first, second = starts
     assert first is teacher
     finished, _ = load_checkpoint(tmp_path / "8-bit" / "q-vit-head" / "seed-0" / "last.pt")
-    assert second.card.quant_config is not None
-    assert second.card.quant_config["weight_bits"] == 8
+    assert second.spec.quant_config is not None
+    assert second.spec.quant_config["weight_bits"] == 8
     theirs = finished.state_dict()
     assert all(torch.equal(value, theirs[name]) for name, value in second.model.state_dict().items())
     # The student has its weights and rectifiers, and scales of its own.

@@ -16,8 +16,8 @@ from pages import check_page
 from qvit.analysis.bottleneck import PARTS
 from qvit.analysis.examination import Examination
 from qvit.files import printable
-from qvit.models.card import create_model, describe
 from qvit.models.checkpoint import load_checkpoint, save_checkpoint
+from qvit.models.spec import create_model, describe
 from qvit.study import analysis, analysis_report
 
 HOSTILE = ('"><script>alert(1)<', "\u202e😀 $x$ [b]'")
@@ -37,15 +37,15 @@ def checkpoints(tmp_path):
     """Return a maker of ``[float, 2 bits]`` with these classes and image size, in folders of hostile names."""
 
     def make(classes=HOSTILE, **changes):
-        card = describe(MODEL, {**ARGS, **changes}, sorted(classes), PREPROCESSING)
+        spec = describe(MODEL, {**ARGS, **changes}, sorted(classes), PREPROCESSING)
         torch.manual_seed(0)
-        model = vary(create_model(card)).eval()
+        model = vary(create_model(spec)).eval()
         config = qvit.QuantConfig(2, 2)
-        images = torch.randn(8, *card.preprocessing["input_size"])
+        images = torch.randn(8, *spec.preprocessing["input_size"])
         paths = [tmp_path / "runs" / name / "best.pt" for name in HOSTILE]
-        save_checkpoint(paths[0], card, model)
-        card.quant_config, card.method = config.to_dict(), "<b>ptq"
-        save_checkpoint(paths[1], card, student_of(model, images, config))
+        save_checkpoint(paths[0], spec, model)
+        spec.quant_config, spec.method = config.to_dict(), "<b>ptq"
+        save_checkpoint(paths[1], spec, student_of(model, images, config))
         return paths
 
     return make

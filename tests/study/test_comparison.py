@@ -21,9 +21,9 @@ from qvit.data.loader import make_loader, make_transform
 from qvit.data.sources import open_validation
 from qvit.exporting.packed import export_checkpoint
 from qvit.files import printable
-from qvit.models.card import describe
 from qvit.models.checkpoint import save_checkpoint
 from qvit.models.packed_model import load_model
+from qvit.models.spec import describe
 from qvit.study import comparison
 from qvit.train.evaluate import evaluate
 
@@ -43,14 +43,14 @@ def checkpoint(
     torch.manual_seed(seed)
     channels = len(preprocessing.get("mean", (0, 0, 0)))
     arguments = {**ARGUMENTS, "in_chans": channels}
-    card = describe("vit_tiny_patch16_224", arguments, classes, preprocessing)
-    model: Any = timm.create_model(card.name, num_classes=len(classes), **arguments)
+    spec = describe("vit_tiny_patch16_224", arguments, classes, preprocessing)
+    model: Any = timm.create_model(spec.name, num_classes=len(classes), **arguments)
     if bits is not None:
-        config = qvit.QuantConfig(bits, rectify=None)
+        config = qvit.QuantConfig(bits, rectifier=None)
         model = qvit.quantize(model, config)
         qvit.calibrate(model, [torch.randn(4, channels, 16, 16)])
-        card = dataclasses.replace(card, quant_config=config.to_dict())
-    save_checkpoint(path, card, model)
+        spec = dataclasses.replace(spec, quant_config=config.to_dict())
+    save_checkpoint(path, spec, model)
     return path
 
 
@@ -68,9 +68,9 @@ def pictures(tmp_path: Path) -> Path:
 
 def alone(path: Path, data: Path) -> float:
     """Return the accuracy of a model by itself."""
-    model, card = load_model(path)
-    images = open_validation(str(data), card.classes, mode=card.mode)
-    loader = make_loader(images, make_transform(card.preprocessing), 64, shuffle=False)
+    model, spec = load_model(path)
+    images = open_validation(str(data), spec.classes, mode=spec.mode)
+    loader = make_loader(images, make_transform(spec.preprocessing), 64, shuffle=False)
     return evaluate(model, loader, torch.device("cpu")).top1
 
 

@@ -58,7 +58,7 @@ def test_rivals_are_rows_like_ours(records: dict[str, dict]) -> None:
 
 @pytest.mark.parametrize("name", RIVALS)
 def test_student_of_a_rival_is_not_exported(vit: nn.Module, images: Tensor, tmp_path: Path, name: str) -> None:
-    student = quantize(vit, QuantConfig(2, 2, rectify=None))
+    student = quantize(vit, QuantConfig(2, 2, rectifier=None))
     adapt, start = RIVALS[name].adapt, RIVALS[name].start or qvit.calibrate
     assert adapt is not None
     adapt(student)
@@ -89,7 +89,7 @@ def test_ladder_of_what_cannot_be_loaded_is_refused(teacher: FloatModel, digits:
 def test_blocks_of_other_families_are_adapted_or_refused(name: str) -> None:
     model, _ = family_member(name)
     for rival, method in RIVALS.items():
-        student = quantize(model, QuantConfig(2, 2, rectify=None))
+        student = quantize(model, QuantConfig(2, 2, rectifier=None))
         assert method.adapt is not None
         if rival in ("token-scales", "ofq", "ofq-annealed"):
             with pytest.raises(UnsupportedModelError, match="scale per token"):
@@ -125,7 +125,7 @@ def test_annealed_weights_learn_near_borders_alone() -> None:
 
 
 def test_loss_anneals_at_its_end(vit: nn.Module, images: Tensor, labels: Tensor) -> None:
-    student = quantize(vit, QuantConfig(2, 2, rectify=None))
+    student = quantize(vit, QuantConfig(2, 2, rectifier=None))
     RIVALS["ofq-annealed"].adapt(student)
     qvit.calibrate(student, [images])
     loss = AnnealedLoss(vit, guided=False)
@@ -137,7 +137,7 @@ def test_loss_anneals_at_its_end(vit: nn.Module, images: Tensor, labels: Tensor)
 
 
 def test_scale_per_channel_is_exact_in_integers(vit: nn.Module, images: Tensor) -> None:
-    student = quantize(vit, QuantConfig(3, 3, rectify=None))
+    student = quantize(vit, QuantConfig(3, 3, rectifier=None))
     with_channels(student)
     start_as_authors(student, [images])
     layer = student.blocks[0].mlp.fc1
@@ -151,7 +151,7 @@ def test_scale_per_channel_is_exact_in_integers(vit: nn.Module, images: Tensor) 
 
 
 def test_authors_start_is_one_scale_for_all_weights_of_a_layer(vit: nn.Module, images: Tensor) -> None:
-    student = quantize(vit, QuantConfig(2, 2, rectify=None))
+    student = quantize(vit, QuantConfig(2, 2, rectifier=None))
     start_as_authors(student, [images, images * 100])  # the first batch alone counts
     layer = student.blocks[1].mlp.fc2
     assert torch.allclose(layer.weight_quantizer.scale, 2 * layer.weight.abs().mean() / 1**0.5)

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from qvit.data.sources import ImageSets, open_data
-from qvit.models.card import create_model, describe
+from qvit.models.spec import create_model, describe
 from qvit.train.methods import FloatModel, train_full_precision, train_quantized
 from qvit.train.options import Options
 from qvit.train.recipe import Recipe, load_recipe
@@ -32,9 +32,9 @@ def parts(changes: list[str]) -> tuple[Recipe, ImageSets, FloatModel]:
     """Return recipe, digits and an untrained tiny float model, always the same one."""
     recipe = load_recipe("digits", [*TINY, *changes])
     data = open_data("digits", mode="L")
-    card = describe(MODEL, recipe.model_args, data.classes, recipe.preprocessing)
+    spec = describe(MODEL, recipe.model_args, data.classes, recipe.preprocessing)
     torch.manual_seed(0)
-    return recipe, data, FloatModel(create_model(card).eval(), card)
+    return recipe, data, FloatModel(create_model(spec).eval(), spec)
 
 
 def quantized(out: Path, changes: list[str], bits: int = 3, **options: Any) -> list[dict[str, float]]:
@@ -50,7 +50,7 @@ def full_precision(out: Path, changes: list[str], **options: Any) -> list[dict[s
     """Train a float digits model; return its records."""
     recipe, data, start = parts(changes)
     made = Options(out, cpu=True, **options)
-    return train_full_precision(start.card, data, recipe, made, Console(file=io.StringIO())).history
+    return train_full_precision(start.spec, data, recipe, made, Console(file=io.StringIO())).history
 
 
 def killed(train: Callable[..., Any], step: int | None, save: int | None, *args: Any, **kwargs: Any) -> None:

@@ -96,20 +96,20 @@ def test_quantized_training_follows_one_process_and_evaluates_to_the_last_image(
     for a, b in zip(read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two"), strict=True):
         for name in ("train_loss", "guided"):
             assert b[name] == pytest.approx(a[name], rel=5e-3)
-    model, card = load_checkpoint(tmp_path / "two" / "last.pt")
-    val = make_loader(open_data("digits", mode="L").val, make_transform(card.preprocessing), 50, shuffle=False)
+    model, spec = load_checkpoint(tmp_path / "two" / "last.pt")
+    val = make_loader(open_data("digits", mode="L").val, make_transform(spec.preprocessing), 50, shuffle=False)
     alone = evaluate(model, val, torch.device("cpu"))
     assert alone.images == 359
-    assert (alone.top1, alone.top5) == (card.metrics["val_top1"], card.metrics["val_top5"])
+    assert (alone.top1, alone.top5) == (spec.metrics["val_top1"], spec.metrics["val_top5"])
     jobs.together(_evaluate, tmp_path / "two" / "last.pt", tmp_path / "said")
     assert json.loads((tmp_path / "said").read_text()) == [alone.top1, alone.top5, alone.images]
 
 
 def _evaluate(checkpoint: Path, said: Path) -> None:
     accelerator = make_accelerator(Options(Path(), cpu=True))
-    model, card = load_checkpoint(checkpoint)
+    model, spec = load_checkpoint(checkpoint)
     val = open_data("digits", mode="L").val
-    loader = make_loader(val, make_transform(card.preprocessing), 50, shuffle=False, share=share_of(accelerator))
+    loader = make_loader(val, make_transform(spec.preprocessing), 50, shuffle=False, share=share_of(accelerator))
     accuracy = evaluate(model, loader, accelerator.device)
     if accelerator.is_main_process:
         said.write_text(json.dumps([accuracy.top1, accuracy.top5, accuracy.images]))

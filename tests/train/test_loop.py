@@ -20,8 +20,8 @@ from qvit.analysis.statistics import query_key_statistics
 from qvit.data.loader import make_loader, make_transform
 from qvit.data.sources import ImageSets
 from qvit.errors import CheckpointError, ConfigError, NonFiniteLossError
-from qvit.models.card import create_model, describe
 from qvit.models.checkpoint import load_checkpoint, read_checkpoint
+from qvit.models.spec import create_model, describe
 from qvit.train import methods
 from qvit.train.evaluate import evaluate
 from qvit.train.loop import LabelLoss, read_metrics
@@ -44,7 +44,7 @@ def run(teacher: FloatModel, digits: ImageSets, recipe: Recipe, options: Options
 
 
 def test_evaluation_counts_like_scikit_learn(teacher: FloatModel, digits: ImageSets) -> None:
-    transform = make_transform(teacher.card.preprocessing)
+    transform = make_transform(teacher.spec.preprocessing)
     loader = make_loader(digits.val, transform, 50, shuffle=False)
     accuracy = evaluate(teacher.model, loader, torch.device("cpu"))
     labels = np.array(digits.val.labels)  # type: ignore[attr-defined]
@@ -56,7 +56,7 @@ def test_evaluation_counts_like_scikit_learn(teacher: FloatModel, digits: ImageS
 
 
 def test_float_teacher_learns_the_digits(teacher: FloatModel) -> None:
-    assert teacher.card.metrics["val_top1"] > 85
+    assert teacher.spec.metrics["val_top1"] > 85
 
 
 def test_same_seed_same_weights_other_seed_others(
@@ -118,8 +118,8 @@ def test_training_from_a_reconstruction_starts_where_it_ends(
 
 
 def test_reconstruction_needs_a_float_model(tmp_path: Path, teacher: FloatModel, digits: ImageSets) -> None:
-    config = QuantConfig(4, 4, rectify=None)
-    start = FloatModel(quantize(teacher.model, config), replace(teacher.card, quant_config=config.to_dict()))
+    config = QuantConfig(4, 4, rectifier=None)
+    start = FloatModel(quantize(teacher.model, config), replace(teacher.spec, quant_config=config.to_dict()))
     recipe = load_recipe("digits", [*SMALL, *SOFT])
     with pytest.raises(ConfigError, match="reconstruct_first learns from a float model"):
         train_quantized(start, None, "baseline", (2, 2), "head", digits, recipe, Options(tmp_path), Console())
@@ -161,16 +161,16 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(
         NonFiniteLossError, match=r"epoch 2, step 8, first in the loss itself.*last.pt holds the end of epoch 1"
     ):
         run(teacher, digits, recipe, Options(tmp_path))
-    model, card = load_checkpoint(tmp_path / "last.pt")
-    assert card.metrics["val_top1"] > 0
+    model, spec = load_checkpoint(tmp_path / "last.pt")
+    assert spec.metrics["val_top1"] > 0
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
 def test_exploding_learning_rate_stops(tmp_path: Path, digits: ImageSets) -> None:
     recipe = load_recipe("digits", ["full_precision.lr=1e30", "full_precision.warmup_epochs=0"])
-    card = describe("vit_tiny_patch16_224", recipe.model_args, digits.classes, recipe.preprocessing)
+    spec = describe("vit_tiny_patch16_224", recipe.model_args, digits.classes, recipe.preprocessing)
     with pytest.raises(NonFiniteLossError, match="learning rate"):
-        train_full_precision(card, digits, recipe, Options(tmp_path), Console(quiet=True))
+        train_full_precision(spec, digits, recipe, Options(tmp_path), Console(quiet=True))
     assert not (tmp_path / "last.pt").exists()
 
 
@@ -198,7 +198,7 @@ def test_eight_bits_agree_with_the_float_model(
     result = train_quantized(
         teacher, teacher, "ptq", (8, 8), "head", digits, recipe, Options(tmp_path), Console(quiet=True)
     )
-    loader = make_loader(digits.val, make_transform(teacher.card.preprocessing), 359, shuffle=False)
+    loader = make_loader(digits.val, make_transform(teacher.spec.preprocessing), 359, shuffle=False)
     images = next(iter(loader)).images
     with torch.no_grad():
         agreement = (result.model.eval()(images).argmax(1) == teacher.model(images).argmax(1)).float().mean()
@@ -212,9 +212,9 @@ def test_compiled_training_follows_the_eager_one(
     compile_module = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_module(self, backend="aot_eager"))
     recipe = load_recipe("digits", ["quantized.epochs=1", "model_args.depth=1", "quantized.batch_size=256"])
-    card = describe("vit_tiny_patch16_224", recipe.model_args, digits.classes, recipe.preprocessing)
+    spec = describe("vit_tiny_patch16_224", recipe.model_args, digits.classes, recipe.preprocessing)
     torch.manual_seed(0)
-    start = FloatModel(create_model(card).eval(), card)
+    start = FloatModel(create_model(spec).eval(), spec)
     for name in ("eager", "compile"):
         options = Options(tmp_path / name, compile=name == "compile")
         result = train_quantized(start, start, "q-vit", (8, 8), "head", digits, recipe, options, Console(quiet=True))
@@ -246,9 +246,9 @@ def test_corrupt_image_is_counted_in_the_metrics(tmp_path: Path, image_folder: C
         ],
     )
     data = open_data(str(folder))
-    card = describe("vit_tiny_patch16_224", recipe.model_args, data.classes, recipe.preprocessing)
+    spec = describe("vit_tiny_patch16_224", recipe.model_args, data.classes, recipe.preprocessing)
     options = Options(tmp_path / "run", skip_corrupt=True)
-    train_full_precision(card, data, recipe, options, Console(quiet=True))
+    train_full_precision(spec, data, recipe, options, Console(quiet=True))
     # 80 images in 5 batches of 16: the broken one is always among them.
     assert read_metrics(tmp_path / "run")[0]["unreadable"] == 1
 
@@ -286,9 +286,9 @@ def test_metrics_and_tensorboard_are_written(
 
 def test_distillation_token_model_trains_both_heads(tmp_path: Path, digits: ImageSets) -> None:
     recipe = load_recipe("digits", ["quantized.epochs=1"])
-    card = describe("deit_tiny_distilled_patch16_224", recipe.model_args, digits.classes, recipe.preprocessing)
+    spec = describe("deit_tiny_distilled_patch16_224", recipe.model_args, digits.classes, recipe.preprocessing)
     torch.manual_seed(0)
-    start = FloatModel(create_model(card).eval(), card)
+    start = FloatModel(create_model(spec).eval(), spec)
     result = train_quantized(start, start, "q-vit", (4, 4), "head", digits, recipe, Options(tmp_path), Console())
     for head in ("head", "head_dist"):
         before = start.model.state_dict()[f"{head}.weight"]

@@ -43,20 +43,20 @@ def test_gradient_alone_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     recipe, data, start = jobs.parts(["full_precision.epochs=1"])
     import qvit.train.methods as methods
 
-    def poisoned(card: object) -> torch.nn.Module:
+    def poisoned(spec: object) -> torch.nn.Module:
         start.model.blocks[0].norm2.weight.register_hook(lambda gradient: gradient * float("nan"))
         return start.model
 
     monkeypatch.setattr(methods, "create_model", poisoned)
     with pytest.raises(NonFiniteLossError, match=r"step 1, first in the gradient of blocks\.0\.norm2\.weight; nothing"):
-        train_full_precision(start.card, data, recipe, Options(tmp_path, cpu=True), Console(quiet=True))
+        train_full_precision(start.spec, data, recipe, Options(tmp_path, cpu=True), Console(quiet=True))
 
 
 def test_weights_that_overflow_are_not_saved(tmp_path: Path) -> None:
     recipe, data, start = jobs.parts(["full_precision.lr=1e37", "full_precision.warmup_epochs=0"])
     options = Options(tmp_path, cpu=True, save_every=SaveEvery(steps=1))
     with pytest.raises(NonFiniteLossError, match=r"lower learning rate \(--set full_precision\.lr"):
-        train_full_precision(start.card, data, recipe, options, Console(quiet=True))
+        train_full_precision(start.spec, data, recipe, options, Console(quiet=True))
     for path in tmp_path.glob("*.pt"):
         weights = read_checkpoint(path)[1]
         assert all(torch.isfinite(value).all() for value in weights.values())

@@ -9,7 +9,7 @@ from rich.console import Console
 from qvit.data.loader import Batches
 from qvit.data.sources import ImageSets
 from qvit.errors import ConfigError, DataError
-from qvit.models.card import describe
+from qvit.models.spec import describe
 from qvit.train import methods
 from qvit.train.methods import open_images
 from qvit.train.options import Options
@@ -167,8 +167,8 @@ def test_one_training_may_augment_otherwise(digits: ImageSets, monkeypatch: pyte
         raise InterruptedError
 
     monkeypatch.setattr(methods, "training_batches", note)
-    card = describe("vit_tiny_patch16_224", recipe.model_args, digits.classes, recipe.preprocessing)
+    spec = describe("vit_tiny_patch16_224", recipe.model_args, digits.classes, recipe.preprocessing)
     for schedule in (recipe.schedule("full_precision"), recipe.schedule("quantized")):
         with pytest.raises(InterruptedError):
-            methods._fit(None, None, digits, schedule, recipe, card, Options(tmp_path), Console())  # type: ignore[arg-type]
+            methods._fit(None, None, digits, schedule, recipe, spec, Options(tmp_path), Console())  # type: ignore[arg-type]
     assert seen == [recipe.augmentation, {**recipe.augmentation, "hflip": 0.5, "scale": [0.9, 1.0]}]

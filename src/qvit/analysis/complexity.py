@@ -12,10 +12,10 @@ from qvit.errors import ConfigError
 from qvit.exporting.packed import origin_of
 from qvit.format.packed import PackedModel, packed_size, read_packed
 from qvit.format.program import Program
-from qvit.models.card import ModelCard, shape_of
 from qvit.models.checkpoint import quantized_by, read_checkpoint
 from qvit.models.families import lower
-from qvit.models.float_models import is_model_name, refuse_misspelt, untrained_card
+from qvit.models.float_models import is_model_name, refuse_misspelt, untrained_spec
+from qvit.models.spec import ModelSpec, shape_of
 from qvit.quantization.convert import quantize
 from qvit.runtime.info import SCALES
 
@@ -59,35 +59,35 @@ def complexity(source: str, config: QuantConfig | None = None, image_size: int |
         QvitError: as the readers of either file.
     """
     if is_model_name(source):
-        return _of_card(untrained_card(source, image_size), config)
+        return _of_spec(untrained_spec(source, image_size), config)
     if image_size is not None:
         raise ConfigError(f"{source} is for images of its own size: leave out --image-size, or give a model's name.")
-    packed, card = None, None
+    packed, spec = None, None
     if Path(source).suffix == ".safetensors":
         packed = read_packed(source)
     else:
         refuse_misspelt(source)
-        card, _, _ = read_checkpoint(source)
-    if config is not None and (card is None or card.quant_config is not None):
+        spec, _, _ = read_checkpoint(source)
+    if config is not None and (spec is None or spec.quant_config is not None):
         raise ConfigError(f"{source} is quantized and has its own bits: leave out --bits and what belongs to it.")
     if packed is not None:
         return Complexity(packed.program, _numbers(packed.program), Path(source).stat().st_size)
-    assert card is not None
-    return _of_card(card, config)
+    assert spec is not None
+    return _of_spec(spec, config)
 
 
-def _of_card(card: ModelCard, config: QuantConfig | None) -> Complexity:
-    shape = shape_of(card)
+def _of_spec(spec: ModelSpec, config: QuantConfig | None) -> Complexity:
+    shape = shape_of(spec)
     parameters = sum(parameter.numel() for parameter in shape.parameters())
-    if card.quant_config is None:
-        config = config or QuantConfig(rectify=None)
+    if spec.quant_config is None:
+        config = config or QuantConfig(rectifier=None)
         student = quantize(shape, config)
-        card = dataclasses.replace(card, quant_config=config.to_dict())
+        spec = dataclasses.replace(spec, quant_config=config.to_dict())
     else:
-        student = quantized_by(shape, card)
-    height, width = card.preprocessing["input_size"][1:]
+        student = quantized_by(shape, spec)
+    height, width = spec.preprocessing["input_size"][1:]
     program, _ = lower(student, (height, width))
-    file = PackedModel(program, card.preprocessing, card.classes, origin_of(card), {})
+    file = PackedModel(program, spec.preprocessing, spec.classes, origin_of(spec), {})
     return Complexity(program, parameters, packed_size(file))
 
 

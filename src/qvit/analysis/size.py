@@ -13,7 +13,7 @@ from qvit.config import Bits
 from qvit.models.families import lower
 from qvit.nn.linear import QuantConv2d, QuantLinear
 from qvit.nn.quantizer import Quantizer
-from qvit.nn.rectify import Rectifier
+from qvit.nn.rectifier import Rectifier
 from qvit.quantization.convert import quantize
 
 _FLOAT_BITS = 32

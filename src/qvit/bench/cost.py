@@ -51,5 +51,5 @@ def _program(bits: Bits) -> Program:
     with torch.device("meta"):
         # With a class token the engine would leave out what of the last block nobody looks at: half of two.
         model = timm.create_model(_MODEL, depth=_BLOCKS, global_pool="avg")
-    config = QuantConfig(rectify=None, overrides={"*": (bits.weight, bits.activation)})
+    config = QuantConfig(rectifier=None, overrides={"*": (bits.weight, bits.activation)})
     return lower(quantize(model, config), (_SIDE, _SIDE))[0]

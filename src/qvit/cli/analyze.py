@@ -100,21 +100,21 @@ def analyze(
         recipe.schedule("quantized")
     chosen = None if blocks is None else parse_numbers("--blocks", blocks)
     subjects = open_subjects(checkpoints)
-    card = subjects[0].card
-    reference = next((subject.name for subject in subjects if subject.card.quant_config is None), None)
+    spec = subjects[0].spec
+    reference = next((subject.name for subject in subjects if subject.spec.quant_config is None), None)
     if teacher is not None:
-        found = float_model(teacher, dataclasses.replace(card, quant_config=None), "teacher")
+        found = float_model(teacher, dataclasses.replace(spec, quant_config=None), "teacher")
         subjects.append(teacher_for(subjects, found, teacher))
         reference = subjects[-1].name
     if train is not None and reference is None:
         raise ConfigError("--train starts from a float model: give one among the checkpoints, or --teacher.")
     if data is None:
-        material, remark = pictures_of(source, card, seed)
+        material, remark = pictures_of(source, spec, seed)
         if remark:
             console().print(printable(remark), soft_wrap=True)
     else:
-        material = labelled_images(data, card, root=data_root, splits=splits)
-    fewest = min((each.card.quant_config["weight_bits"] for each in subjects if each.card.quant_config), default=4)
+        material = labelled_images(data, spec, root=data_root, splits=splits)
+    fewest = min((each.spec.quant_config["weight_bits"] for each in subjects if each.spec.quant_config), default=4)
     request = Request(
         subjects,
         reference,

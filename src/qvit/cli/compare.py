@@ -59,7 +59,7 @@ def complexity(
     config = None
     if bits is not None or activation_bits is not None or override is not None:
         widths = check_bits(4 if bits is None else bits, activation_bits)
-        config = QuantConfig(*widths, rectify=None, overrides=parse_overrides(override))
+        config = QuantConfig(*widths, rectifier=None, overrides=parse_overrides(override))
     names = PAPER_MODELS if model is None else {model: model}
     counted = {name: count(source, config, image_size) for name, source in names.items()}
     costs = costs_of(counted, measure=measure, report=lambda message: console().print(printable(message), style="dim"))

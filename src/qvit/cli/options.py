@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from qvit.data.sources import ImageSets
-    from qvit.models.card import ModelCard
+    from qvit.models.spec import ModelSpec
     from qvit.train.evaluate import Accuracy
     from qvit.train.methods import FloatModel
     from qvit.train.options import Options
@@ -109,18 +109,18 @@ def recipe_of(name: str | None, data: str, changes: list[str] | None) -> Recipe:
     return load_recipe(name or default, changes or ())
 
 
-def float_model(source: str, card: ModelCard, role: str) -> FloatModel:
-    """Return the float model ``source`` (a teacher or a start) with its card, whose classes are the data's."""
+def float_model(source: str, spec: ModelSpec, role: str) -> FloatModel:
+    """Return the float model ``source`` (a teacher or a start) with its spec, whose classes are the data's."""
     from qvit.data.sources import check_classes
     from qvit.errors import TeacherMismatchError
     from qvit.models.float_models import load_float
     from qvit.train.methods import FloatModel
 
     model, its = load_float(
-        source, card, lambda sentence: console().print(printable(sentence), soft_wrap=True), quantized=role == "start"
+        source, spec, lambda sentence: console().print(printable(sentence), soft_wrap=True), quantized=role == "start"
     )
     try:
-        check_classes(f"the {role} {source}", its.classes, "the data", card.classes)
+        check_classes(f"the {role} {source}", its.classes, "the data", spec.classes)
     except QvitError as error:
         raise TeacherMismatchError(str(error)) from error
     return FloatModel(model, its)
@@ -162,11 +162,11 @@ def check_given(option: str, value: str, what: str) -> None:
         raise ConfigError(f"{option} is empty: give {what}.")
 
 
-def decoded(sets: ImageSets, card: ModelCard, options: Options) -> ImageSets:
+def decoded(sets: ImageSets, spec: ModelSpec, options: Options) -> ImageSets:
     """Return ``sets`` with every image decoded and kept on the device as bytes."""
     from qvit.data.resident import decode_once
 
-    return decode_once(sets, card.preprocessing, console(), workers=options.workers, skip_corrupt=options.skip_corrupt)
+    return decode_once(sets, spec.preprocessing, console(), workers=options.workers, skip_corrupt=options.skip_corrupt)
 
 
 def say_skipped(accuracy: Accuracy) -> None:

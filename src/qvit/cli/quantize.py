@@ -78,7 +78,7 @@ def quantize(
     request = Request(
         source,
         Path(images),
-        QuantConfig(*check_bits(bits, activation_bits), rectify=None, overrides=parse_overrides(override)),
+        QuantConfig(*check_bits(bits, activation_bits), rectifier=None, overrides=parse_overrides(override)),
         "calibrate" if method == "calibrate" else "reconstruct",
         model,
         MINUTES if minutes is None and steps is None else minutes,

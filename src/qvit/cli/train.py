@@ -56,7 +56,7 @@ def train(
     method: Annotated[
         str, typer.Option(help="q-vit, baseline, rectify (IRM), distill (DGD), reconstruct or ptq.")
     ] = "q-vit",
-    rectify: Annotated[str, typer.Option(help="IRM's statistics: head or token.")] = "head",
+    rectifier: Annotated[str, typer.Option(help="IRM's statistics: head or token.")] = "head",
     teacher: Annotated[
         str | None,
         typer.Option(
@@ -114,16 +114,16 @@ def train(
         if given:
             raise ConfigError(f"--full-precision makes a float model: leave out {' and '.join(given)}.")
         settings.schedule("full_precision")
-        sets, card = methods.open_images(model, settings, data, root=data_root, splits=splits)
-        run = functools.partial(methods.train_full_precision, card)
+        sets, spec = methods.open_images(model, settings, data, root=data_root, splits=splits)
+        run = functools.partial(methods.train_full_precision, spec)
         title = "full precision"
     else:
         if bits is None:
             raise ConfigError("Give --bits 2..8, or --full-precision for a float model.")
         if method not in methods.METHODS:
             raise ConfigError(f"There is no method {method!r}: the methods are {', '.join(methods.METHODS)}.")
-        if rectify not in ("head", "token"):
-            raise ConfigError(f"--rectify must be head or token, not {rectify!r}.")
+        if rectifier not in ("head", "token"):
+            raise ConfigError(f"--rectifier must be head or token, not {rectifier!r}.")
         if teacher is None and start is None:
             raise ConfigError(
                 "Quantization starts from a float model: give --teacher CHECKPOINT (or --start CHECKPOINT to train "
@@ -132,23 +132,23 @@ def train(
         widths = check_bits(bits, activation_bits)
         overrides = parse_overrides(override)
         settings.schedule("quantized")
-        sets, card = methods.open_images(model, settings, data, root=data_root, splits=splits)
-        guide = None if teacher is None else float_model(teacher, card, "teacher")
-        first = guide if start is None else float_model(start, card, "start")
+        sets, spec = methods.open_images(model, settings, data, root=data_root, splits=splits)
+        guide = None if teacher is None else float_model(teacher, spec, "teacher")
+        first = guide if start is None else float_model(start, spec, "start")
         assert first is not None
-        if (first.card.name, first.card.model_args) != (card.name, card.model_args):
+        if (first.spec.name, first.spec.model_args) != (spec.name, spec.model_args):
             raise ConfigError(
-                f"The student starts from {start or teacher}, a {first.card.name} with {first.card.model_args}, and is "
-                f"to be a {card.name} with {card.model_args}: give a fitting --start, or that model."
+                f"The student starts from {start or teacher}, a {first.spec.name} with {first.spec.model_args}, and is "
+                f"to be a {spec.name} with {spec.model_args}: give a fitting --start, or that model."
             )
-        reading: Any = rectify
+        reading: Any = rectifier
         student = (first, guide, method, widths, reading)
         methods.make_student(*student, overrides)  # what is refused is refused before images are decoded
         run = functools.partial(methods.train_quantized, *student, overrides=overrides)
         title = f"{bits} bits, {methods.METHODS[method].title}"
     with own_folder(options):
         if decode_once:
-            sets = decoded(sets, card, options)
+            sets = decoded(sets, spec, options)
         result = run(sets, settings, options, console())
     say_skipped(result.accuracy)
     if rank() == 0:
@@ -198,15 +198,15 @@ def eval(
     from qvit.train.options import make_accelerator, share_of
 
     options = options_of(Path(), 0, workers, "no", False, skip_corrupt, False, cpu, data)
-    model, card = load_model(checkpoint)
-    if not card.classes:
+    model, spec = load_model(checkpoint)
+    if not spec.classes:
         raise ConfigError(f"{checkpoint} holds a feature extractor, which has no classes: there is no accuracy of it.")
-    images = open_validation(data, card.classes, mode=card.mode, root=data_root, splits=splits)
+    images = open_validation(data, spec.classes, mode=spec.mode, root=data_root, splits=splits)
     accelerator = make_accelerator(options)
     device = accelerator.device
     loader = make_loader(
         images,
-        make_transform(card.preprocessing),
+        make_transform(spec.preprocessing),
         batch_size,
         shuffle=False,
         workers=options.workers,
@@ -217,9 +217,9 @@ def eval(
     table = Table(title=printable(f"{checkpoint} on {data}"))
     for column in ("model", "bits", "top-1", "top-5", "images", "images/s"):
         table.add_column(column, justify="left" if column == "model" else "right")
-    config = card.quant_config
+    config = spec.quant_config
     table.add_row(
-        printable(card.name),
+        printable(spec.name),
         "32 (float)" if config is None else f"{config['weight_bits']}/{config['activation_bits']}",
         f"{accuracy.top1:.2f}",
         f"{accuracy.top5:.2f}",
@@ -288,15 +288,15 @@ def ablate(
     which = list(range(numbers[0])) if len(numbers) == 1 and "," not in seeds else numbers
     if not which or min(which) < 0:
         raise ConfigError(f"--seeds must be at least 1, or a list of seeds from 0 up, not {seeds!r}.")
-    sets, card = open_images(model, settings, data, root=data_root, splits=splits)
-    guide = float_model(teacher, card, "teacher")
-    if (guide.card.name, guide.card.model_args) != (card.name, card.model_args):
+    sets, spec = open_images(model, settings, data, root=data_root, splits=splits)
+    guide = float_model(teacher, spec, "teacher")
+    if (guide.spec.name, guide.spec.model_args) != (spec.name, spec.model_args):
         raise ConfigError(
-            f"{teacher} holds a {guide.card.name} with {guide.card.model_args}, not a {card.name} with "
-            f"{card.model_args}: the ablation starts every run from it."
+            f"{teacher} holds a {guide.spec.name} with {guide.spec.model_args}, not a {spec.name} with "
+            f"{spec.model_args}: the ablation starts every run from it."
         )
     if decode_once:
-        sets = decoded(sets, card, options)
+        sets = decoded(sets, spec, options)
     records = run(
         guide,
         sets,
@@ -309,7 +309,7 @@ def ablate(
         ladder=ladder,
         overrides=parse_overrides(override),
     )
-    top1 = guide.card.metrics.get("val_top1")
+    top1 = guide.spec.metrics.get("val_top1")
     console().print(results_table(records, top1))
     report = out / "report.html"
     if rank() == 0 and records:

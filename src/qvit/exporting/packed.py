@@ -13,10 +13,10 @@ from qvit._version import __version__
 from qvit.errors import CheckpointError, ConfigError, PackedFileError, UncalibratedError
 from qvit.format.header import check_classes, check_preprocessing
 from qvit.format.packed import PackedModel, write_packed
-from qvit.models.card import ModelCard
 from qvit.models.checkpoint import load_checkpoint
 from qvit.models.families import lower
 from qvit.models.lowering import refuse
+from qvit.models.spec import ModelSpec
 from qvit.nn.quantizer import Quantizer
 
 
@@ -71,23 +71,23 @@ def export_checkpoint(checkpoint: str | Path, path: str | Path) -> None:
         CheckpointError: if the checkpoint cannot be read or holds a float model.
         QvitError: as :func:`export`.
     """
-    model, card = load_checkpoint(checkpoint)
-    if card.quant_config is None:
+    model, spec = load_checkpoint(checkpoint)
+    if spec.quant_config is None:
         raise CheckpointError(
-            f"{checkpoint} holds a float model: quantize it first, qvit train {card.name} --bits 4 --teacher "
+            f"{checkpoint} holds a float model: quantize it first, qvit train {spec.name} --bits 4 --teacher "
             f"{checkpoint} ..."
         )
-    export(model, path, preprocessing=card.preprocessing, classes=card.classes, origin=origin_of(card))
+    export(model, path, preprocessing=spec.preprocessing, classes=spec.classes, origin=origin_of(spec))
 
 
-def origin_of(card: ModelCard) -> dict[str, Any]:
+def origin_of(spec: ModelSpec) -> dict[str, Any]:
     """Return how a model was made, as a packed file keeps it for people and for the Hub's model card."""
     return {
         "qvit": __version__,
-        "method": card.method,
-        "metrics": card.metrics,
-        "quantization": card.quant_config,
-        "recipe": card.recipe,
+        "method": spec.method,
+        "metrics": spec.metrics,
+        "quantization": spec.quant_config,
+        "recipe": spec.recipe,
     }
 
 

@@ -18,7 +18,7 @@ from qvit.format.ops import OPERANDS, Norm
 from qvit.models.lowering import Affine, Lowering, Values, refuse, wide
 from qvit.nn.attention import QuantAttention
 from qvit.nn.quantizer import Quantizer
-from qvit.nn.rectify import EPS, HeadRectifier, TokenRectifier
+from qvit.nn.rectifier import EPS, HeadRectifier, TokenRectifier
 
 Maker = Callable[[], Affine]
 

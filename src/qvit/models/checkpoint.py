@@ -19,45 +19,45 @@ from torch import nn
 from qvit.config import QuantConfig
 from qvit.errors import CheckpointError, ConfigError, NewerCheckpointError, UnsupportedModelError
 from qvit.files import shown, write_atomically
-from qvit.models.card import ModelCard, create_model, shape_of
 from qvit.models.reading import read_file
+from qvit.models.spec import ModelSpec, create_model, shape_of
 from qvit.models.weights import fitting
 from qvit.nn.quantizer import BITS
 from qvit.quantization.convert import layers_with_bits, quantize
 
-FORMAT, VERSION = "qvit-checkpoint", 2
-"""Version 2 records the bits of every quantizer among the weights; version 1 is read as well."""
+FORMAT, VERSION = "qvit-checkpoint", 3
+"""Version 2 records the bits of every quantizer among the weights, version 3 has two entries under other names."""
 
 
-def build(card: ModelCard, weights: Mapping[str, Any], source: str) -> VisionTransformer:
-    """Return the model of a card with ``weights``, in evaluation mode.
+def build(spec: ModelSpec, weights: Mapping[str, Any], source: str) -> VisionTransformer:
+    """Return the model of a spec with ``weights``, in evaluation mode.
 
     Memory is taken for the model once the weights are known to fit.
 
     Raises:
         CheckpointError: naming ``source`` and the first weight that does not fit.
-        ConfigError: as :func:`qvit.models.card.create_model`.
+        ConfigError: as :func:`qvit.models.spec.create_model`.
     """
-    fit = _fitting(card, weights, source)
-    model = quantized_by(create_model(card), card)
+    fit = _fitting(spec, weights, source)
+    model = quantized_by(create_model(spec), spec)
     model.load_state_dict(fit)
     return model.eval()
 
 
-def _fitting(card: ModelCard, weights: Mapping[str, Any], source: str) -> dict[str, Any]:
-    return fitting(weights, quantized_by(shape_of(card), card), f"{source} does not fit {card.name}")
+def _fitting(spec: ModelSpec, weights: Mapping[str, Any], source: str) -> dict[str, Any]:
+    return fitting(weights, quantized_by(shape_of(spec), spec), f"{source} does not fit {spec.name}")
 
 
-def quantized_by(model: VisionTransformer, card: ModelCard) -> VisionTransformer:
-    """Return the float model of a card as the card says that it is quantized, if it is.
+def quantized_by(model: VisionTransformer, spec: ModelSpec) -> VisionTransformer:
+    """Return the float model of a spec as the spec says that it is quantized, if it is.
 
     Raises:
         ConfigError: for bits that cannot be meant.
         UnsupportedModelError: as :func:`qvit.quantize`.
     """
-    if card.quant_config is None:
+    if spec.quant_config is None:
         return model
-    config = QuantConfig.from_dict(card.quant_config)
+    config = QuantConfig.from_dict(spec.quant_config)
     # What matches nothing is refused where a model is made. Here it changes nothing, and older files have it.
     idle = config.unmatched(layers_with_bits(model))
     overrides = {pattern: bits for pattern, bits in config.overrides.items() if pattern not in idle}
@@ -66,7 +66,7 @@ def quantized_by(model: VisionTransformer, card: ModelCard) -> VisionTransformer
 
 def save_checkpoint(
     path: Path,
-    card: ModelCard,
+    spec: ModelSpec,
     model: nn.Module | Mapping[str, Any],
     training: Mapping[str, Any] | None = None,
     previous: Path | None = None,
@@ -75,7 +75,7 @@ def save_checkpoint(
 
     Args:
         path: file to write.
-        card: what the model is.
+        spec: what the model is.
         model: its weights are taken; or they themselves.
         training: optimizer, progress and the like, for going on; plain data and tensors.
         previous: where to keep what was at ``path`` before; ``None`` to replace it.
@@ -86,7 +86,7 @@ def save_checkpoint(
     content = {
         "format": FORMAT,
         "version": VERSION,
-        "card": dataclasses.asdict(card),
+        "spec": dataclasses.asdict(spec),
         "weights": model.state_dict() if isinstance(model, nn.Module) else dict(model),
         "training": dict(training) if training is not None else None,
     }
@@ -112,10 +112,10 @@ def is_checkpoint(content: Any) -> bool:
     return isinstance(content, dict) and isinstance(content.get("format"), str) and content["format"] == FORMAT
 
 
-def read_checkpoint(path: str | Path) -> tuple[ModelCard, dict[str, Any], dict[str, Any] | None]:
-    """Return card, weights and training state of a checkpoint.
+def read_checkpoint(path: str | Path) -> tuple[ModelSpec, dict[str, Any], dict[str, Any] | None]:
+    """Return spec, weights and training state of a checkpoint.
 
-    The card is checked; the weights are by :func:`build`, and the training state by whoever goes on from it.
+    The spec is checked; the weights are by :func:`build`, and the training state by whoever goes on from it.
 
     Raises:
         CheckpointError: if the file is absent, damaged, edited, no checkpoint of qvit's, or (NewerCheckpointError) of
@@ -124,8 +124,8 @@ def read_checkpoint(path: str | Path) -> tuple[ModelCard, dict[str, Any], dict[s
     return parts_of(read_file(path), path)
 
 
-def parts_of(content: Any, path: str | Path) -> tuple[ModelCard, dict[str, Any], dict[str, Any] | None]:
-    """Return card, weights and training state of what :func:`qvit.models.reading.read_file` found at ``path``.
+def parts_of(content: Any, path: str | Path) -> tuple[ModelSpec, dict[str, Any], dict[str, Any] | None]:
+    """Return spec, weights and training state of what :func:`qvit.models.reading.read_file` found at ``path``.
 
     Raises:
         CheckpointError: as :func:`read_checkpoint`.
@@ -135,13 +135,13 @@ def parts_of(content: Any, path: str | Path) -> tuple[ModelCard, dict[str, Any],
     version = content.get("version")
     if type(version) is int and version > VERSION:
         raise NewerCheckpointError(
-            f"{path} has checkpoint version {version}, this qvit reads up to {VERSION}: update qvit."
+            f"{path} has checkpoint version {shown(version)}, this qvit reads up to {VERSION}: update qvit."
         )
     broken = f"{path} was edited or damaged"
     if type(version) is not int or version < 1:
         raise CheckpointError(f"{broken}: its version must be a whole number from 1 up, not {shown(version)}.")
     try:
-        card = ModelCard.read(content.get("card"))
+        spec = ModelSpec.read(content.get("spec") if version >= 3 else _renamed(content.get("card")))
     except ConfigError as error:
         raise CheckpointError(f"{broken}: {error}") from error
     weights, training = content.get("weights"), content.get("training")
@@ -149,37 +149,46 @@ def parts_of(content: Any, path: str | Path) -> tuple[ModelCard, dict[str, Any],
         raise CheckpointError(f"{broken}: its weights must be tensors by name, they are {shown(weights)}.")
     if training is not None and not isinstance(training, dict):
         raise CheckpointError(f"{broken}: what only training needs is {shown(training)}.")
-    return card, weights, training
+    return spec, weights, training
 
 
-def load_checkpoint(path: str | Path) -> tuple[VisionTransformer, ModelCard]:
-    """Return the model of a checkpoint, in evaluation mode, and its card.
+def _renamed(card: Any) -> Any:
+    """Return the spec of a checkpoint of version 1 or 2, which called it a card, and the rectifier ``rectify``."""
+    config = card.get("quant_config") if isinstance(card, dict) else None
+    if not isinstance(config, dict) or "rectify" not in config:
+        return card
+    entries = {"rectifier" if name == "rectify" else name: value for name, value in config.items()}
+    return {**card, "quant_config": entries}
+
+
+def load_checkpoint(path: str | Path) -> tuple[VisionTransformer, ModelSpec]:
+    """Return the model of a checkpoint, in evaluation mode, and its spec.
 
     Raises:
         CheckpointError: as :func:`read_checkpoint` and :func:`build`.
     """
-    card, weights, _ = read_checkpoint(path)
-    return rebuilt(card, weights, path), card
+    spec, weights, _ = read_checkpoint(path)
+    return rebuilt(spec, weights, path), spec
 
 
-def rebuilt(card: ModelCard, weights: Mapping[str, Any], path: str | Path) -> VisionTransformer:
+def rebuilt(spec: ModelSpec, weights: Mapping[str, Any], path: str | Path) -> VisionTransformer:
     """Return the model of the checkpoint at ``path``, in evaluation mode.
 
     Raises:
-        CheckpointError: as :func:`build`, also for a card that describes no model.
+        CheckpointError: as :func:`build`, also for a spec that describes no model.
     """
     with _of_a_model(path):
-        return build(card, weights, str(path))
+        return build(spec, weights, str(path))
 
 
-def check_weights(card: ModelCard, weights: Mapping[str, Any], path: str | Path) -> None:
+def check_weights(spec: ModelSpec, weights: Mapping[str, Any], path: str | Path) -> None:
     """Refuse weights of the checkpoint at ``path`` from which :func:`rebuilt` would make no model; takes no memory.
 
     Raises:
         CheckpointError: as :func:`rebuilt`.
     """
     with _of_a_model(path):
-        _fitting(card, weights, str(path))
+        _fitting(spec, weights, str(path))
 
 
 @contextlib.contextmanager

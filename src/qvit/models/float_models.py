@@ -13,12 +13,12 @@ from timm.models import VisionTransformer
 
 from qvit.errors import CheckpointError, ConfigError, HubError, QvitError, UnsupportedModelError
 from qvit.files import first_line, shown
-from qvit.models.card import ModelCard, describe, same_architecture, shape_of
 from qvit.models.checkpoint import build, is_checkpoint, parts_of, rebuilt
 from qvit.models.families import family_of
 from qvit.models.fetch import CHECKPOINT, PREFIX, fetch
 from qvit.models.foreign import Report, adapted, count_classes
 from qvit.models.reading import INDEX, WEIGHTS, find_weights, read_file, read_json
+from qvit.models.spec import ModelSpec, describe, same_architecture, shape_of
 from qvit.models.transformers_vit import class_names, is_transformers_config, load_transformers
 from qvit.models.weights import fitting
 
@@ -28,13 +28,13 @@ _PREPROCESSING = ("mean", "std", "crop_pct", "crop_mode", "interpolation")
 
 def load_float(
     source: str | Path,
-    expected: ModelCard | None,
+    expected: ModelSpec | None,
     report: Report,
     *,
     quantized: bool = False,
     model_name: str | None = None,
-) -> tuple[VisionTransformer, ModelCard]:
-    """Return a float model and its card, wherever it is, for images of the size that ``expected`` has.
+) -> tuple[VisionTransformer, ModelSpec]:
+    """Return a float model and its spec, wherever it is, for images of the size that ``expected`` has.
 
     Args:
         source: ``hf-hub:OWNER/NAME`` (``@REVISION`` may follow) or a folder with the same files: a timm model, a ViT,
@@ -57,20 +57,20 @@ def load_float(
     """
     source = str(source)
     if source.startswith(PREFIX):
-        model, card = _from_folder(_fetched(source.removeprefix(PREFIX)), source, expected, report)
+        model, spec = _from_folder(_fetched(source.removeprefix(PREFIX)), source, expected, report)
     elif source and Path(source).is_dir():
-        model, card = _from_folder(Path(source), source, expected, report)
+        model, spec = _from_folder(Path(source), source, expected, report)
     elif is_model_name(source):
-        model, card = _from_timm(source, expected, report)
+        model, spec = _from_timm(source, expected, report)
     else:
         refuse_misspelt(source)
-        model, card = _from_file(Path(source), expected, report, quantized=quantized, model_name=model_name)
+        model, spec = _from_file(Path(source), expected, report, quantized=quantized, model_name=model_name)
     if expected is None:
-        return model, card
-    _fit_images(model, card, source, expected, report)
-    if same_architecture(card, expected):
-        card = dataclasses.replace(card, name=expected.name, model_args=dict(expected.model_args))
-    return model, card
+        return model, spec
+    _fit_images(model, spec, source, expected, report)
+    if same_architecture(spec, expected):
+        spec = dataclasses.replace(spec, name=expected.name, model_args=dict(expected.model_args))
+    return model, spec
 
 
 def is_model_name(source: str) -> bool:
@@ -93,8 +93,8 @@ def refuse_misspelt(source: str) -> None:
         )
 
 
-def untrained_card(source: str, image_size: int | None = None) -> ModelCard:
-    """Return the card that timm's model ``source`` has with its pretrained weights, which are not fetched.
+def untrained_spec(source: str, image_size: int | None = None) -> ModelSpec:
+    """Return the spec that timm's model ``source`` has with its pretrained weights, which are not fetched.
 
     Args:
         source: its name, with or without the tag of its weights.
@@ -114,12 +114,12 @@ def untrained_card(source: str, image_size: int | None = None) -> ModelCard:
 
 
 def _from_file(
-    path: Path, expected: ModelCard | None, report: Report, *, quantized: bool, model_name: str | None = None
-) -> tuple[VisionTransformer, ModelCard]:
+    path: Path, expected: ModelSpec | None, report: Report, *, quantized: bool, model_name: str | None = None
+) -> tuple[VisionTransformer, ModelSpec]:
     content = read_file(path)
     if not is_checkpoint(content):
         if model_name is not None:
-            expected = _card_of_weights(model_name, content, path)
+            expected = _spec_of_weights(model_name, content, path)
         if expected is None:
             if isinstance(content, dict) and any(str(name).endswith(".codes") for name in content):
                 raise CheckpointError(f"{path} is a packed model, which is quantized: a float one is needed.")
@@ -127,14 +127,14 @@ def _from_file(
         return build(expected, adapted(content, expected, str(path), report), str(path)), dataclasses.replace(expected)
     if model_name is not None:
         raise CheckpointError(f"{path} is a checkpoint of qvit's, which says itself of which model: leave out --model.")
-    card, weights, _ = parts_of(content, path)
-    if card.quant_config is not None and not quantized:
+    spec, weights, _ = parts_of(content, path)
+    if spec.quant_config is not None and not quantized:
         raise CheckpointError(f"{path} holds a quantized model; a teacher must be a float one.")
-    return rebuilt(card, weights, path), card
+    return rebuilt(spec, weights, path), spec
 
 
-def _card_of_weights(name: str, content: Any, path: Path) -> ModelCard:
-    """Return the card of timm's model ``name`` for weights alone, with as many classes as they tell apart."""
+def _spec_of_weights(name: str, content: Any, path: Path) -> ModelSpec:
+    """Return the spec of timm's model ``name`` for weights alone, with as many classes as they tell apart."""
     count = count_classes(content, shape_of(describe(name, {}, ["a", "b"], {})), str(path))
     return describe(name, {}, _classes(None, count, None) if count else [], {})
 
@@ -149,8 +149,8 @@ def _fetched(repository: str) -> Path:
 
 
 def _from_folder(
-    folder: Path, source: str, expected: ModelCard | None, report: Report
-) -> tuple[VisionTransformer, ModelCard]:
+    folder: Path, source: str, expected: ModelSpec | None, report: Report
+) -> tuple[VisionTransformer, ModelSpec]:
     if (folder / CHECKPOINT).exists():
         return _from_file(folder / CHECKPOINT, expected, report, quantized=False)
     if not (folder / "config.json").is_file():
@@ -165,15 +165,15 @@ def _from_folder(
             "BEiT, DINOv2, CLIP and SigLIP."
         )
     try:
-        card = _timm_card(config, expected)
+        spec = _timm_spec(config, expected)
     except QvitError as error:
         raise UnsupportedModelError(f"{source} cannot be used as its config.json describes it: {error}") from error
     content = read_file(find_weights(folder, source))
-    return build(card, adapted(content, card, source, report), source), card
+    return build(spec, adapted(content, spec, source, report), source), spec
 
 
-def _timm_card(config: dict[str, Any], expected: ModelCard | None) -> ModelCard:
-    """Return the card that timm's ``config.json`` describes; of all that it says only what a card has is looked at."""
+def _timm_spec(config: dict[str, Any], expected: ModelSpec | None) -> ModelSpec:
+    """Return the spec that timm's ``config.json`` describes; of all that it says only what a spec has is looked at."""
     settings = config.get("pretrained_cfg")
     settings = {**settings, **config} if isinstance(settings, dict) else config
     arguments = config.get("model_args") or {}
@@ -196,7 +196,7 @@ def _timm_card(config: dict[str, Any], expected: ModelCard | None) -> ModelCard:
     return describe(config["architecture"], arguments, classes, preprocessing)
 
 
-def _from_timm(source: str, expected: ModelCard | None, report: Report) -> tuple[VisionTransformer, ModelCard]:
+def _from_timm(source: str, expected: ModelSpec | None, report: Report) -> tuple[VisionTransformer, ModelSpec]:
     """Let timm build a model with its pretrained weights; with ``expected``'s arguments if it is called the same."""
     name, _, tag = source.partition(".")
     if not timm.is_model_pretrained(source):
@@ -205,8 +205,8 @@ def _from_timm(source: str, expected: ModelCard | None, report: Report) -> tuple
         hint = f"it has {', '.join(near)}." if tag and near else "give a checkpoint."
         raise ConfigError(f"timm has no pretrained weights for {source}: {hint}")
     arguments = dict(expected.model_args) if expected is not None and name == expected.name else {}
-    card = describe(name, arguments, ["a", "b"], {})
-    native, made = shape_of(describe(name, {}, ["a", "b"], {})), shape_of(card)
+    spec = describe(name, arguments, ["a", "b"], {})
+    native, made = shape_of(describe(name, {}, ["a", "b"], {})), shape_of(spec)
     try:
         model: Any = timm.create_model(source, pretrained=True, **arguments)
     except Exception as error:  # timm's download and every check of the weights in it
@@ -225,7 +225,7 @@ def _from_timm(source: str, expected: ModelCard | None, report: Report) -> tuple
     return model.eval(), describe(name, arguments, classes, timm.data.resolve_model_data_config(model))
 
 
-def _classes(named: list[str] | None, count: int, expected: ModelCard | None) -> list[str]:
+def _classes(named: list[str] | None, count: int, expected: ModelSpec | None) -> list[str]:
     """Return the classes of a model of timm's: its own names, ImageNet's by their number, or else those expected.
 
     Where nothing else is known they are called ``LABEL_0``, ``LABEL_1``, ....
@@ -237,9 +237,9 @@ def _classes(named: list[str] | None, count: int, expected: ModelCard | None) ->
     return [str(name) for name in named] if named else class_names(unnamed, expected.classes if expected else [])
 
 
-def _fit_images(model: VisionTransformer, card: ModelCard, source: str, expected: ModelCard, report: Report) -> None:
+def _fit_images(model: VisionTransformer, spec: ModelSpec, source: str, expected: ModelSpec, report: Report) -> None:
     """Make a model take the images that are expected: the student's are what it will get."""
-    (channels, *size), (needed, *wanted) = card.preprocessing["input_size"], expected.preprocessing["input_size"]
+    (channels, *size), (needed, *wanted) = spec.preprocessing["input_size"], expected.preprocessing["input_size"]
     if channels != needed:
         raise CheckpointError(
             f"{source} takes images of {channels} channels, the images have {needed}: give a model of as many."
@@ -255,6 +255,6 @@ def _fit_images(model: VisionTransformer, card: ModelCard, source: str, expected
         )
     if not dynamic:
         model.set_input_size(img_size=(wanted[0], wanted[1]))
-        card.model_args = {**card.model_args, "img_size": wanted}
+        spec.model_args = {**spec.model_args, "img_size": wanted}
         report(f"{source}: the position embedding was resampled from images of {before} pixels to {after}.")
-    card.preprocessing = {**card.preprocessing, "input_size": [channels, *wanted]}
+    spec.preprocessing = {**spec.preprocessing, "input_size": [channels, *wanted]}

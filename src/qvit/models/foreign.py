@@ -13,8 +13,8 @@ from torch import Tensor
 
 from qvit.errors import CheckpointError
 from qvit.files import shown
-from qvit.models.card import ModelCard, shape_of
 from qvit.models.reading import StandIn, names_of
+from qvit.models.spec import ModelSpec, shape_of
 
 Report = Callable[[str], None]
 """Takes a sentence about a decision that the user may want to know of."""
@@ -36,8 +36,8 @@ _OTHERS = {
 }
 
 
-def adapted(content: Any, card: ModelCard, source: str, report: Report) -> dict[str, Any]:
-    """Return the weights in ``content`` by the names of the model of ``card``, and report what was chosen.
+def adapted(content: Any, spec: ModelSpec, source: str, report: Report) -> dict[str, Any]:
+    """Return the weights in ``content`` by the names of the model of ``spec``, and report what was chosen.
 
     Averaged weights are preferred to the last ones; prefixes of wrappers are taken off; a position embedding of
     another image size is resampled, and layer scales get their names, as timm does it; what belongs to no vision
@@ -45,7 +45,7 @@ def adapted(content: Any, card: ModelCard, source: str, report: Report) -> dict[
 
     Args:
         content: what :func:`qvit.models.reading.read_file` returned.
-        card: of the model that the weights are for.
+        spec: of the model that the weights are for.
         source: where they come from, for messages.
         report: see :data:`Report`.
 
@@ -53,9 +53,9 @@ def adapted(content: Any, card: ModelCard, source: str, report: Report) -> dict[
         CheckpointError: if there are no weights in it, or those of another model: what was found, and the way out.
     """
     weights, said = _state_dict(content, source, report)
-    model = shape_of(card)
+    model = shape_of(spec)
     named = _without_prefixes(weights, source)
-    _check_model(named, model, card, source, said)
+    _check_model(named, model, spec, source, said)
     fit = _as_timm_reads(named, model)
     for entry, meaning in (("pos_embed", "position embedding"), ("position_bias_table", "relative position bias")):
         resampled = [name for name in fit if name.endswith(entry) and _shape(fit[name]) != _shape(named.get(name))]
@@ -71,7 +71,7 @@ def adapted(content: Any, card: ModelCard, source: str, report: Report) -> dict[
     needed = model.state_dict().keys()
     for name in [*(name for name in needed if name not in fit), *(name for name in fit if name not in needed)]:
         state = "is absent" if name in needed else "is more than the model has"
-        raise CheckpointError(f"{source} does not fit {card.name}: {shown(name)} {state}; {_found(weights, said)}")
+        raise CheckpointError(f"{source} does not fit {spec.name}: {shown(name)} {state}; {_found(weights, said)}")
     return fit
 
 
@@ -146,13 +146,13 @@ def _without_prefixes(weights: Mapping[str, Any], source: str) -> dict[str, Any]
     return named
 
 
-def _check_model(weights: Mapping[str, Any], model: VisionTransformer, card: ModelCard, source: str, said: str) -> None:
+def _check_model(weights: Mapping[str, Any], model: VisionTransformer, spec: ModelSpec, source: str, said: str) -> None:
     """Refuse other patches, which timm would resample, and other classes, with the way out."""
     patches, head = weights.get("patch_embed.proj.weight"), weights.get(f"{_classifier(model)}.weight")
     size = tuple(model.patch_embed.patch_size)
     if isinstance(patches, Tensor) and patches.ndim == 4 and tuple(patches.shape[2:]) != size:
         raise CheckpointError(
-            f"{source} does not fit {card.name}: its patches have {' x '.join(map(str, patches.shape[2:]))} pixels, "
+            f"{source} does not fit {spec.name}: its patches have {' x '.join(map(str, patches.shape[2:]))} pixels, "
             f"the model's {' x '.join(map(str, size))}{f'; it is of {shown(said)}' if said else ''}."
         )
     if isinstance(head, Tensor) and head.ndim == 2 and len(head) != model.num_classes:

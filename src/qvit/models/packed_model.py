@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qvit.models.card import ModelCard
 from qvit.models.checkpoint import load_checkpoint
+from qvit.models.spec import ModelSpec
 from qvit.runtime.engine import Engine, load
 
 
@@ -28,8 +28,8 @@ class PackedClassifier(nn.Module):
         return torch.from_numpy(self.engine(images.cpu().numpy())).to(images.device)
 
 
-def load_packed(path: str | Path) -> tuple[PackedClassifier, ModelCard]:
-    """Return the engine of a packed file as a module, and a card for it, with the bits that most layers have.
+def load_packed(path: str | Path) -> tuple[PackedClassifier, ModelSpec]:
+    """Return the engine of a packed file as a module, and a spec for it, with the bits that most layers have.
 
     Raises:
         PackedFileError: as :func:`qvit.format.packed.read_packed`.
@@ -37,13 +37,13 @@ def load_packed(path: str | Path) -> tuple[PackedClassifier, ModelCard]:
     engine = load(path)
     weight, activation = engine.program.usual_bits()
     bits = {"weight_bits": weight, "activation_bits": activation}
-    return PackedClassifier(engine), ModelCard(
+    return PackedClassifier(engine), ModelSpec(
         engine.program.name, {}, engine.classes, engine.preprocessing, bits, method="packed"
     )
 
 
-def load_model(path: Path) -> tuple[nn.Module, ModelCard]:
-    """Return the model of a checkpoint, or the engine of a packed file (``.safetensors``) as a module, and its card.
+def load_model(path: Path) -> tuple[nn.Module, ModelSpec]:
+    """Return the model of a checkpoint, or the engine of a packed file (``.safetensors``) as a module, and its spec.
 
     Raises:
         CheckpointError: as :func:`qvit.models.checkpoint.load_checkpoint`.

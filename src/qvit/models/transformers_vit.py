@@ -19,9 +19,9 @@ from qvit.errors import CheckpointError, ConfigError, QvitError, UnsupportedMode
 from qvit.files import shown
 from qvit.format.fields import is_whole
 from qvit.models.arguments import MAX_CHANNELS, MAX_SIDE
-from qvit.models.card import ModelCard, describe, same_architecture
 from qvit.models.checkpoint import build
 from qvit.models.reading import find_weights, read_file, read_json
+from qvit.models.spec import ModelSpec, describe, same_architecture
 from qvit.models.transformers_families import CONVERSIONS, Weights, activation
 
 # What a transformers configuration means where it says nothing.
@@ -68,7 +68,7 @@ def is_transformers_config(config: Mapping[str, Any]) -> bool:
     return config.get("model_type") in ("vit", "deit", *CONVERSIONS)
 
 
-def load_transformers(folder: Path, source: str, expected: ModelCard | None) -> tuple[VisionTransformer, ModelCard]:
+def load_transformers(folder: Path, source: str, expected: ModelSpec | None) -> tuple[VisionTransformer, ModelSpec]:
     """Return the timm model with the weights and the settings of a transformers vision model.
 
     ViT and DeiT classifiers, Swin, BEiT, DINOv2, and the vision towers of CLIP and SigLIP. What has no classifier is a
@@ -100,10 +100,10 @@ def load_transformers(folder: Path, source: str, expected: ModelCard | None) -> 
         classes = (
             [] if head is None else class_names({"id2label": unnamed, **config}, expected.classes if expected else [])
         )
-        card = describe(name, arguments, classes, said)
-        if expected is not None and same_architecture(card, expected):
-            card.preprocessing = {**expected.preprocessing, **said}
-        return build(card, weights, source), card
+        spec = describe(name, arguments, classes, said)
+        if expected is not None and same_architecture(spec, expected):
+            spec.preprocessing = {**expected.preprocessing, **said}
+        return build(spec, weights, source), spec
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{source} cannot be used: {error}") from error
     except QvitError as error:

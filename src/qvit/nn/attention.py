@@ -13,7 +13,7 @@ from qvit.config import QuantConfig
 from qvit.errors import UnsupportedModelError
 from qvit.nn.quantizer import Quantizer
 from qvit.nn.recompute import recomputed
-from qvit.nn.rectify import make_rectifier
+from qvit.nn.rectifier import make_rectifier
 
 
 class QuantAttention(nn.Module):
@@ -75,9 +75,9 @@ class QuantAttention(nn.Module):
             bits = config.bits(f"{name}.{operand}").activation
             return Quantizer(bits, (self.num_heads, 1, 1), signed=signed, offset=signed)
 
-        rectify = None if config is None else config.rectify
-        self.query_rectifier = make_rectifier(rectify, self.num_heads, self.head_dim)
-        self.key_rectifier = make_rectifier(rectify, self.num_heads, self.head_dim)
+        rectifier = None if config is None else config.rectifier
+        self.query_rectifier = make_rectifier(rectifier, self.num_heads, self.head_dim)
+        self.key_rectifier = make_rectifier(rectifier, self.num_heads, self.head_dim)
         self.query_quantizer = per_head("query_quantizer")
         self.key_quantizer = per_head("key_quantizer")
         self.value_quantizer = per_head("value_quantizer")

@@ -18,7 +18,7 @@ class QuantAttentionPool(QuantAttention, AttentionPoolLatent):
     CONSTANT: ClassVar[tuple[str, ...]] = ("q",)
 
     def _add_quantizers(self, config: QuantConfig | None, name: str) -> None:
-        super()._add_quantizers(config and dataclasses.replace(config, rectify=None), name)
+        super()._add_quantizers(config and dataclasses.replace(config, rectifier=None), name)
         self.attn_drop = nn.Dropout(0.0)
 
     def query(self) -> Tensor:

@@ -21,7 +21,7 @@ from qvit.format.program import Program
 from qvit.models.families import MODELS, image_size_of, lower
 from qvit.nn.modes import switched_off
 from qvit.nn.moments import Moments
-from qvit.nn.rectify import Rectifier
+from qvit.nn.rectifier import Rectifier
 
 OUTLIER = 8
 """How many times the median of all channels the deviation of an outlier is, or its distance from their mean."""

@@ -15,7 +15,7 @@ from qvit.errors import ConfigError, DataError, UnsupportedModelError
 from qvit.nn.linear import QuantConv2d, QuantLinear
 from qvit.nn.modes import evaluating, switched_off, watching
 from qvit.nn.quantizer import Float32Module, Quantizer, code_range, from_codes, to_codes
-from qvit.nn.rectify import Rectifier, Start
+from qvit.nn.rectifier import Rectifier, Start
 from qvit.quantization.balance import Undo, balance
 from qvit.quantization.convert import check_quantized
 

@@ -40,7 +40,7 @@ def quantize(teacher: nn.Module, config: QuantConfig | None = None) -> Any:
     Args:
         teacher: a model of a family of timm's that qvit knows (:mod:`qvit.models.families`); without a classifier it
             is a feature extractor.
-        config: bits and rectification; 4 bits with ``rectify="head"`` by default.
+        config: bits and rectification; 4 bits with ``rectifier="head"`` by default.
 
     Raises:
         UnsupportedModelError: naming the module that cannot be quantized and its class.

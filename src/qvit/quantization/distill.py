@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qvit.errors import ConfigError, ModeError, TeacherMismatchError
 from qvit.models.queries import attention_layers, run_with_queries
-from qvit.nn.rectify import EPS, TokenRectifier
+from qvit.nn.rectifier import EPS, TokenRectifier
 from qvit.quantization.convert import check_quantized
 from qvit.quantization.outputs import output_distance
 

@@ -94,7 +94,7 @@ class Settings:
             if value is not None and not (type(value) is int and value >= 1):
                 raise ConfigError(f"{name} must be a whole number from 1 up, not {value!r}.")
         for name, amount in (("minutes", self.minutes), ("learning_rate", self.learning_rate)):
-            if amount is not None and not (math.isfinite(amount) and amount > 0):
+            if amount is not None and not 0 < amount < math.inf:
                 raise ConfigError(f"{name} must be a number above 0, not {amount!r}.")
         if self.precision not in ("no", "bf16"):
             raise ConfigError(f"precision must be no or bf16, not {self.precision!r}.")

@@ -109,7 +109,7 @@ def search_bits(
     """
     check_budgets(budgets)
     tell = report or (lambda what, done, todo: None)
-    student = quantize(teacher, QuantConfig(EDGE_BITS, EDGE_BITS, rectify=None))
+    student = quantize(teacher, QuantConfig(EDGE_BITS, EDGE_BITS, rectifier=None))
     program, _ = lower(student, image_size_of(student))
     products = free_products(student, program)
     stopwatch = Stopwatch(program, products, threads)
@@ -180,7 +180,7 @@ def check_budgets(budgets: Mapping[str, float]) -> None:
         options = [f"--budget-{name}" for name in UNITS]
         raise ConfigError(f"Give a budget: {', '.join(options[:-1])} or {options[-1]}, or several of them.")
     for name, limit in budgets.items():
-        if not (math.isfinite(limit) and limit > 0):
+        if not 0 < limit < math.inf:
             raise ConfigError(f"--budget-{name} must be a number above 0, not {limit}.")
 
 

@@ -66,15 +66,15 @@ def run_search(request: Request, options: Options, console: Console) -> Found:
         raise ConfigError(f"--out {options.out} is a file of the report too: give another name.")
     outputs = [options.out, *([page, record] if request.report is not None else [])]
     check_new(outputs)
-    teacher, card = float_model(request.source, request.model, console)
+    teacher, spec = float_model(request.source, request.model, console)
     chosen = open_pictures(
-        request.images, card.mode, count=request.pictures, held_out=request.held_out, seed=options.seed
+        request.images, spec.mode, count=request.pictures, held_out=request.held_out, seed=options.seed
     )
     if chosen.remark:
         console.print(printable(chosen.remark), soft_wrap=True)
     with progress_bar(console) as bar:
         used, held_out = (
-            decoded(images, card, options, bar, title)
+            decoded(images, spec, options, bar, title)
             for images, title in ((chosen.used, "pictures"), (chosen.held_out, "pictures held out"))
         )
         used, held_out = used or held_out, held_out or used[:1]
@@ -92,7 +92,7 @@ def run_search(request: Request, options: Options, console: Console) -> Found:
     if request.report is not None:
         about = {
             "command": command,
-            "model": card.name,
+            "model": spec.name,
             "pictures": sum(map(len, used)),
             "held_out": sum(map(len, held_out)),
         }

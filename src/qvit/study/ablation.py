@@ -22,14 +22,14 @@ from torch import Tensor
 
 from qvit.analysis.gradients import loss_gradients
 from qvit.analysis.statistics import QueryKeyStatistics, attention_distance, query_key_statistics
-from qvit.config import Rectify
+from qvit.config import RectifierKind
 from qvit.data.loader import readable
 from qvit.data.resident import ResidentImages
 from qvit.data.sources import ImageSets
 from qvit.errors import CheckpointError, ConfigError
 from qvit.files import write_text
-from qvit.models.card import ModelCard
 from qvit.models.checkpoint import load_checkpoint, weights_checksum
+from qvit.models.spec import ModelSpec
 from qvit.quantization.distill import DistillationLoss
 from qvit.study.rivals import RIVALS
 from qvit.train.lock import LOCK, locked
@@ -61,27 +61,27 @@ class Row(NamedTuple):
     """A row of the table: a method, and for those with IRM which reading of it."""
 
     method: str
-    rectify: Rectify | None
+    rectifier: RectifierKind | None
 
     @property
     def name(self) -> str:
         """The row's name, and its folder's: ``q-vit-head``."""
-        return self.method if self.rectify is None else f"{self.method}-{self.rectify}"
+        return self.method if self.rectifier is None else f"{self.method}-{self.rectifier}"
 
     @property
     def title(self) -> str:
         """The row's name for people."""
-        return ALL[self.method].title + ("" if self.rectify is None else f", {self.rectify}")
+        return ALL[self.method].title + ("" if self.rectifier is None else f", {self.rectifier}")
 
 
 ROWS = [
     Row(name, reading)
     for name, method in METHODS.items()
-    for reading in (("head", "token") if method.rectify else (None,))
+    for reading in (("head", "token") if method.rectified else (None,))
 ]
 
 """The rows of the paper's table; those of :data:`RIVAL_ROWS` are run where they are named."""
-RIVAL_ROWS = [Row(name, "token" if method.rectify else None) for name, method in RIVALS.items()]
+RIVAL_ROWS = [Row(name, "token" if method.rectified else None) for name, method in RIVALS.items()]
 
 
 def rows_named(names: str | None) -> list[Row]:
@@ -143,7 +143,7 @@ def ablate(
             f"--ladder starts from finished runs, which row {simulated[0]} cannot: leave out one of them."
         )
     for row in rows:
-        make_student(teacher, teacher, row.method, (bits[0], bits[0]), row.rectify or "head", overrides, ALL)
+        make_student(teacher, teacher, row.method, (bits[0], bits[0]), row.rectifier or "head", overrides, ALL)
     cells = [(b, row, seed) for seed in seeds for b in bits for row in rows]
     rungs: dict[int, int] = dict(zip(bits[1:], bits[:-1], strict=True)) if ladder else {}
     accelerator = make_accelerator(options)
@@ -167,7 +167,7 @@ def ablate(
             )
             begin = time.monotonic()
             result = train_quantized(
-                start, teacher, row.method, (b, b), row.rectify or "head", data, recipe, run, console, overrides, ALL
+                start, teacher, row.method, (b, b), row.rectifier or "head", data, recipe, run, console, overrides, ALL
             )
             record: dict[str, Any] = {"bits": b, "row": row.name, "title": row.title, "seed": seed}
             record |= {"top1": result.accuracy.top1, "top5": result.accuracy.top5, "images": result.accuracy.images}
@@ -182,7 +182,7 @@ def ablate(
 
 def teacher_statistics(teacher: FloatModel, data: ImageSets, options: Options) -> list[QueryKeyStatistics]:
     """Return the float model's queries and keys on the images that the runs are analysed on."""
-    batches = _analysed_batches(teacher.card, data, options)
+    batches = _analysed_batches(teacher.spec, data, options)
     return query_key_statistics(teacher.model.to(batches[0][0].device), batches)
 
 
@@ -285,7 +285,7 @@ def _folder(out: Path, bits: int, row: Row, seed: int) -> Path:
 
 def _analyse(teacher: FloatModel, result: Result, data: ImageSets, recipe: Recipe, options: Options) -> dict[str, Any]:
     """Return what is measured of a finished run beside its accuracy."""
-    batches = _analysed_batches(result.card, data, options)
+    batches = _analysed_batches(result.spec, data, options)
     teacher.model.to(batches[0][0].device)
     layers = query_key_statistics(result.model, batches)
     distance = attention_distance(teacher.model, result.model, batches).nanmean(dim=1).tolist()
@@ -300,10 +300,10 @@ def _analyse(teacher: FloatModel, result: Result, data: ImageSets, recipe: Recip
     return {**means, "layers": by_layer}
 
 
-def _analysed_batches(card: ModelCard, data: ImageSets, options: Options) -> list[tuple[Tensor, Tensor]]:
+def _analysed_batches(spec: ModelSpec, data: ImageSets, options: Options) -> list[tuple[Tensor, Tensor]]:
     """Return validation images and labels, always the same ones, of all classes mixed."""
     device = make_accelerator(options).device
-    loader = training_batches(data.val, card, 128, dataclasses.replace(options, seed=0))
+    loader = training_batches(data.val, spec, 128, dataclasses.replace(options, seed=0))
     batches: list[tuple[Tensor, Tensor]] = []
     for batch in readable(loader, skip_corrupt=options.skip_corrupt):
         batches.append((batch.images.to(device), batch.labels.to(device)))
@@ -321,13 +321,13 @@ def _check_same_experiment(
     overrides: Overrides | None,
 ) -> None:
     """Keep beside the results what they depend on, and refuse to mix them with those of something else."""
-    card = dataclasses.asdict(teacher.card)
-    del card["recipe"]  # its weights count, not how they came about
+    spec = dataclasses.asdict(teacher.spec)
+    del spec["recipe"]  # its weights count, not how they came about
     experiment = json.loads(
         json.dumps(
             {
                 "recipe": recipe.to_dict(),
-                "teacher": card,
+                "teacher": spec,
                 "ladder": ladder,
                 "overrides": overrides or {},
                 "precision": options.precision,

@@ -25,9 +25,9 @@ from qvit.data.loader import Prepared, make_loader, make_transform, readable
 from qvit.data.order import Sample
 from qvit.errors import ConfigError, DataError
 from qvit.files import printable
-from qvit.models.card import ModelCard
 from qvit.models.checkpoint import weights_checksum
 from qvit.models.queries import attention_layers, run_with_maps
+from qvit.models.spec import ModelSpec
 from qvit.nn.modes import evaluating
 from qvit.quantization.calibrate import calibrate
 from qvit.quantization.convert import quantize
@@ -120,8 +120,8 @@ def _analysed(
     ordered = sorted(request.subjects, key=lambda subject: subject.name != request.reference)  # the reference first
     for subject in ordered:
         subject.model.to(device)
-    card = request.subjects[0].card
-    size = card.preprocessing["input_size"][1], card.preprocessing["input_size"][2]
+    spec = request.subjects[0].spec
+    size = spec.preprocessing["input_size"][1], spec.preprocessing["input_size"][2]
     grids = attention_grids(ordered[0].model, size)
     shown = _shown(request.blocks, len(grids))
     examinations: dict[str, Examination] = {}
@@ -152,10 +152,10 @@ def _analysed(
         "blocks": shown,
         "models": {
             subject.name: {
-                "architecture": subject.card.name,
-                "method": subject.card.method,
-                "bits": _bits(subject.card),
-                "overrides": (subject.card.quant_config or {}).get("overrides", {}),
+                "architecture": subject.spec.name,
+                "method": subject.spec.method,
+                "bits": _bits(subject.spec),
+                "overrides": (subject.spec.quant_config or {}).get("overrides", {}),
                 "weights": weights_checksum(subject.model),
                 **examinations[subject.name].result(),
             }
@@ -168,7 +168,7 @@ def _analysed(
 
 def _studied(request: Request, options: Options, bar: Bar, reference: Subject, device: torch.device) -> dict[str, Any]:
     """Return the bottleneck study of the reference, calibrated: parts, and kinds of quantizers block by block."""
-    student = quantize(reference.model, QuantConfig(request.bits, request.bits, rectify=None))
+    student = quantize(reference.model, QuantConfig(request.bits, request.bits, rectifier=None))
     calibration = _some(request.material.calibration, CALIBRATION_IMAGES)
     batches = [images for images, _ in _batches(calibration, request, options, bar, "calibration images", device)]
     task = bar.add_task("calibration", total=None)
@@ -198,8 +198,8 @@ def _trained(request: Request, recipe: Recipe, options: Options, console: Consol
     """Return top-1 of each part with few bits alone, 8 elsewhere, trained from the reference; all with one budget."""
     assert request.material.data is not None
     subject = next(subject for subject in request.subjects if subject.name == request.reference)
-    teacher = FloatModel(subject.model, subject.card)  # type: ignore[arg-type]
-    places = Places(quantize(subject.model, QuantConfig(request.bits, request.bits, rectify=None)))
+    teacher = FloatModel(subject.model, subject.spec)  # type: ignore[arg-type]
+    places = Places(quantize(subject.model, QuantConfig(request.bits, request.bits, rectifier=None)))
     top1 = {}
     for number, part in enumerate(PARTS, 1):
         folder = options.out / _TRAINED / part.lower().replace(" ", "-")
@@ -226,7 +226,7 @@ def _drawn(
     request: Request, subjects: Sequence[Subject], shown: Mapping[int, AttentionGrid], device: torch.device
 ) -> Drawn:
     """Return a few pictures and every model's maps of them, in the attention layers that are shown."""
-    preprocessing = request.subjects[0].card.preprocessing
+    preprocessing = request.subjects[0].spec.preprocessing
     mean, std = (torch.tensor(preprocessing[name]).view(-1, 1, 1) for name in ("mean", "std"))
     prepared = Prepared(request.material.images, make_transform(preprocessing), substitute=False)
     drawn = Drawn([], [], {layer: {subject.name: [] for subject in subjects} for layer in shown})
@@ -272,7 +272,7 @@ def _batches(
     """
     loader = make_loader(
         images,
-        make_transform(request.subjects[0].card.preprocessing),
+        make_transform(request.subjects[0].spec.preprocessing),
         _BATCH,
         shuffle=False,
         workers=options.workers,
@@ -320,8 +320,8 @@ def _shown(blocks: Sequence[int] | None, count: int) -> list[int]:
     return sorted(set(blocks))
 
 
-def _bits(card: ModelCard) -> tuple[int, int] | None:
-    config = card.quant_config
+def _bits(spec: ModelSpec) -> tuple[int, int] | None:
+    config = spec.quant_config
     return None if config is None else (config["weight_bits"], config["activation_bits"])
 
 

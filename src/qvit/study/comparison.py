@@ -30,8 +30,8 @@ from qvit.errors import ConfigError
 from qvit.exporting.packed import export
 from qvit.files import printable
 from qvit.images import Mode, Picture
-from qvit.models.card import ModelCard
 from qvit.models.packed_model import PackedClassifier, load_model
+from qvit.models.spec import ModelSpec
 from qvit.runtime.engine import load
 from qvit.train.display import progress_bar
 from qvit.train.options import Options, make_accelerator
@@ -73,17 +73,17 @@ class Side:
     Args:
         path: of its file.
         model: the model of a checkpoint, or the engine of a packed file.
-        card: what it is.
+        spec: what it is.
     """
 
     path: Path
     model: nn.Module
-    card: ModelCard
+    spec: ModelSpec
 
     @property
     def bits(self) -> str:
         """Bits of weights and activations; of a packed file those that most layers have."""
-        config = self.card.quant_config
+        config = self.spec.quant_config
         if config is None:
             return "32 (float)"
         return bits_text((config["weight_bits"], config["activation_bits"]), config.get("overrides", ()))
@@ -91,7 +91,7 @@ class Side:
     @property
     def timed_in(self) -> str:
         """What runs it while it is timed; a quantized checkpoint becomes a packed file for that."""
-        return "PyTorch, float32" if self.card.quant_config is None else "engine"
+        return "PyTorch, float32" if self.spec.quant_config is None else "engine"
 
     @functools.cached_property
     def size(self) -> int:
@@ -125,7 +125,7 @@ class Comparison:
         paired = self.paired
         return {
             "models": [
-                {"file": str(side.path), "name": side.card.name, "bits": side.bits, "bytes": side.size, "seconds": s}
+                {"file": str(side.path), "name": side.spec.name, "bits": side.bits, "bytes": side.size, "seconds": s}
                 for side, s in zip(self.sides, self.seconds, strict=True)
             ],
             "threads": self.threads,
@@ -152,21 +152,21 @@ def run_comparison(request: Request, options: Options, console: Console) -> Comp
     """
     first, second = (Side(path, *load_model(path)) for path in (request.first, request.second))
     for side in (first, second):
-        if not side.card.classes:
+        if not side.spec.classes:
             raise ConfigError(f"{side.path} holds a feature extractor, which has no classes to compare.")
-    check_classes(str(first.path), first.card.classes, str(second.path), second.card.classes)
-    source, images = _open(request, first.card, console)
+    check_classes(str(first.path), first.spec.classes, str(second.path), second.spec.classes)
+    source, images = _open(request, first.spec, console)
     device = make_accelerator(options).device
     loaders = [
         make_loader(
             images,
-            functools.partial(_prepared, card.mode, make_transform(card.preprocessing)),
+            functools.partial(_prepared, spec.mode, make_transform(spec.preprocessing)),
             request.batch_size,
             shuffle=False,
             workers=options.workers,
             device=device,
         )
-        for card in _different(first.card, second.card)
+        for spec in _different(first.spec, second.spec)
     ]
     with progress_bar(console) as bar:
         paired = compare_classes(
@@ -181,20 +181,20 @@ def run_comparison(request: Request, options: Options, console: Console) -> Comp
     )
 
 
-def _open(request: Request, card: ModelCard, console: Console) -> tuple[str, Dataset[Any]]:
+def _open(request: Request, spec: ModelSpec, console: Console) -> tuple[str, Dataset[Any]]:
     """Return what the images are called, and the images."""
     if request.data is not None:
-        images = open_validation(request.data, card.classes, mode=card.mode, root=request.root, splits=request.splits)
+        images = open_validation(request.data, spec.classes, mode=spec.mode, root=request.root, splits=request.splits)
         return request.data, images
     assert request.pictures is not None
-    images, remark = all_pictures(request.pictures, card.mode)
+    images, remark = all_pictures(request.pictures, spec.mode)
     if remark:
         console.print(printable(remark), soft_wrap=True)
     return str(request.pictures), images
 
 
-def _different(first: ModelCard, second: ModelCard) -> list[ModelCard]:
-    """Return the cards whose preprocessing differs: images are decoded once for both models where it does not."""
+def _different(first: ModelSpec, second: ModelSpec) -> list[ModelSpec]:
+    """Return the specs whose preprocessing differs: images are decoded once for both models where it does not."""
     return [first] if first.preprocessing == second.preprocessing else [first, second]
 
 
@@ -218,7 +218,7 @@ def _latency(sides: tuple[Side, Side], threads: int) -> tuple[float, float]:
     with tempfile.TemporaryDirectory(prefix="qvit-compare-") as folder, _torch_threads(threads):
         runners = [_runner(side, Path(folder) / f"{n}.safetensors", threads) for n, side in enumerate(sides)]
         timers = {
-            str(n): functools.partial(time_once, runner, _noise(side.card))
+            str(n): functools.partial(time_once, runner, _noise(side.spec))
             for n, (runner, side) in enumerate(zip(runners, sides, strict=True))
         }
         first, second = map(statistics.median, interleaved(timers, ROUNDS).values())
@@ -237,11 +237,11 @@ def _torch_threads(threads: int) -> Iterator[None]:
 
 def _runner(side: Side, file: Path, threads: int) -> Runner:
     """Return what runs a model; a packed file that has to be made is ``file``."""
-    if side.card.quant_config is None:
+    if side.spec.quant_config is None:
         return functools.partial(_run_float, side.model.cpu())
     if isinstance(side.model, PackedClassifier):
         return load(side.path, threads=threads)
-    export(side.model, file, preprocessing=side.card.preprocessing, classes=side.card.classes)
+    export(side.model, file, preprocessing=side.spec.preprocessing, classes=side.spec.classes)
     return load(file, threads=threads)
 
 
@@ -251,5 +251,5 @@ def _run_float(model: nn.Module, images: Images) -> Images:
     return logits
 
 
-def _noise(card: ModelCard) -> Images:
-    return np.random.default_rng(0).standard_normal((1, *card.preprocessing["input_size"]), np.float32)
+def _noise(spec: ModelSpec) -> Images:
+    return np.random.default_rng(0).standard_normal((1, *spec.preprocessing["input_size"]), np.float32)

@@ -46,7 +46,7 @@ def comparison_table(comparison: Comparison) -> Table:
 def sentences(comparison: Comparison) -> list[str]:
     """Return which models they are and what the numbers say: agreement, and with labels the difference and its test."""
     paired = comparison.paired
-    said = [f"{title}: {side.path}, {side.card.name}." for title, side in zip(TITLES, comparison.sides, strict=True)]
+    said = [f"{title}: {side.path}, {side.spec.name}." for title, side in zip(TITLES, comparison.sides, strict=True)]
     said += [f"Both give the same class to {paired.agreement} % of {paired.images} images."]
     if paired.right is not None:
         alone = paired.right.first + paired.right.second
@@ -122,13 +122,13 @@ def _sections(comparison: Comparison) -> list[Section]:
 
 
 def _thumbnail(comparison: Comparison, difference: Difference) -> Figure:
-    card, name = comparison.sides[0].card, _name(comparison.images, difference.image)
-    first, second = (card.classes[number] for number in difference.classes)
-    label = "" if difference.label is None else f"is {card.classes[difference.label]}, "
+    spec, name = comparison.sides[0].spec, _name(comparison.images, difference.image)
+    first, second = (spec.classes[number] for number in difference.classes)
+    label = "" if difference.label is None else f"is {spec.classes[difference.label]}, "
     caption = f"{name}: {label}A says {first}, B says {second}"
     item = comparison.images[difference.image]
     assert not isinstance(item, Unreadable)  # it was read before
-    pixels = fit(item[0], card.preprocessing).transpose(1, 2, 0)
+    pixels = fit(item[0], spec.preprocessing).transpose(1, 2, 0)
     image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
     scale = max(1, _EDGE // max(image.size))  # a small one is shown pixel by pixel
     image = image.resize((scale * image.width, scale * image.height), Image.Resampling.NEAREST)

@@ -32,7 +32,7 @@ from qvit.data.loader import Batch, make_loader, make_transform
 from qvit.data.sources import open_data
 from qvit.exporting.packed import origin_of
 from qvit.files import printable
-from qvit.models.card import describe
+from qvit.models.spec import describe
 from qvit.train.lock import alone_in
 from qvit.train.methods import METHODS, FloatModel, Result, train_full_precision, train_quantized
 from qvit.train.options import Options, make_accelerator
@@ -116,14 +116,14 @@ def run_demo(out: Path, console: Console, seed: int = 0, changes: Sequence[str] 
     """
     started = time.perf_counter()
     recipe, data = load_recipe("digits", changes), open_data("digits", mode="L")
-    card = describe(MODEL, recipe.model_args, data.classes, recipe.preprocessing)
-    loader = make_loader(data.val, make_transform(card.preprocessing), 128, shuffle=False)
+    spec = describe(MODEL, recipe.model_args, data.classes, recipe.preprocessing)
+    loader = make_loader(data.val, make_transform(spec.preprocessing), 128, shuffle=False)
     batches = list(loader)
 
     with _one_thread(), alone_in(out, make_accelerator(Options(out, cpu=True))):
         console.rule("full precision")
-        made = train_full_precision(card, data, recipe, Options(out / "float", seed=seed, cpu=True), console)
-        teacher = FloatModel(made.model, made.card)
+        made = train_full_precision(spec, data, recipe, Options(out / "float", seed=seed, cpu=True), console)
+        teacher = FloatModel(made.model, made.spec)
         rows = [_row(None, "full precision", made, teacher, batches, None)]
         for bits in BITS:
             for method in DEMO_METHODS:
@@ -200,8 +200,8 @@ def _row(
 @torch.no_grad()
 def _in_engine(result: Result, path: Path, batches: Sequence[Batch]) -> InEngine:
     """Export a quantized model, load the file and compare the engine's classes with the model's and the labels."""
-    card, model = result.card, result.model.eval()
-    qvit.export(model, path, preprocessing=card.preprocessing, classes=card.classes, origin=origin_of(card))
+    spec, model = result.spec, result.model.eval()
+    qvit.export(model, path, preprocessing=spec.preprocessing, classes=spec.classes, origin=origin_of(spec))
     engine = qvit.load(path)
     right: list[bool] = []
     same: list[bool] = []

@@ -16,16 +16,16 @@ from qvit.data.datasets import Images
 from qvit.data.loader import make_loader, make_transform, readable
 from qvit.errors import ConfigError
 from qvit.files import printable
-from qvit.models.card import ModelCard, check_class_name
 from qvit.models.float_models import load_float
+from qvit.models.spec import ModelSpec, check_class_name
 from qvit.train.options import Options
 
 BATCH = 32
 """Pictures of a batch."""
 
 
-def float_model(source: str, name: str | None, console: Console) -> tuple[Any, ModelCard]:
-    """Return the float model that is to be quantized, and its card.
+def float_model(source: str, name: str | None, console: Console) -> tuple[Any, ModelSpec]:
+    """Return the float model that is to be quantized, and its spec.
 
     Args:
         source: what :func:`qvit.models.float_models.load_float` takes.
@@ -38,25 +38,25 @@ def float_model(source: str, name: str | None, console: Console) -> tuple[Any, M
     """
     if name is not None and not Path(source).is_file():
         raise ConfigError(f"--model names the model of a file of weights, which {source} is not: leave it out.")
-    model, card = load_float(
+    model, spec = load_float(
         source,
         None,
         lambda sentence: console.print(printable(sentence), soft_wrap=True),
         model_name=name,
     )
-    for label in card.classes:
+    for label in spec.classes:
         check_class_name(label)
-    return model, card
+    return model, spec
 
 
-def decoded(images: Images, card: ModelCard, options: Options, bar: Bar, title: str) -> list[Tensor]:
+def decoded(images: Images, spec: ModelSpec, options: Options, bar: Bar, title: str) -> list[Tensor]:
     """Return all pictures, prepared for the model, in batches of :data:`BATCH`.
 
     Raises:
         CorruptImageError: naming the first one that cannot be read, unless ``options`` say to go on without them.
     """
     loader = make_loader(
-        images, make_transform(card.preprocessing), BATCH, shuffle=False, workers=options.workers, seed=options.seed
+        images, make_transform(spec.preprocessing), BATCH, shuffle=False, workers=options.workers, seed=options.seed
     )
     batches, unreadable = [], []
     with step(bar, title, len(loader)) as task:

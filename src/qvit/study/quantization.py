@@ -21,8 +21,8 @@ from qvit.data.pictures import open_pictures
 from qvit.errors import CheckpointError, NonFiniteLossError, OutputError
 from qvit.exporting.packed import export, origin_of
 from qvit.files import printable, write_text
-from qvit.models.card import ModelCard
 from qvit.models.checkpoint import check_weights, read_checkpoint, save_checkpoint, weights_checksum
+from qvit.models.spec import ModelSpec
 from qvit.quantization.calibrate import calibrate
 from qvit.quantization.convert import quantize
 from qvit.quantization.reconstruct import Progress, Reconstruction, Settings
@@ -97,20 +97,20 @@ def run_quantization(request: Request, options: Options, console: Console) -> Re
 
 
 def _quantized(request: Request, options: Options, console: Console, targets: Targets, began: float) -> Result:
-    teacher, card = float_model(request.source, request.model, console)
+    teacher, spec = float_model(request.source, request.model, console)
     device = make_accelerator(options).device
     student = quantize(teacher, request.config)
-    card = dataclasses.replace(card, quant_config=request.config.to_dict(), metrics={}, recipe={})
-    card.method = _METHODS["calibrated"]
+    spec = dataclasses.replace(spec, quant_config=request.config.to_dict(), metrics={}, recipe={})
+    spec.method = _METHODS["calibrated"]
     chosen = open_pictures(
-        request.images, card.mode, count=request.pictures, held_out=request.held_out, seed=options.seed
+        request.images, spec.mode, count=request.pictures, held_out=request.held_out, seed=options.seed
     )
     if chosen.remark:
         console.print(printable(chosen.remark), soft_wrap=True)
     told: dict[str, Any] = {"kept": "calibrated"}
     with progress_bar(console) as bar:
         used, held_out = (
-            decoded(images, card, options, bar, title)
+            decoded(images, spec, options, bar, title)
             for images, title in ((chosen.used, "pictures"), (chosen.held_out, "pictures held out"))
         )
         apart = bool(used and held_out) and chosen.held_out.sources != chosen.used.sources
@@ -126,9 +126,9 @@ def _quantized(request: Request, options: Options, console: Console, targets: Ta
             measured = {"calibrated": agreement(student, teacher, held_out)}
         if request.method == "reconstruct":
             before = {name: value.cpu().clone() for name, value in student.state_dict().items()}
-            identity = _identity(teacher, card, used, held_out)
+            identity = _identity(teacher, spec, used, held_out)
             try:
-                reached = _reconstruct(student, teacher, used, identity, request, options, card, targets.partial, bar)
+                reached = _reconstruct(student, teacher, used, identity, request, options, spec, targets.partial, bar)
                 told |= {"steps": reached.step, "reconstruction_seconds": reached.seconds, "loss": reached.loss}
                 told["on_time"] = reached.on_time
                 with step(bar, "agreement"):
@@ -141,14 +141,14 @@ def _quantized(request: Request, options: Options, console: Console, targets: Ta
                 student.load_state_dict(before)
     student = student.cpu().eval()
     kept = measured[told["kept"]]
-    card.method, card.metrics = _METHODS[told["kept"]], _metrics(kept)
+    spec.method, spec.metrics = _METHODS[told["kept"]], _metrics(kept)
     targets.check()  # something may have come there meanwhile
-    save_checkpoint(targets.checkpoint, card, student)
-    export(student, targets.packed, preprocessing=card.preprocessing, classes=card.classes, origin=origin_of(card))
+    save_checkpoint(targets.checkpoint, spec, student)
+    export(student, targets.packed, preprocessing=spec.preprocessing, classes=spec.classes, origin=origin_of(spec))
     targets.partial.unlink(missing_ok=True)
     return Result(
         source=request.source,
-        model=card.name,
+        model=spec.name,
         bits=[request.config.weight_bits, request.config.activation_bits],
         overrides=request.config.to_dict()["overrides"],
         method=request.method,
@@ -205,7 +205,7 @@ def _reconstruct(
     identity: dict[str, str],
     request: Request,
     options: Options,
-    card: ModelCard,
+    spec: ModelSpec,
     partial: Path,
     bar: Bar,
 ) -> Progress:
@@ -220,13 +220,13 @@ def _reconstruct(
     run = Reconstruction(student, teacher, used, settings)
     command = {**identity, **dataclasses.asdict(settings)}
     if options.resume:
-        _restore(run, card, command, partial)
+        _restore(run, spec, command, partial)
     saved = time.monotonic()
 
     def save() -> None:
         nonlocal saved
         saved = time.monotonic()
-        save_checkpoint(partial, card, student, {"settings": command, "reconstruction": run.state_dict()})
+        save_checkpoint(partial, spec, student, {"settings": command, "reconstruction": run.state_dict()})
 
     with Interrupts() as interrupts, step(bar, "reconstruction", 1.0) as task:
 
@@ -252,10 +252,10 @@ def _reconstruct(
 
 
 def _identity(
-    teacher: nn.Module, card: ModelCard, used: Sequence[Tensor], held_out: Sequence[Tensor]
+    teacher: nn.Module, spec: ModelSpec, used: Sequence[Tensor], held_out: Sequence[Tensor]
 ) -> dict[str, str]:
     """Return checksums of what a reconstruction learns from and is measured on."""
-    described = json.dumps([card.classes, card.preprocessing], sort_keys=True)
+    described = json.dumps([spec.classes, spec.preprocessing], sort_keys=True)
     identity = {
         "teacher": weights_checksum(teacher),
         "classes and preprocessing": hashlib.sha256(described.encode()).hexdigest(),
@@ -268,7 +268,7 @@ def _identity(
     return identity
 
 
-def _restore(run: Reconstruction, card: ModelCard, command: dict[str, Any], path: Path) -> None:
+def _restore(run: Reconstruction, spec: ModelSpec, command: dict[str, Any], path: Path) -> None:
     """Put a reconstruction where it was saved.
 
     Raises:
@@ -276,7 +276,7 @@ def _restore(run: Reconstruction, card: ModelCard, command: dict[str, Any], path
     """
     its, weights, training = read_checkpoint(path)
     saved = (training or {}).get("settings")
-    if (its.name, its.model_args, its.quant_config) != (card.name, card.model_args, card.quant_config):
+    if (its.name, its.model_args, its.quant_config) != (spec.name, spec.model_args, spec.quant_config):
         raise CheckpointError(
             f"{path} is of another model or of other bits: give the same arguments, or another --out."
         )

@@ -178,22 +178,22 @@ def start_as_authors(student: nn.Module, images: Sequence[Tensor]) -> None:
 
 
 RIVALS: dict[str, Method] = {
-    "statsq": Method("StatsQ weights", rectify=False, guided=False, adapt=with_statistics),
-    "token-scales": Method("scale per token", rectify=False, guided=False, adapt=with_tokens),
+    "statsq": Method("StatsQ weights", rectified=False, guided=False, adapt=with_statistics),
+    "token-scales": Method("scale per token", rectified=False, guided=False, adapt=with_tokens),
     "channel-scales": Method(
-        "scale per channel", rectify=False, guided=False, adapt=with_channels, start=start_channels
+        "scale per channel", rectified=False, guided=False, adapt=with_channels, start=start_channels
     ),
-    "ofq": Method("OFQ's quantizers", rectify=False, guided=False, adapt=as_ofq),
-    "ofq-annealed": Method("OFQ's, annealed", rectify=False, guided=False, adapt=as_ofq, loss=AnnealedLoss),
-    "authors": Method("authors' baseline", rectify=False, guided=False, adapt=with_channels, start=start_as_authors),
+    "ofq": Method("OFQ's quantizers", rectified=False, guided=False, adapt=as_ofq),
+    "ofq-annealed": Method("OFQ's, annealed", rectified=False, guided=False, adapt=as_ofq, loss=AnnealedLoss),
+    "authors": Method("authors' baseline", rectified=False, guided=False, adapt=with_channels, start=start_as_authors),
     "authors-rectify": Method(
-        "authors' + IRM", rectify=True, guided=False, adapt=with_channels, start=start_as_authors, against="authors"
+        "authors' + IRM", rectified=True, guided=False, adapt=with_channels, start=start_as_authors, against="authors"
     ),
     "authors-distill": Method(
-        "authors' + DGD", rectify=False, guided=True, adapt=with_channels, start=start_as_authors, against="authors"
+        "authors' + DGD", rectified=False, guided=True, adapt=with_channels, start=start_as_authors, against="authors"
     ),
     "authors-q-vit": Method(
-        "authors' Q-ViT", rectify=True, guided=True, adapt=with_channels, start=start_as_authors, against="authors"
+        "authors' Q-ViT", rectified=True, guided=True, adapt=with_channels, start=start_as_authors, against="authors"
     ),
 }  # fmt: skip
 """Methods of the ablation beside :data:`qvit.train.methods.METHODS`. IRM is the authors' here: per token, from unit."""

@@ -13,8 +13,8 @@ from torch.utils.data import Dataset
 from qvit.data.pictures import open_pictures
 from qvit.data.sources import ImageSets, check_classes, open_data
 from qvit.errors import ConfigError
-from qvit.models.card import ModelCard
 from qvit.models.checkpoint import load_checkpoint
+from qvit.models.spec import ModelSpec
 from qvit.train.methods import FloatModel
 
 CALIBRATION_IMAGES = 512
@@ -25,7 +25,7 @@ class Subject(NamedTuple):
 
     name: str
     model: nn.Module
-    card: ModelCard
+    spec: ModelSpec
 
 
 class Material(NamedTuple):
@@ -55,17 +55,17 @@ def open_subjects(paths: Sequence[Path]) -> list[Subject]:
     depth = next((n for n in range(1, 99) if len({path.parts[-n:] for path in absolute}) == len(absolute)), 1)
     subjects: list[Subject] = []
     for path, whole in zip(paths, absolute, strict=True):
-        model, card = load_checkpoint(path)
+        model, spec = load_checkpoint(path)
         if whole in absolute[: len(subjects)]:
             raise ConfigError(f"{path} is given twice.")
         for what in ("name", "model_args", "classes", "preprocessing"):
-            one, other = (getattr(each, what) for each in (subjects[0].card if subjects else card, card))
+            one, other = (getattr(each, what) for each in (subjects[0].spec if subjects else spec, spec))
             if one != other:
                 raise ConfigError(
                     f"{path} and {paths[0]} differ in their {what.replace('_', ' ')}: analyze models of one "
                     "architecture together, on images that are prepared in one way."
                 )
-        subjects.append(Subject(str(Path(*whole.parts[-depth:])), model, card))
+        subjects.append(Subject(str(Path(*whole.parts[-depth:])), model, spec))
     return subjects
 
 
@@ -75,21 +75,21 @@ def teacher_for(subjects: Sequence[Subject], teacher: FloatModel, source: str) -
     Raises:
         ConfigError: if it is of another architecture.
     """
-    card = subjects[0].card
-    if (teacher.card.name, teacher.card.model_args) != (card.name, card.model_args):
+    spec = subjects[0].spec
+    if (teacher.spec.name, teacher.spec.model_args) != (spec.name, spec.model_args):
         raise ConfigError(
-            f"{source} holds a {teacher.card.name} with {teacher.card.model_args}, the checkpoints a {card.name} with "
-            f"{card.model_args}: what is compared is of one architecture."
+            f"{source} holds a {teacher.spec.name} with {teacher.spec.model_args}, the checkpoints a {spec.name} with "
+            f"{spec.model_args}: what is compared is of one architecture."
         )
     return Subject(f"teacher ({Path(source).name})", *teacher)
 
 
-def labelled_images(source: str, card: ModelCard, *, root: str | None, splits: str) -> Material:
+def labelled_images(source: str, spec: ModelSpec, *, root: str | None, splits: str) -> Material:
     """Return a data set whose classes are a model's: its validation images are looked at.
 
     Args:
         source: as of :func:`open_data`, like ``root`` and ``splits``.
-        card: of the model.
+        spec: of the model.
         root: folder of a timm data set.
         splits: names of the splits.
 
@@ -97,18 +97,18 @@ def labelled_images(source: str, card: ModelCard, *, root: str | None, splits: s
         ConfigError: if the model has no classes.
         DataError: as :func:`open_data`, or if the classes are others.
     """
-    if not card.classes:
+    if not spec.classes:
         raise ConfigError("A feature extractor has no classes, for which --data has labels: give --images FOLDER.")
-    sets = open_data(source, mode=card.mode, root=root, splits=splits)
-    check_classes(f"the data set {source}", sets.classes, "the checkpoint", card.classes)
-    return Material(sets.val, sets.train, card.classes, sets)
+    sets = open_data(source, mode=spec.mode, root=root, splits=splits)
+    check_classes(f"the data set {source}", sets.classes, "the checkpoint", spec.classes)
+    return Material(sets.val, sets.train, spec.classes, sets)
 
 
-def pictures_of(folder: str, card: ModelCard, seed: int) -> tuple[Material, str]:
+def pictures_of(folder: str, spec: ModelSpec, seed: int) -> tuple[Material, str]:
     """Return the pictures of a folder, a fifth of which is looked at, and a remark about what was left out of it.
 
     Raises:
         DataError: as :func:`open_pictures`.
     """
-    chosen = open_pictures(Path(folder), card.mode, count=CALIBRATION_IMAGES, held_out=10**9, seed=seed)
+    chosen = open_pictures(Path(folder), spec.mode, count=CALIBRATION_IMAGES, held_out=10**9, seed=seed)
     return Material(chosen.held_out, chosen.used), chosen.remark

@@ -26,7 +26,7 @@ from qvit.data.order import TrainOrder
 from qvit.data.resident import ResidentLoader
 from qvit.errors import NonFiniteLossError, TrainingStopped
 from qvit.files import write_text
-from qvit.models.card import ModelCard
+from qvit.models.spec import ModelSpec
 from qvit.train.display import epoch_line, progress_bar, step_line, tensorboard
 from qvit.train.distributed import gradient_norm, scale_gradients, shard, spread, sum_over_processes
 from qvit.train.evaluate import evaluate
@@ -73,7 +73,7 @@ def fit(
     train: Batches,
     val: Batches,
     schedule: Schedule,
-    card: ModelCard,
+    spec: ModelSpec,
     options: Options,
     console: Console,
 ) -> tuple[VisionTransformer, list[dict[str, float]]]:
@@ -88,7 +88,7 @@ def fit(
         train: this process's share of the training batches, from :func:`qvit.train.methods.training_batches`.
         val: this process's share of the validation batches, evaluated after each epoch.
         schedule: budget and optimizer.
-        card: what goes into the checkpoints.
+        spec: what goes into the checkpoints.
         options: folder, seed, precision, ....
         console: where progress is shown.
 
@@ -106,8 +106,8 @@ def fit(
     console = console if is_main else Console(quiet=True)
     order, teacher = train.batch_sampler, getattr(loss_fn, "teacher", None)
     assert isinstance(order, TrainOrder)
-    settings = settings_of(schedule, card, options, order, teacher, resident=isinstance(train, ResidentLoader))
-    saved = read_last(options.out, card, settings, console) if options.resume else None
+    settings = settings_of(schedule, spec, options, order, teacher, resident=isinstance(train, ResidentLoader))
+    saved = read_last(options.out, spec, settings, console) if options.resume else None
     if saved is not None:
         model.load_state_dict(saved.training["trained"] or saved.weights)
     model.to(device)
@@ -140,12 +140,12 @@ def fit(
         warmup_prefix=False,
         t_in_epochs=False,
     )
-    oscillation = Oscillation(model, schedule.freeze_oscillating) if card.quant_config is not None else None
-    run = Run(options.out, card, student, optimizer, order, settings, accelerator, oscillation, ema)
+    oscillation = Oscillation(model, schedule.freeze_oscillating) if spec.quant_config is not None else None
+    run = Run(options.out, spec, student, optimizer, order, settings, accelerator, oscillation, ema)
     set_seed(options.seed * 100_003 + accelerator.process_index)
     if saved is not None:
         run.restore(saved)
-        card.metrics = _metrics(run.progress.history[-1]) if run.progress.history else {}
+        spec.metrics = _metrics(run.progress.history[-1]) if run.progress.history else {}
         scheduler.step_update(run.progress.epoch * steps + run.progress.step)
         console.print(f"Going on from {saved.path.name}: {run.progress}.", highlight=False)
     progress, history = run.progress, run.progress.history
@@ -231,7 +231,7 @@ def fit(
                 "seconds": progress.seconds + accuracy.seconds,
             }
             best = accuracy.top1 > max((record["val_top1"] for record in history), default=-math.inf)
-            card.metrics = _metrics(record)
+            spec.metrics = _metrics(record)
             progress.next_epoch(record)
             run.save(best=best)
             if board is not None:

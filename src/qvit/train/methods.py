@@ -17,14 +17,14 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from qvit.config import QuantConfig, Rectify
+from qvit.config import QuantConfig, RectifierKind
 from qvit.data.loader import Batches, make_loader, make_transform, readable
 from qvit.data.order import ALONE, EvaluationOrder, Share, TrainOrder
 from qvit.data.resident import ResidentImages, ResidentLoader
 from qvit.data.sources import ImageSets, open_data
 from qvit.errors import ConfigError, TeacherMismatchError
-from qvit.models.card import ModelCard, check_class_name, create_model, describe
 from qvit.models.checkpoint import save_checkpoint
+from qvit.models.spec import ModelSpec, check_class_name, create_model, describe
 from qvit.nn.quantizer import Quantizer
 from qvit.quantization.calibrate import calibrate
 from qvit.quantization.convert import quantize
@@ -43,7 +43,7 @@ class Method(NamedTuple):
 
     Attributes:
         title: its name for people.
-        rectify: whether queries and keys are rectified (IRM).
+        rectified: whether queries and keys are rectified (IRM).
         guided: whether the loss is guided by the teacher's queries and keys (DGD).
         trained: whether labels and epochs follow.
         reconstructed: whether it learns from the float model's outputs alone, in place of training.
@@ -54,7 +54,7 @@ class Method(NamedTuple):
     """
 
     title: str
-    rectify: bool
+    rectified: bool
     guided: bool
     trained: bool = True
     reconstructed: bool = False
@@ -65,12 +65,12 @@ class Method(NamedTuple):
 
 
 METHODS: dict[str, Method] = {
-    "ptq": Method("post-training", rectify=False, guided=False, trained=False),
-    "reconstruct": Method("reconstructed", rectify=False, guided=False, trained=False, reconstructed=True),
-    "baseline": Method("QAT baseline", rectify=False, guided=False),
-    "rectify": Method("+ IRM", rectify=True, guided=False),
-    "distill": Method("+ DGD", rectify=False, guided=True),
-    "q-vit": Method("Q-ViT (both)", rectify=True, guided=True),
+    "ptq": Method("post-training", rectified=False, guided=False, trained=False),
+    "reconstruct": Method("reconstructed", rectified=False, guided=False, trained=False, reconstructed=True),
+    "baseline": Method("QAT baseline", rectified=False, guided=False),
+    "rectify": Method("+ IRM", rectified=True, guided=False),
+    "distill": Method("+ DGD", rectified=False, guided=True),
+    "q-vit": Method("Q-ViT (both)", rectified=True, guided=True),
 }
 
 
@@ -82,7 +82,7 @@ class FloatModel(NamedTuple):
     """A full-precision model and what it is; where a student starts from one, it may also be quantized."""
 
     model: VisionTransformer
-    card: ModelCard
+    spec: ModelSpec
 
 
 @dataclasses.dataclass
@@ -91,21 +91,21 @@ class Result:
 
     Args:
         model: the trained model, with its last weights, or their average if the recipe has an ``ema_decay``.
-        card: what it is.
+        spec: what it is.
         accuracy: on the validation images, of these weights.
         history: one record an epoch; empty for post-training quantization.
     """
 
     model: VisionTransformer
-    card: ModelCard
+    spec: ModelSpec
     accuracy: Accuracy
     history: list[dict[str, float]]
 
 
 def open_images(
     model: str, recipe: Recipe, data: str, *, root: str | None = None, splits: str = "train,validation"
-) -> tuple[ImageSets, ModelCard]:
-    """Open a data set for a model to be made, and return it with the model's card.
+) -> tuple[ImageSets, ModelSpec]:
+    """Open a data set for a model to be made, and return it with the model's spec.
 
     Args:
         model: timm's name.
@@ -121,21 +121,21 @@ def open_images(
     # The model first: a wrong name should not wait for a data set to be listed.
     mode = describe(model, recipe.model_args, ["a", "b"], recipe.preprocessing).mode
     sets = open_data(data, mode=mode, root=root, splits=splits)
-    card = describe(model, recipe.model_args, sets.classes, recipe.preprocessing)
+    spec = describe(model, recipe.model_args, sets.classes, recipe.preprocessing)
     for name in sets.classes:  # what no packed file could hold should not be trained for days
         check_class_name(name)
-    return sets, card
+    return sets, spec
 
 
 def train_full_precision(
-    card: ModelCard, data: ImageSets, recipe: Recipe, options: Options, console: Console
+    spec: ModelSpec, data: ImageSets, recipe: Recipe, options: Options, console: Console
 ) -> Result:
     """Train a float model from scratch with the recipe's ``full_precision`` schedule."""
     set_seed(options.seed)
-    model = create_model(card)
+    model = create_model(spec)
     schedule = recipe.schedule("full_precision")
-    card = dataclasses.replace(card, recipe=recipe.to_dict())
-    return _fit(model, LabelLoss(schedule.label_smoothing), data, schedule, recipe, card, options, console)
+    spec = dataclasses.replace(spec, recipe=recipe.to_dict())
+    return _fit(model, LabelLoss(schedule.label_smoothing), data, schedule, recipe, spec, options, console)
 
 
 def train_quantized(
@@ -143,7 +143,7 @@ def train_quantized(
     teacher: FloatModel | None,
     method: str,
     bits: tuple[int, int],
-    rectify: Rectify,
+    rectifier: RectifierKind,
     data: ImageSets,
     recipe: Recipe,
     options: Options,
@@ -159,7 +159,7 @@ def train_quantized(
         teacher: what the student is distilled from; ``None`` to train against the labels alone.
         method: a key of ``methods``.
         bits: of weights and of activations.
-        rectify: which reading of IRM, for the methods that have it.
+        rectifier: which reading of IRM, for the methods that have it.
         data: training and validation images.
         recipe: see :class:`Recipe`.
         options: see :class:`Options`.
@@ -174,40 +174,40 @@ def train_quantized(
     chosen = methods[method]
     schedule, device = recipe.schedule("quantized"), make_accelerator(options).device
     reconstruct_first = schedule.reconstruct_first and chosen.trained
-    if reconstruct_first and teacher is None and start.card.quant_config is not None:
+    if reconstruct_first and teacher is None and start.spec.quant_config is not None:
         raise ConfigError(
             "The recipe's reconstruct_first learns from a float model: give --teacher, or set it to false."
         )
     set_seed(options.seed)
-    student, config = make_student(start, teacher, method, bits, rectify, overrides, methods)
+    student, config = make_student(start, teacher, method, bits, rectifier, overrides, methods)
     student = student.to(device)
-    card = dataclasses.replace(
-        start.card, quant_config=config.to_dict(), method=method, metrics={}, recipe=recipe.to_dict()
+    spec = dataclasses.replace(
+        start.spec, quant_config=config.to_dict(), method=method, metrics={}, recipe=recipe.to_dict()
     )
     if isinstance(student, VisionTransformerDistilled):
         student.set_distilled_training(teacher is not None)
     if chosen.start is not None:
-        chosen.start(student, training_images(data, card, schedule.calibration_images, options))
+        chosen.start(student, training_images(data, spec, schedule.calibration_images, options))
     elif not all(module.calibrated for module in student.modules() if isinstance(module, Quantizer)):
-        keep = chosen.rectify and (start.card.quant_config or {}).get("rectify") == rectify
+        keep = chosen.rectified and (start.spec.quant_config or {}).get("rectifier") == rectifier
         calibrate(
             student,
-            training_images(data, card, schedule.calibration_images, options),
+            training_images(data, spec, schedule.calibration_images, options),
             rectify_start="keep" if keep else schedule.rectify_start,
             weight_start=schedule.weight_start,
         )
     goes_on = options.resume and can_go_on(options.out)
     if chosen.reconstructed or (reconstruct_first and not goes_on):
         _reconstruct(
-            student, copy.deepcopy((teacher or start).model).to(device), data, card, schedule, options, console
+            student, copy.deepcopy((teacher or start).model).to(device), data, spec, schedule, options, console
         )
     if not chosen.trained:
-        val = _validation(data, card, schedule, options)
+        val = _validation(data, spec, schedule, options)
         accuracy = evaluate(student, val, device, skip_corrupt=options.skip_corrupt)
-        card.metrics = _metrics(accuracy)
+        spec.metrics = _metrics(accuracy)
         if make_accelerator(options).is_main_process:
-            save_checkpoint(options.out / "best.pt", card, student)
-        return Result(student.eval(), card, accuracy, [])
+            save_checkpoint(options.out / "best.pt", spec, student)
+        return Result(student.eval(), spec, accuracy, [])
     loss: Loss = LabelLoss()
     if teacher is not None:
         guide = copy.deepcopy(teacher.model)
@@ -219,7 +219,7 @@ def train_quantized(
             guided_decay=schedule.guided_decay,
             guided_layers=schedule.guided_layers,
         )
-    return _fit(student, loss, data, schedule, recipe, card, options, console)
+    return _fit(student, loss, data, schedule, recipe, spec, options, console)
 
 
 def make_student(
@@ -227,7 +227,7 @@ def make_student(
     teacher: FloatModel | None,
     method: str,
     bits: tuple[int, int],
-    rectify: Rectify,
+    rectifier: RectifierKind,
     overrides: Overrides | None = None,
     methods: Mapping[str, Method] = METHODS,
 ) -> tuple[VisionTransformer, QuantConfig]:
@@ -239,17 +239,17 @@ def make_student(
         UnsupportedModelError: for a model that cannot be quantized.
     """
     chosen = methods[method]
-    if chosen.reconstructed and teacher is None and start.card.quant_config is not None:
+    if chosen.reconstructed and teacher is None and start.spec.quant_config is not None:
         raise ConfigError("Method reconstruct learns from a float model: give --teacher.")
     if chosen.guided and teacher is None:
         raise ConfigError(f"Method {method} is guided by a teacher: give --teacher, or use baseline or rectify.")
-    if teacher is not None and len(teacher.card.classes) != len(start.card.classes):
+    if teacher is not None and len(teacher.spec.classes) != len(start.spec.classes):
         raise TeacherMismatchError(
-            f"The teacher has {len(teacher.card.classes)} classes, the student {len(start.card.classes)}."
+            f"The teacher has {len(teacher.spec.classes)} classes, the student {len(start.spec.classes)}."
         )
     if chosen.guided and teacher is not None:
         check_guidance(teacher.model, start.model)
-    config = QuantConfig(*bits, rectify=rectify if chosen.rectify else None, overrides=dict(overrides or {}))
+    config = QuantConfig(*bits, rectifier=rectifier if chosen.rectified else None, overrides=dict(overrides or {}))
     student = _student(start, config)
     if chosen.adapt is not None:
         chosen.adapt(student)
@@ -260,7 +260,7 @@ def _reconstruct(
     student: nn.Module,
     teacher: nn.Module,
     data: ImageSets,
-    card: ModelCard,
+    spec: ModelSpec,
     schedule: Schedule,
     options: Options,
     console: Console,
@@ -270,7 +270,7 @@ def _reconstruct(
         reconstruct(
             student,
             teacher,
-            training_images(data, card, schedule.reconstruction_images, options),
+            training_images(data, spec, schedule.reconstruction_images, options),
             steps=schedule.reconstruction_steps,
             seed=options.seed,
             precision=options.precision,
@@ -281,31 +281,31 @@ def _reconstruct(
 
 def _student(start: FloatModel, config: QuantConfig) -> VisionTransformer:
     """Return the student with the weights of ``start``, and with its scales if it is quantized in the same way."""
-    if start.card.quant_config is None:
+    if start.spec.quant_config is None:
         return quantize(start.model, config)
-    student = quantize(create_model(dataclasses.replace(start.card, quant_config=None)), config)
+    student = quantize(create_model(dataclasses.replace(start.spec, quant_config=None)), config)
     # One that is quantized in the same way keeps its scales; as text, for the order of the overrides counts.
-    same = json.dumps(start.card.quant_config) == json.dumps(config.to_dict())
+    same = json.dumps(start.spec.quant_config) == json.dumps(config.to_dict())
     quantizers = tuple(f"{name}." for name, m in student.named_modules() if isinstance(m, Quantizer) and not same)
     carried = {name: value for name, value in start.model.state_dict().items() if not name.startswith(quantizers)}
     student.load_state_dict(carried, strict=False)  # which may lack scales, and have rectifiers that this one lacks
     return student
 
 
-def training_images(data: ImageSets, card: ModelCard, count: int, options: Options) -> list[torch.Tensor]:
+def training_images(data: ImageSets, spec: ModelSpec, count: int, options: Options) -> list[torch.Tensor]:
     """Return ``count`` training images in batches, prepared as for evaluation.
 
     Every process gets the same.
     """
     batch_size = min(count, 128)
-    loader = training_batches(data.train, card, batch_size, options)
+    loader = training_batches(data.train, spec, batch_size, options)
     batches = itertools.islice(readable(loader, skip_corrupt=options.skip_corrupt), -(-count // batch_size))
     return [batch.images for batch in batches if len(batch.labels)]
 
 
 def training_batches(
     images: Dataset[Any],
-    card: ModelCard,
+    spec: ModelSpec,
     batch_size: int,
     options: Options,
     augmentation: Mapping[str, Any] | None = None,
@@ -318,7 +318,7 @@ def training_batches(
 
     Args:
         images: of :class:`ImageSets`.
-        card: whose preprocessing is used.
+        spec: whose preprocessing is used.
         batch_size: images an optimizer step, over all processes.
         options: seed, workers and device.
         augmentation: of the recipe; ``None`` to prepare the images as for evaluation.
@@ -333,10 +333,10 @@ def training_batches(
     ordering: dict[str, Any] = {"repeats": repeats, "accumulate": accumulate, "share": share}
     if isinstance(images, ResidentImages):
         order = TrainOrder(len(images), batch_size, options.seed, **ordering)
-        return ResidentLoader(images, order, card.preprocessing, augmentation, device)
+        return ResidentLoader(images, order, spec.preprocessing, augmentation, device)
     return make_loader(
         images,
-        make_transform(card.preprocessing, augmentation),
+        make_transform(spec.preprocessing, augmentation),
         batch_size,
         shuffle=True,
         workers=options.workers,
@@ -352,13 +352,13 @@ def _fit(
     data: ImageSets,
     schedule: Schedule,
     recipe: Recipe,
-    card: ModelCard,
+    spec: ModelSpec,
     options: Options,
     console: Console,
 ) -> Result:
     train = training_batches(
         data.train,
-        card,
+        spec,
         schedule.batch_size,
         options,
         {**recipe.augmentation, **schedule.augmentation},
@@ -366,22 +366,22 @@ def _fit(
         accumulate=options.accumulate,
         share=share_of(make_accelerator(options)),
     )
-    val = _validation(data, card, schedule, options)
-    trained, history = fit(model, loss, train, val, schedule, card, options, console)
+    val = _validation(data, spec, schedule, options)
+    trained, history = fit(model, loss, train, val, schedule, spec, options, console)
     last = history[-1]
     accuracy = Accuracy(last["val_top1"], last["val_top5"], int(last["val_images"]), int(last["unreadable"]))
-    return Result(trained.eval(), card, accuracy, history)
+    return Result(trained.eval(), spec, accuracy, history)
 
 
-def _validation(data: ImageSets, card: ModelCard, schedule: Schedule, options: Options) -> Batches:
+def _validation(data: ImageSets, spec: ModelSpec, schedule: Schedule, options: Options) -> Batches:
     accelerator = make_accelerator(options)
     batch_size, share = -(-schedule.batch_size // accelerator.num_processes), share_of(accelerator)
     if isinstance(data.val, ResidentImages):
         order = EvaluationOrder(len(data.val), batch_size, share)
-        return ResidentLoader(data.val, order, card.preprocessing, None, accelerator.device)
+        return ResidentLoader(data.val, order, spec.preprocessing, None, accelerator.device)
     return make_loader(
         data.val,
-        make_transform(card.preprocessing),
+        make_transform(spec.preprocessing),
         batch_size,
         shuffle=False,
         workers=options.workers,

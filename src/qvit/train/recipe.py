@@ -22,7 +22,7 @@ from qvit.data.posterize import allow_no_bits
 from qvit.data.randomness import seeded
 from qvit.errors import ConfigError
 from qvit.files import first_line
-from qvit.nn.rectify import Start
+from qvit.nn.rectifier import Start
 from qvit.quantization.calibrate import WeightStart
 from qvit.quantization.distill import GUIDED_WEIGHT
 

@@ -32,8 +32,8 @@ from qvit.data.order import TrainOrder
 from qvit.data.randomness import random_state, set_random_state
 from qvit.errors import CheckpointError, ConfigError, NewerCheckpointError, NonFiniteLossError
 from qvit.files import printable
-from qvit.models.card import ModelCard
 from qvit.models.checkpoint import check_weights, read_checkpoint, save_checkpoint
+from qvit.models.spec import ModelSpec
 from qvit.train.distributed import whole_weights
 from qvit.train.oscillation import Oscillation
 from qvit.train.saved import broken, check_like, check_training, optimizer_state
@@ -112,7 +112,7 @@ class Run:
 
     Args:
         folder: of the checkpoints.
-        card: what the model is.
+        spec: what the model is.
         model: as it is trained, maybe in several processes.
         optimizer: its optimizer.
         order: of the training images.
@@ -124,7 +124,7 @@ class Run:
     """
 
     folder: Path
-    card: ModelCard
+    spec: ModelSpec
     model: nn.Module
     optimizer: torch.optim.Optimizer
     order: TrainOrder
@@ -172,8 +172,8 @@ class Run:
         }
         if self.accelerator.is_main_process:
             if best:
-                save_checkpoint(self.folder / "best.pt", self.card, weights)
-            save_checkpoint(self.folder / LAST, self.card, weights, training, previous=self.folder / PREVIOUS)
+                save_checkpoint(self.folder / "best.pt", self.spec, weights)
+            save_checkpoint(self.folder / LAST, self.spec, weights, training, previous=self.folder / PREVIOUS)
         self.saved_at = time.monotonic()
 
     def restore(self, saved: Saved) -> None:
@@ -206,7 +206,7 @@ def can_go_on(folder: Path) -> bool:
     return (folder / LAST).exists() or (folder / PREVIOUS).exists()
 
 
-def read_last(folder: Path, card: ModelCard, settings: Mapping[str, Any], console: Console) -> Saved:
+def read_last(folder: Path, spec: ModelSpec, settings: Mapping[str, Any], console: Console) -> Saved:
     """Return the newest checkpoint of a run that can be read: ``last.pt``, or the one before it, and say so.
 
     Raises:
@@ -225,7 +225,7 @@ def read_last(folder: Path, card: ModelCard, settings: Mapping[str, Any], consol
         said = Text(printable(f"{error} Falling back to {path.name}, the one before it."))
         console.print(said, soft_wrap=True)
     same = ("name", "quant_config", "model_args", "classes")
-    if training is None or any(getattr(its, field) != getattr(card, field) for field in same):
+    if training is None or any(getattr(its, field) != getattr(spec, field) for field in same):
         raise CheckpointError(f"{path} is of another model or another run: give the same arguments, or another --out.")
     check_training(training, path)
     other = differences(training["order"], settings)
@@ -250,7 +250,7 @@ def tidy(folder: Path, saved: Saved) -> None:
 
 def non_finite_message(run: Run, where: str) -> str:
     """Return the sentence that tells at what step, where, and what checkpoint is kept."""
-    quantized = run.card.quant_config is not None
+    quantized = run.spec.quant_config is not None
     start = ", maybe from that checkpoint (--start)" if quantized and can_go_on(run.folder) else ""
     return (
         f"The loss became NaN or infinite in {_now(run)}, first in {where}; {_kept(run.folder)}. Start anew with a "

@@ -10,7 +10,7 @@ from torch import Tensor, strided
 from qvit.errors import CheckpointError, ConfigError
 from qvit.files import shown
 from qvit.format.fields import is_whole
-from qvit.models.card import check_plain
+from qvit.models.spec import check_plain
 from qvit.nn.state import is_finite, why_not_like
 
 PARTS = ("trained", "optimizer", "oscillation", "random", "order", "progress")

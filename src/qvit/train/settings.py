@@ -11,8 +11,8 @@ from torch import nn
 
 from qvit.data.order import TrainOrder
 from qvit.files import printable
-from qvit.models.card import ModelCard
 from qvit.models.checkpoint import weights_checksum
+from qvit.models.spec import ModelSpec
 from qvit.train.recipe import RECONSTRUCTION, Schedule
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ _SHOWN, _LONGEST = 3, 60
 
 def settings_of(
     schedule: Schedule,
-    card: ModelCard,
+    spec: ModelSpec,
     options: Options,
     order: TrainOrder,
     teacher: nn.Module | None,
@@ -36,27 +36,27 @@ def settings_of(
 
     Args:
         schedule: of the recipe.
-        card: of the model, with method, recipe and preprocessing.
+        spec: of the model, with method, recipe and preprocessing.
         options: of the run.
         order: of the training images.
         teacher: what the model is distilled from.
         resident: whether images are decoded once and augmented on the device.
     """
-    quantized = card.quant_config is not None
+    quantized = spec.quant_config is not None
     unused = () if schedule.reconstruct_first else RECONSTRUCTION
     entries = {name: value for name, value in dataclasses.asdict(schedule).items() if name not in unused}
     settings: dict[str, Any] = {
         "quantized" if quantized else "full_precision": entries,
-        "augmentation": card.recipe["augmentation"],
-        "preprocessing": card.preprocessing,
-        "method": card.method,
+        "augmentation": spec.recipe["augmentation"],
+        "preprocessing": spec.preprocessing,
+        "method": spec.method,
         "teacher": None if teacher is None else f"{weights_checksum(teacher)[:16]}...",
         "seed": options.seed,
         "images": order.images,
         "precision": options.precision,
         "decode_once": resident,
     }
-    if card.quant_config is not None and card.quant_config["rectify"] == "head":
+    if spec.quant_config is not None and spec.quant_config["rectifier"] == "head":
         settings["accumulate"] = options.accumulate  # in training, this reading takes its statistics part by part
     return dict(json.loads(json.dumps(settings)))
 

@@ -154,7 +154,7 @@ def _across_processes(mean: Tensor, variance: Tensor, count: int) -> tuple[Tenso
 
 
 def make_rectifier(kind: str | None, heads: int, head_dim: int) -> nn.Module:
-    """Return the rectifier for ``QuantConfig.rectify``; ``None`` gives the identity (the plain baseline)."""
+    """Return the rectifier for ``QuantConfig.rectifier``; ``None`` gives the identity (the plain baseline)."""
     if kind is None:
         return nn.Identity()
     return {"head": HeadRectifier, "token": TokenRectifier}[kind](heads, head_dim)

@@ -1,6 +1,6 @@
-"""Cards: what a model is beside its weights, and the model that a card describes.
+"""Specs: what a model is beside its weights, and the model that a spec describes.
 
-A card may come from anyone's file: it is checked field by field, and a model is built without memory first.
+A spec may come from anyone's file: it is checked field by field, and a model is built without memory first.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ MAX_WEIGHTS = 4 * 10**9
 MAX_TOKENS = 2**16
 """Patches of the largest image that a model may be made for."""
 MAX_NESTING = 8
-"""Levels of the plain data in a card."""
+"""Levels of the plain data in a spec."""
 _Plain = (str, int, float, bool, type(None))
 _SETTING = (str, int, float, bool, tuple, type(None))
 _TRAINING = ("training", "weight_init_mode", "fix_init")
 
 
 @dataclasses.dataclass
-class ModelCard:
+class ModelSpec:
     """What a model is, beside its weights: enough to build it again and to feed it.
 
     Args:
@@ -68,108 +68,108 @@ class ModelCard:
         return "L" if self.preprocessing["input_size"][0] == 1 else "RGB"
 
     @classmethod
-    def read(cls, data: Any) -> ModelCard:
-        """Return the card whose fields are ``data``, all of which is checked.
+    def read(cls, data: Any) -> ModelSpec:
+        """Return the spec whose fields are ``data``, all of which is checked.
 
         Raises:
             ConfigError: naming the field that is absent, unknown or cannot be meant.
         """
         fields = {field.name: field for field in dataclasses.fields(cls)}
         if not isinstance(data, dict):
-            raise ConfigError(f"the card must have names and values, it is {shown(data)}.")
+            raise ConfigError(f"the spec must have names and values, it is {shown(data)}.")
         for name in data:
             if name not in fields:
-                raise ConfigError(f"the card has an unknown field {shown(name)}.")
+                raise ConfigError(f"the spec has an unknown field {shown(name)}.")
         for name, field in fields.items():
             if name in data:
-                check_plain(f"card.{name}", data[name])
+                check_plain(f"spec.{name}", data[name])
             elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-                raise ConfigError(f"card.{name} is absent.")
-        card = cls(**data)
+                raise ConfigError(f"spec.{name} is absent.")
+        spec = cls(**data)
         for name in ("name", "method"):
-            _check_type(name, getattr(card, name), str, "a name")
+            _check_type(name, getattr(spec, name), str, "a name")
         for name in ("model_args", "preprocessing", "metrics", "recipe"):
-            _check_type(name, getattr(card, name), dict, "names and values")
-        _check_type("classes", card.classes, list, "a list of names")
-        if not all(isinstance(name, str) for name in card.classes):
-            raise ConfigError(f"card.classes must be a list of names, not {shown(card.classes)}.")
-        if not all(isinstance(name, str) and is_number(value) for name, value in card.metrics.items()):
-            raise ConfigError(f"card.metrics must be numbers by name, not {shown(card.metrics)}.")
-        _check_images(card.preprocessing)
-        check_arguments(card.model_args)
-        if card.quant_config is not None:
-            _check_type("quant_config", card.quant_config, dict, "names and values")
-            QuantConfig.from_dict(card.quant_config)
-        return card
+            _check_type(name, getattr(spec, name), dict, "names and values")
+        _check_type("classes", spec.classes, list, "a list of names")
+        if not all(isinstance(name, str) for name in spec.classes):
+            raise ConfigError(f"spec.classes must be a list of names, not {shown(spec.classes)}.")
+        if not all(isinstance(name, str) and is_number(value) for name, value in spec.metrics.items()):
+            raise ConfigError(f"spec.metrics must be numbers by name, not {shown(spec.metrics)}.")
+        _check_images(spec.preprocessing)
+        check_arguments(spec.model_args)
+        if spec.quant_config is not None:
+            _check_type("quant_config", spec.quant_config, dict, "names and values")
+            QuantConfig.from_dict(spec.quant_config)
+        return spec
 
 
-def create_model(card: ModelCard) -> VisionTransformer:
-    """Return the float model of a card with fresh weights.
+def create_model(spec: ModelSpec) -> VisionTransformer:
+    """Return the float model of a spec with fresh weights.
 
     Raises:
         ConfigError: for a name or arguments that timm does not know or that qvit does not take, for a model too large
             to be meant, or one that is no vision transformer.
     """
-    shape_of(card)
-    return _build(card)
+    shape_of(spec)
+    return _build(spec)
 
 
-def shape_of(card: ModelCard) -> VisionTransformer:
-    """Return the float model of a card on PyTorch's ``meta`` device: every shape, and no memory.
+def shape_of(spec: ModelSpec) -> VisionTransformer:
+    """Return the float model of a spec on PyTorch's ``meta`` device: every shape, and no memory.
 
     Raises:
         ConfigError: as :func:`create_model`.
     """
-    if not isinstance(card.name, str) or not timm.is_model(card.name):
-        near = difflib.get_close_matches(str(card.name)[:100], timm.list_models(["vit_*", "deit*", "swin*"]), 3)
+    if not isinstance(spec.name, str) or not timm.is_model(spec.name):
+        near = difflib.get_close_matches(str(spec.name)[:100], timm.list_models(["vit_*", "deit*", "swin*"]), 3)
         hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models('vit_*') lists them."
-        raise ConfigError(f"timm has no model called {shown(card.name)}: {hint}")
-    name, dot, tag = card.name.partition(".")
+        raise ConfigError(f"timm has no model called {shown(spec.name)}: {hint}")
+    name, dot, tag = spec.name.partition(".")
     if dot:
         raise ConfigError(
-            f"{card.name} names weights, by the tag {tag}, and not only a model: call the model {name}, and give "
-            f"--teacher {card.name} to start from these weights."
+            f"{spec.name} names weights, by the tag {tag}, and not only a model: call the model {name}, and give "
+            f"--teacher {spec.name} to start from these weights."
         )
-    check_arguments(card.model_args)
+    check_arguments(spec.model_args)
     with torch.device("meta"):
-        model = _build(card)
+        model = _build(spec)
     patches = model.patch_embed.num_patches
     if not 1 <= patches <= MAX_TOKENS:
         raise ConfigError(
-            f"{card.name} with {shown(card.model_args)} cuts images of {model.patch_embed.img_size} pixels into "
+            f"{spec.name} with {shown(spec.model_args)} cuts images of {model.patch_embed.img_size} pixels into "
             f"{patches} patches: it must be from 1 to {MAX_TOKENS}."
         )
     weights = sum(parameter.numel() for parameter in model.parameters())
     if weights > MAX_WEIGHTS:
         raise ConfigError(
-            f"{card.name} with {shown(card.model_args)} would have {weights} weights, the limit is {MAX_WEIGHTS}."
+            f"{spec.name} with {shown(spec.model_args)} would have {weights} weights, the limit is {MAX_WEIGHTS}."
         )
     return model
 
 
 def describe(
     name: str, model_args: Mapping[str, Any], classes: list[str], preprocessing: Mapping[str, Any]
-) -> ModelCard:
-    """Return the card of a new float model: timm's own preprocessing for it with ``preprocessing`` over it.
+) -> ModelSpec:
+    """Return the spec of a new float model: timm's own preprocessing for it with ``preprocessing`` over it.
 
     Raises:
         ConfigError: as :func:`create_model`.
     """
-    card = ModelCard(name, dict(model_args), classes, {})
-    model = shape_of(card)
+    spec = ModelSpec(name, dict(model_args), classes, {})
+    model = shape_of(spec)
     data = {**timm.data.resolve_model_data_config(model), **preprocessing}
-    card.preprocessing = {name: list(value) if isinstance(value, tuple) else value for name, value in data.items()}
+    spec.preprocessing = {name: list(value) if isinstance(value, tuple) else value for name, value in data.items()}
     channels, size = model.in_chans, model.patch_embed.img_size
-    card.preprocessing["input_size"] = [channels, *(size or card.preprocessing["input_size"][1:])]
+    spec.preprocessing["input_size"] = [channels, *(size or spec.preprocessing["input_size"][1:])]
     for statistic in ("mean", "std"):
-        values = card.preprocessing[statistic]
+        values = spec.preprocessing[statistic]
         if isinstance(values, list) and len(values) != channels:
             raise ConfigError(
                 f"{name} takes {channels} channels and preprocessing.{statistic} has {len(values)}: give one value per "
                 "channel."
             )
-    _check_images(card.preprocessing)
-    return card
+    _check_images(spec.preprocessing)
+    return spec
 
 
 def check_class_name(name: str) -> None:
@@ -184,8 +184,8 @@ def check_class_name(name: str) -> None:
         raise DataError(f"The class {name!r} has a name that is not UTF-8: rename it.") from None
 
 
-def same_architecture(one: ModelCard, other: ModelCard) -> bool:
-    """Return whether two cards are of the same computation, however their names and arguments say it.
+def same_architecture(one: ModelSpec, other: ModelSpec) -> bool:
+    """Return whether two specs are of the same computation, however their names and arguments say it.
 
     Raises:
         ConfigError: as :func:`create_model`.
@@ -204,23 +204,23 @@ def _computation(model: VisionTransformer) -> tuple[object, ...]:
     return shapes, layers
 
 
-def _build(card: ModelCard) -> VisionTransformer:
+def _build(spec: ModelSpec) -> VisionTransformer:
     try:
-        model: Any = timm.create_model(card.name, num_classes=len(card.classes), **card.model_args)
+        model: Any = timm.create_model(spec.name, num_classes=len(spec.classes), **spec.model_args)
     except (TypeError, ValueError, AssertionError, RuntimeError, KeyError) as error:
         raise ConfigError(
-            f"timm cannot build {card.name} with {shown(card.model_args)}: {first_line(error)}"
+            f"timm cannot build {spec.name} with {shown(spec.model_args)}: {first_line(error)}"
         ) from error
     try:
         family_of(model)
     except UnsupportedModelError as error:
-        raise ConfigError(f"{card.name} is no model for qvit. {error}") from error
+        raise ConfigError(f"{spec.name} is no model for qvit. {error}") from error
     return model
 
 
 def _check_type(name: str, value: Any, kind: type, meaning: str) -> None:
     if not isinstance(value, kind):
-        raise ConfigError(f"card.{name} must be {meaning}, not {shown(value)}.")
+        raise ConfigError(f"spec.{name} must be {meaning}, not {shown(value)}.")
 
 
 def _check_images(preprocessing: dict[str, Any]) -> None:

@@ -23,17 +23,17 @@ from timm.models import VisionTransformer
 
 from qvit.errors import CheckpointError, ConfigError, QvitError
 from qvit.models.arguments import ARGUMENTS, check_arguments
-from qvit.models.card import ModelCard, create_model, describe, same_architecture
 from qvit.models.checkpoint import load_checkpoint, save_checkpoint
 from qvit.models.families import FAMILIES
 from qvit.models.float_models import load_float
+from qvit.models.spec import ModelSpec, create_model, describe, same_architecture
 from qvit.train.recipe import load_recipe
 
 VIT = "vit_tiny_patch16_224"
 ARGS = {"img_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 2}
 
 
-def card() -> ModelCard:
+def spec() -> ModelSpec:
     return describe(VIT, ARGS, ["a", "b"], {})
 
 
@@ -114,7 +114,7 @@ def test_model_that_cannot_be_meant_is_refused_before_it_takes_memory(
     monkeypatch.setattr(VisionTransformer, "__init__", without_memory)
     arguments = {**ARGS, name: value}
     with pytest.raises(ConfigError, match=r"^(vit_tiny|The model|timm)") as caught:
-        create_model(dataclasses.replace(card(), model_args=arguments))
+        create_model(dataclasses.replace(spec(), model_args=arguments))
     assert len(str(caught.value)) < 400
 
 
@@ -178,12 +178,12 @@ def test_name_with_a_tag_says_where_the_weights_are_given() -> None:
 
 @pytest.mark.parametrize(("name", "value"), [*DANGEROUS.items(), ("depth", 10**5), ("patch_size", 0), ("num_heads", 0)])
 def test_checkpoint_is_refused(tmp_path: Path, name: str, value: Any) -> None:
-    evil = dataclasses.replace(card(), model_args={**ARGS, name: value})
-    save_checkpoint(tmp_path / "evil.pt", evil, create_model(card()))
+    evil = dataclasses.replace(spec(), model_args={**ARGS, name: value})
+    save_checkpoint(tmp_path / "evil.pt", evil, create_model(spec()))
     with pytest.raises(CheckpointError, match=r"evil\.pt was edited or damaged: "):
         load_checkpoint(tmp_path / "evil.pt")
     with pytest.raises(CheckpointError, match=r"evil\.pt was edited or damaged: "):
-        load_float(tmp_path / "evil.pt", card(), print)
+        load_float(tmp_path / "evil.pt", spec(), print)
 
 
 @pytest.mark.parametrize(("name", "value"), [("checkpoint_path", "/etc/passwd"), ("depth", 10**5), ("num_heads", 0)])
@@ -219,21 +219,21 @@ def test_recipe_is_refused(tmp_path: Path, name: str, value: Any) -> None:
 )
 def test_config_of_the_hub_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     config = {"architecture": VIT, "num_classes": 2, "model_args": ARGS, "pretrained_cfg": {}}
-    save_file(create_model(card()).state_dict(), tmp_path / "model.safetensors")
+    save_file(create_model(spec()).state_dict(), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(config))
-    load_float(tmp_path, card(), print)
+    load_float(tmp_path, spec(), print)
     (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
     with pytest.raises(QvitError, match=r"cannot be used as its config\.json describes it"):
-        load_float(tmp_path, card(), print)
+        load_float(tmp_path, spec(), print)
 
 
 def test_addresses_in_the_config_of_the_hub_are_not_followed(tmp_path: Path) -> None:
-    model = create_model(card())
+    model = create_model(spec())
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     settings = {"url": "http://example.org/x.pth", "hf_hub_id": "a/b", "file": "/etc/passwd", "custom_load": True}
     config = {"architecture": VIT, "num_classes": 2, "model_args": ARGS, "pretrained_cfg": settings}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    loaded, _ = load_float(tmp_path, card(), print)
+    loaded, _ = load_float(tmp_path, spec(), print)
     images = torch.randn(2, 3, 8, 8)
     assert torch.equal(loaded(images), model.eval()(images))
 
@@ -254,7 +254,7 @@ def test_addresses_in_the_config_of_the_hub_are_not_followed(tmp_path: Path) -> 
     ],
 )
 def test_models_that_compute_otherwise_are_not_the_same(change: dict[str, Any]) -> None:
-    assert not same_architecture(card(), describe(VIT, {**ARGS, **change}, ["a", "b"], {}))
+    assert not same_architecture(spec(), describe(VIT, {**ARGS, **change}, ["a", "b"], {}))
     avg = {**ARGS, "global_pool": "avg", "fc_norm": False}
     assert not same_architecture(
         describe(VIT, avg, ["a", "b"], {}), describe(VIT, {**avg, "pool_include_prefix": True}, ["a", "b"], {})
@@ -263,4 +263,4 @@ def test_models_that_compute_otherwise_are_not_the_same(change: dict[str, Any]) 
 
 def test_models_that_only_train_otherwise_are_the_same() -> None:
     other = describe("deit_base_patch16_224", {**ARGS, "drop_path_rate": 0.1, "weight_init": "jax"}, ["a", "b"], {})
-    assert same_architecture(card(), other)
+    assert same_architecture(spec(), other)

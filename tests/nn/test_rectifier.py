@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from qvit.nn.rectify import EPS, MOMENTUM, HeadRectifier, Rectifier, TokenRectifier, make_rectifier
+from qvit.nn.rectifier import EPS, MOMENTUM, HeadRectifier, Rectifier, TokenRectifier, make_rectifier
 
 B, H, N, D = 3, 2, 5, 4
 
