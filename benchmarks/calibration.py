@@ -24,11 +24,11 @@ from qvit.analysis.statistics import attention_distance
 from qvit.data.loader import make_loader, make_transform
 from qvit.data.sources import open_data
 from qvit.models.checkpoint import load_checkpoint
-from qvit.nn.rectifier import Start
+from qvit.nn.rectifier import RectifierInit
 
 BITS = (8, 4, 3, 2)
 CALIBRATION_IMAGES = 512
-STARTS: list[tuple[Any, Start]] = [
+INITS: list[tuple[Any, RectifierInit]] = [
     (None, "teacher"),
     ("head", "teacher"),
     ("head", "unit"),
@@ -47,7 +47,7 @@ def main() -> None:
     teacher, spec = load_checkpoint(arguments.checkpoint)
     sets, transform = open_data(arguments.data, mode=spec.mode), make_transform(spec.preprocessing)
     torch.manual_seed(0)
-    some = next(iter(make_loader(sets.train, transform, CALIBRATION_IMAGES, shuffle=True))).images
+    images = next(iter(make_loader(sets.train, transform, CALIBRATION_IMAGES, shuffle=True))).images
     batches = list(make_loader(sets.val, transform, 256, shuffle=False))
     labels = torch.cat([batch.labels for batch in batches])
 
@@ -58,16 +58,16 @@ def main() -> None:
     expected = classes(teacher)
     results = []
     for bits in BITS:
-        for rectifier, start in STARTS:
+        for rectifier, init in INITS:
             student = quantize(teacher, QuantConfig(bits, bits, rectifier=rectifier))
-            calibrate(student, [some], rectify_start=start)
+            calibrate(student, [images], rectifier_init=init)
             found = classes(student)
             distance = attention_distance(teacher, student, [batch.images for batch in batches[:2]])
             results.append(
                 {
                     "bits": bits,
                     "rectifier": rectifier or "none",
-                    "start": start if rectifier else "",
+                    "init": init if rectifier else "",
                     "agreement": 100 * float((found == expected).float().mean()),
                     "top1": 100 * float((found == labels).float().mean()),
                     "attention_distance": float(distance.mean()),
@@ -77,11 +77,11 @@ def main() -> None:
     table = Table(
         title=f"Calibrated, not trained: {len(labels)} images of {arguments.data}, float top-1 {float_top1:.2f}"
     )
-    for column in ("bits", "IRM", "start", "agreement %", "top-1 %", "attention distance"):
-        table.add_column(column, justify="left" if column in ("IRM", "start") else "right")
+    for column in ("bits", "IRM", "init", "agreement %", "top-1 %", "attention distance"):
+        table.add_column(column, justify="left" if column in ("IRM", "init") else "right")
     for r in results:
         figures = (f"{r['agreement']:.2f}", f"{r['top1']:.2f}", f"{r['attention_distance']:.4f}")
-        table.add_row(str(r["bits"]), str(r["rectifier"]), str(r["start"]), *figures)
+        table.add_row(str(r["bits"]), str(r["rectifier"]), str(r["init"]), *figures)
     Console().print(table)
     if arguments.json:
         arguments.json.write_text(json.dumps({"float_top1": float_top1, "results": results}))

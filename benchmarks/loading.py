@@ -35,14 +35,14 @@ from qvit.train.recipe import Recipe, load_recipe
 def loading_rate(data: ImageSets, spec: ModelSpec, recipe: Recipe, workers: int, seconds: float) -> float:
     """Return images a second of the training loader, measured for at least ``seconds`` after its first batch."""
     transform = make_transform(spec.preprocessing, recipe.augmentation)
-    schedule = recipe.schedule("quantized")
+    hyperparameters = recipe.hyperparameters("quantized")
     loader = make_loader(
         data.train,
         transform,
-        schedule.batch_size,
+        hyperparameters.batch_size,
         shuffle=True,
         workers=workers,
-        repeats=schedule.repeated_augmentation,
+        repeats=hyperparameters.repeated_augmentation,
         device=_device(),
     )
     images, start = 0, 0.0
@@ -59,9 +59,9 @@ def loading_rate(data: ImageSets, spec: ModelSpec, recipe: Recipe, workers: int,
 
 def training_rate(data: ImageSets, spec: ModelSpec, recipe: Recipe, steps: int, *, compiled: bool) -> float:
     """Return images a second of training without loading: the median of ``steps`` steps."""
-    device, schedule = _device(), recipe.schedule("quantized")
+    device, hyperparameters = _device(), recipe.hyperparameters("quantized")
     transform = make_transform(spec.preprocessing, recipe.augmentation)
-    batch = next(iter(make_loader(data.train, transform, schedule.batch_size, shuffle=True)))
+    batch = next(iter(make_loader(data.train, transform, hyperparameters.batch_size, shuffle=True)))
     images, labels = batch.images.to(device), batch.labels.to(device)
     torch.manual_seed(0)
     teacher: nn.Module = create_model(spec).to(device).eval()
@@ -69,7 +69,9 @@ def training_rate(data: ImageSets, spec: ModelSpec, recipe: Recipe, steps: int, 
     calibrate(student, [images[:8]])
     student.train()
     loss_fn = DistillationLoss(teacher)
-    optimizer = create_optimizer_v2(student, opt=schedule.optimizer, lr=schedule.lr, **schedule.optimizer_args)
+    optimizer = create_optimizer_v2(
+        student, opt=hyperparameters.optimizer, lr=hyperparameters.lr, **hyperparameters.optimizer_args
+    )
     if compiled:
         torch.compiler.reset()
         teacher.compile()

@@ -79,7 +79,7 @@ def run(plan: Plan, data: str, out: Path, only: Iterable[str], minutes: float | 
 def train_teacher(plan: Plan, spec: ModelSpec, sets: ImageSets, folder: Path, console: Console) -> FloatModel:
     """Return the teacher, trained first (or further) if it is not finished."""
     recipe = plan.recipe_of()
-    epochs = recipe.schedule("full_precision").epochs
+    epochs = recipe.hyperparameters("full_precision").epochs
     finished = folder / "model.pt"
     if not finished.exists():
         with alone_in(folder, make_accelerator(Options(folder, **plan.teacher))):

@@ -55,10 +55,10 @@ def write_report(plan: Plan, results: Path, document: Path) -> None:
 
 
 def _teacher(teacher: Record) -> str:
-    machine, schedule = teacher["machine"], teacher["recipe"]["full_precision"]
+    machine, hyperparameters = teacher["machine"], teacher["recipe"]["full_precision"]
     where = machine["gpu"] or machine["processor"]
     return (
-        f"Teacher: {teacher['parameters']:,} parameters, {schedule['epochs']} epochs in full precision, top-1 "
+        f"Teacher: {teacher['parameters']:,} parameters, {hyperparameters['epochs']} epochs in full precision, top-1 "
         f"**{teacher['top1']:.2f}**, SHA-256 of the weights `{teacher['weights'][:16]}`. Machine: {where}; PyTorch "
         f"{machine['torch']}, timm {machine['timm']}, Python {machine['python']}."
     )

@@ -66,11 +66,11 @@ def test_single_pixel_opens(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "gif"])
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9])
-def test_truncated_file_is_named(tmp_path: Path, suffix: str, share: float) -> None:
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.5, 0.9])
+def test_truncated_file_is_named(tmp_path: Path, suffix: str, fraction: float) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     path = save(Image.fromarray(noise), tmp_path / f"cut.{suffix}")
-    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    path.write_bytes(path.read_bytes()[: int(fraction * path.stat().st_size)])
     with pytest.raises(CorruptImageError, match=f"cut.{suffix}"):
         opened(path)
 

@@ -124,7 +124,7 @@ def test_every_method_trains_and_its_checkpoint_evaluates(
 
 
 def test_training_without_a_teacher_starts_from_float_weights(qvit: Run, student: list[str], teacher: Path) -> None:
-    done = qvit(*student, "--start", teacher, "--method", "rectify", "--rectifier", "token", "--seed", "3")
+    done = qvit(*student, "--initial-model", teacher, "--method", "rectify", "--rectifier", "token", "--seed", "3")
     assert done.status == 0, done.err
 
 
@@ -132,22 +132,26 @@ def test_a_quantized_checkpoint_starts_a_model_of_other_bits(
     qvit: Run, student: list[str], teacher: Path, tmp_path: Path
 ) -> None:
     assert qvit(*student, "--teacher", teacher).status == 0
-    start = tmp_path / "run" / "last.pt"
-    fewer = [*student, "--bits", "3", "--out", tmp_path / "fewer", "--start", start, "--teacher", teacher]
+    quantized = tmp_path / "run" / "last.pt"
+    fewer = [*student, "--bits", "3", "--out", tmp_path / "fewer", "--initial-model", quantized, "--teacher", teacher]
     done = qvit(*fewer, "--method", "baseline")
     assert done.status == 0, done.err
     assert "3 bits, QAT baseline" in done.out
-    assert "a teacher must be a float one" in sentence(qvit(*student, "--teacher", start, "--out", tmp_path / "none"))
+    assert "a teacher must be a float one" in sentence(
+        qvit(*student, "--teacher", quantized, "--out", tmp_path / "none")
+    )
 
 
 def test_a_checkpoint_of_the_same_bits_keeps_its_scales(
     qvit: Run, student: list[str], teacher: Path, tmp_path: Path
 ) -> None:
     assert qvit(*student, "--teacher", teacher, "--method", "baseline").status == 0
-    start = tmp_path / "run" / "last.pt"
-    done = qvit(*student, "--out", tmp_path / "again", "--start", start, "--teacher", teacher, "--method", "ptq")
+    quantized = tmp_path / "run" / "last.pt"
+    done = qvit(
+        *student, "--out", tmp_path / "again", "--initial-model", quantized, "--teacher", teacher, "--method", "ptq"
+    )
     assert done.status == 0, done.err
-    models = [load_checkpoint(path)[0] for path in (start, tmp_path / "again" / "best.pt")]
+    models = [load_checkpoint(path)[0] for path in (quantized, tmp_path / "again" / "best.pt")]
     assert len({weights_checksum(model) for model in models}) == 1
 
 
@@ -268,9 +272,9 @@ def test_corrupt_images_are_skipped_and_counted(qvit: Run, recipe: Path, tmp_pat
     done = qvit("train", MODEL, "--full-precision", *arguments, "--out", tmp_path / "float")
     assert done.status == 0, done.err
     assert "Unreadable images skipped: 2." in done.out
-    start = tmp_path / "float" / "best.pt"
+    quantized = tmp_path / "float" / "best.pt"
     done = qvit(
-        "train", MODEL, "--bits", "4", "--method", method, *arguments, "--teacher", start, "--out", tmp_path / "q"
+        "train", MODEL, "--bits", "4", "--method", method, *arguments, "--teacher", quantized, "--out", tmp_path / "q"
     )
     assert done.status == 0, done.err
     assert ", 23 validation images: " in done.out
@@ -296,13 +300,13 @@ def test_teacher_of_other_depth_or_heads_cannot_guide(
     done = qvit(*arguments, "--set", "full_precision.epochs=1", "--out", tmp_path / "other")
     assert done.status == 0, done.err
     other = tmp_path / "other" / "best.pt"
-    done = qvit(*student, "--teacher", other, "--start", teacher, "--method", "q-vit")
+    done = qvit(*student, "--teacher", other, "--initial-model", teacher, "--method", "q-vit")
     name = "layers" if "depth" in change else "heads"
     assert re.search(rf"2 .*{name}|{name}.* 2", sentence(done))
     assert "3" in sentence(done)
     assert not (tmp_path / "run").exists()
     # Its labels alone are welcome.
-    assert qvit(*student, "--teacher", other, "--start", teacher, "--method", "baseline").status == 0
+    assert qvit(*student, "--teacher", other, "--initial-model", teacher, "--method", "baseline").status == 0
 
 
 @pytest.mark.parametrize("bits", ["1", "9", "0", "-4"])

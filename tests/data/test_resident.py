@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import Tensor
 
 from qvit.data.loader import make_transform
-from qvit.data.order import EvaluationOrder, Sample, Share, TrainOrder
+from qvit.data.order import EvaluationOrder, Rank, Sample, TrainOrder
 from qvit.data.resident import ResidentImages, ResidentLoader, crop_and_flip, decode_once, uniform
 from qvit.data.sources import ImageSets, open_data
 from qvit.errors import ConfigError, CorruptImageError
@@ -60,8 +60,8 @@ def test_the_whole_image_is_left_as_it_is_and_flips_are_exact(pictures: Tensor) 
 def test_half_the_images_are_flipped(pictures: Tensor) -> None:
     images = pictures.float()
     flipped = crop_and_flip(images, samples(500), **{**WHOLE, "hflip": 0.5})
-    share = (flipped - images).abs().amax(dim=(1, 2, 3)).gt(1).float().mean()
-    assert share == pytest.approx(0.5, abs=0.08)
+    fraction = (flipped - images).abs().amax(dim=(1, 2, 3)).gt(1).float().mean()
+    assert fraction == pytest.approx(0.5, abs=0.08)
 
 
 def test_crops_are_boxes_of_the_asked_area_and_shape_anywhere_in_the_image() -> None:
@@ -110,15 +110,15 @@ def test_where_no_crop_fits_the_whole_image_is_taken(pictures: Tensor) -> None:
 def test_an_image_is_augmented_alike_whoever_sees_it(pictures: Tensor) -> None:
     resident = ResidentImages(pictures, torch.arange(500))
 
-    def seen(share: Share, accumulate: int) -> dict[int, Tensor]:
-        order = TrainOrder(500, 20, 3, accumulate=accumulate, share=share)
+    def seen(rank: Rank, accumulate: int) -> dict[int, Tensor]:
+        order = TrainOrder(500, 20, 3, accumulate=accumulate, rank=rank)
         loader = ResidentLoader(resident, order, PREPROCESSING, {"color_jitter": None, "interpolation": "bilinear"},
                                 torch.device("cpu"))  # fmt: skip
         order.begin(2)
         return {int(label): image for batch in loader for image, label in zip(batch.images, batch.labels, strict=True)}
 
-    alone = seen(Share(0, 1), 1)
-    two = seen(Share(0, 2), 2) | seen(Share(1, 2), 2)
+    alone = seen(Rank(0, 1), 1)
+    two = seen(Rank(0, 2), 2) | seen(Rank(1, 2), 2)
     assert alone.keys() == two.keys()
     assert all(torch.equal(alone[label], two[label]) for label in alone)
 

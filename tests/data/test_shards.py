@@ -10,7 +10,7 @@ from PIL import Image
 from pictures import PREPROCESSING
 from qvit.data.datasets import Images
 from qvit.data.loader import make_loader, make_transform, readable
-from qvit.data.order import Share
+from qvit.data.order import Rank
 from qvit.data.shards import read_shards
 from qvit.data.sources import open_data, open_validation
 from qvit.errors import CorruptImageError, DataError
@@ -57,7 +57,7 @@ def test_shards_are_read_whole_by_all_processes_together(tmp_path: Path, shard: 
             4,
             shuffle=False,
             workers=workers,
-            share=Share(process, 2),
+            rank=Rank(process, 2),
         )
         for batch in readable(loader, skip_corrupt=False):
             greys = ((batch.images[:, 0, 0, 0] / 2 + 0.5) * 255 / 10).round().int().tolist()

@@ -11,7 +11,7 @@ from PIL import Image
 from pictures import PREPROCESSING
 from qvit.data.datasets import Images
 from qvit.data.loader import make_loader, make_transform, readable
-from qvit.data.order import Share
+from qvit.data.order import Rank
 from qvit.data.sources import ImageSets, open_data, open_validation
 from qvit.errors import CorruptImageError, DataError
 from qvit.images import open_picture
@@ -124,13 +124,13 @@ def test_an_image_is_augmented_alike_in_whatever_process(digits: ImageSets, work
     augmentation = {"scale": [0.3, 1.0], "hflip": 0.5, "re_prob": 0.5, "auto_augment": "rand-m9-mstd0.5-inc1"}
     transform = make_transform(preprocessing, {**augmentation, "color_jitter": None})
 
-    def batches(workers: int, share: Share) -> list[torch.Tensor]:
+    def batches(workers: int, rank: Rank) -> list[torch.Tensor]:
         torch.manual_seed(workers)
-        loader = make_loader(digits.train, transform, 64, shuffle=True, workers=workers, seed=5, share=share)
+        loader = make_loader(digits.train, transform, 64, shuffle=True, workers=workers, seed=5, rank=rank)
         return [batch.images for batch in itertools.islice(loader, 3)]
 
-    alone = batches(0, Share())
-    first, second = (batches(workers, Share(process, 2)) for process in range(2))
+    alone = batches(0, Rank())
+    first, second = (batches(workers, Rank(process, 2)) for process in range(2))
     for whole, one, other in zip(alone, first, second, strict=True):
         assert torch.equal(whole[0::2], one)
         assert torch.equal(whole[1::2], other)

@@ -74,11 +74,11 @@ def test_quantized_model_is_no_teacher(tmp_path: Path, images: torch.Tensor) -> 
         load_float(tmp_path / "q.pt", spec, print)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.7, 0.99])
-def test_truncated_checkpoint_is_an_error_that_names_it(tmp_path: Path, teacher_file: Path, share: float) -> None:
+@pytest.mark.parametrize("fraction", [0.0, 0.01, 0.3, 0.7, 0.99])
+def test_truncated_checkpoint_is_an_error_that_names_it(tmp_path: Path, teacher_file: Path, fraction: float) -> None:
     data = teacher_file.read_bytes()
     cut = tmp_path / "cut.pt"
-    cut.write_bytes(data[: int(share * len(data))])
+    cut.write_bytes(data[: int(fraction * len(data))])
     with pytest.raises(CheckpointError, match="cut.pt"):
         load_checkpoint(cut)
 

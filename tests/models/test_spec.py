@@ -191,8 +191,8 @@ def test_recipe_is_refused(tmp_path: Path, name: str, value: Any) -> None:
     from qvit.train.methods import open_images
 
     path = tmp_path / "recipe.yaml"
-    schedule = {"epochs": 1, "batch_size": 4, "lr": 0.1}
-    recipe = {"model_args": {**ARGS, name: value}, "full_precision": schedule, "quantized": schedule}
+    hyperparameters = {"epochs": 1, "batch_size": 4, "lr": 0.1}
+    recipe = {"model_args": {**ARGS, name: value}, "full_precision": hyperparameters, "quantized": hyperparameters}
     path.write_text(json.dumps(recipe))
     with pytest.raises(ConfigError, match=name):
         open_images(VIT, load_recipe(str(path)), "digits")

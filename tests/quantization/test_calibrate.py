@@ -133,17 +133,17 @@ def attention_maps(model: nn.Module, images: Tensor) -> list[Tensor]:
 def test_fitted_start_has_attention_nearer_to_the_teachers_than_unit(vit: nn.Module, images: Tensor, rectifier) -> None:
     teacher_maps = attention_maps(vit, images)
     distance = {}
-    for start in ("teacher", "unit"):
+    for init in ("teacher", "unit"):
         student = quantize(vit, QuantConfig(8, 8, rectifier=rectifier))
-        calibrate(student, [images], rectify_start=start)
+        calibrate(student, [images], rectifier_init=init)
         maps = attention_maps(student, images)
-        distance[start] = sum((a - b).abs().mean().item() for a, b in zip(maps, teacher_maps, strict=True))
+        distance[init] = sum((a - b).abs().mean().item() for a, b in zip(maps, teacher_maps, strict=True))
     assert distance["teacher"] < (0.2 if rectifier == "head" else 0.9) * distance["unit"]
 
 
 def test_unit_start_has_gamma_one_and_beta_zero_and_fitted_statistics(vit: nn.Module, images: Tensor) -> None:
     student = quantize(vit)
-    calibrate(student, [images], rectify_start="unit")
+    calibrate(student, [images], rectifier_init="unit")
     rectifiers = [m for m in student.modules() if isinstance(m, Rectifier)]
     assert len(rectifiers) == 4
     for rectifier in rectifiers:
@@ -203,8 +203,8 @@ def test_float_model_has_nothing_to_calibrate(vit: nn.Module, images: Tensor) ->
 
 
 def test_unknown_start_is_refused(vit: nn.Module, images: Tensor) -> None:
-    with pytest.raises(ConfigError, match="rectify_start must be"):
-        calibrate(quantize(vit), [images], rectify_start="zero")
+    with pytest.raises(ConfigError, match="rectifier_init must be"):
+        calibrate(quantize(vit), [images], rectifier_init="zero")
 
 
 @pytest.mark.parametrize("rectifier", ["head", "token", None])
@@ -281,7 +281,7 @@ def test_zero_weights_give_a_student_that_runs(vit: nn.Module, images: Tensor) -
 
 def test_lsq_start_of_the_weights_is_its_formula(vit: nn.Module, images: Tensor) -> None:
     student, other = quantize(vit, QuantConfig(3, 3)), quantize(vit, QuantConfig(3, 3))
-    calibrate(student, [images], weight_start="lsq")
+    calibrate(student, [images], weight_init="lsq")
     calibrate(other, [images])
     linear = student.blocks[0].mlp.fc1  # type: ignore[union-attr, index]
     expected = 2 * linear.weight.abs().mean(dim=1) / math.sqrt(3)
@@ -290,8 +290,8 @@ def test_lsq_start_of_the_weights_is_its_formula(vit: nn.Module, images: Tensor)
     for name, module in ours.items():
         if isinstance(module, Quantizer) and module.batched:  # activations are fitted as ever
             torch.testing.assert_close(module.scale, theirs[name].scale)
-    with pytest.raises(ConfigError, match="weight_start must be minimum_error or lsq, not 'max'"):
-        calibrate(student, [images], weight_start="max")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="weight_init must be minimum_error or lsq, not 'max'"):
+        calibrate(student, [images], weight_init="max")  # type: ignore[arg-type]
 
 
 def test_kept_rectifiers_are_left_alone(vit: nn.Module, images: Tensor) -> None:
@@ -302,6 +302,6 @@ def test_kept_rectifiers_are_left_alone(vit: nn.Module, images: Tensor) -> None:
         for rectifier in rectifiers:
             rectifier.gamma.mul_(1.5)
     before = [{name: value.clone() for name, value in r.state_dict().items()} for r in rectifiers]
-    calibrate(student, [images], rectify_start="keep")
+    calibrate(student, [images], rectifier_init="keep")
     for rectifier, was in zip(rectifiers, before, strict=True):
         assert all(torch.equal(value, was[name]) for name, value in rectifier.state_dict().items())

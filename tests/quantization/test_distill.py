@@ -416,11 +416,11 @@ def test_loss_falls_in_a_few_steps(vit: nn.Module, images, labels) -> None:
 def test_lambda_falls_along_a_cosine_if_asked_to(vit: nn.Module, images: Tensor) -> None:
     student, labels = calibrated(vit, images), torch.zeros(len(images), dtype=torch.int64)
     loss_fn = DistillationLoss(vit, guided_weight=0.8, guided_decay=True)
-    for progress, share in ((0.0, 1.0), (1 / 3, 0.75), (0.5, 0.5), (1.0, 0.0)):
+    for progress, factor in ((0.0, 1.0), (1 / 3, 0.75), (0.5, 0.5), (1.0, 0.0)):
         loss_fn.progress = progress
         total = loss_fn(student, images, labels).item()
         parts = loss_fn.last_parts
-        assert total == pytest.approx(float(parts["distillation"] + 0.8 * share * parts["guided"]), rel=1e-6)
+        assert total == pytest.approx(float(parts["distillation"] + 0.8 * factor * parts["guided"]), rel=1e-6)
     constant = DistillationLoss(vit, guided_weight=0.8)
     constant.progress = 1.0
     assert constant.present_weight == 0.8

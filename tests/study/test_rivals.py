@@ -23,7 +23,7 @@ from qvit.study.rivals import (
     ChannelLinear,
     ChannelQuantizer,
     StatisticsQuantizer,
-    start_as_authors,
+    lsq_scales,
     with_channels,
 )
 from qvit.train.methods import FloatModel
@@ -59,10 +59,10 @@ def test_rivals_are_rows_like_ours(records: dict[str, dict]) -> None:
 @pytest.mark.parametrize("name", RIVALS)
 def test_student_of_a_rival_is_not_exported(vit: nn.Module, images: Tensor, tmp_path: Path, name: str) -> None:
     student = quantize(vit, QuantConfig(2, 2, rectifier=None))
-    adapt, start = RIVALS[name].adapt, RIVALS[name].start or qvit.calibrate
+    adapt, initialize = RIVALS[name].adapt, RIVALS[name].initialize or qvit.calibrate
     assert adapt is not None
     adapt(student)
-    start(student, [images])
+    initialize(student, [images])
     assert torch.isfinite(student(images)).all()
     with pytest.raises(UnsupportedModelError, match="of a kind that a packed file cannot hold"):
         qvit.export(student, tmp_path / "rival.safetensors", preprocessing=preprocessing(), classes=["a"] * 10)
@@ -139,7 +139,7 @@ def test_loss_anneals_at_its_end(vit: nn.Module, images: Tensor, labels: Tensor)
 def test_scale_per_channel_is_exact_in_integers(vit: nn.Module, images: Tensor) -> None:
     student = quantize(vit, QuantConfig(3, 3, rectifier=None))
     with_channels(student)
-    start_as_authors(student, [images])
+    lsq_scales(student, [images])
     layer = student.blocks[0].mlp.fc1
     assert type(layer) is ChannelLinear
     x = torch.randn(4, 7, layer.in_features)
@@ -152,7 +152,7 @@ def test_scale_per_channel_is_exact_in_integers(vit: nn.Module, images: Tensor) 
 
 def test_authors_start_is_one_scale_for_all_weights_of_a_layer(vit: nn.Module, images: Tensor) -> None:
     student = quantize(vit, QuantConfig(2, 2, rectifier=None))
-    start_as_authors(student, [images, images * 100])  # the first batch alone counts
+    lsq_scales(student, [images, images * 100])  # the first batch alone counts
     layer = student.blocks[1].mlp.fc2
     assert torch.allclose(layer.weight_quantizer.scale, 2 * layer.weight.abs().mean() / 1**0.5)
     assert all(module.calibrated for module in student.modules() if isinstance(module, Quantizer))

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from members import FAMILIES, family_member, student_of
 from qvit import DistillationLoss, QuantConfig
 from qvit.data.loader import make_loader, make_transform
-from qvit.data.order import ALONE, EvaluationOrder, Share, TrainOrder
+from qvit.data.order import ALONE, EvaluationOrder, Rank, TrainOrder
 from qvit.data.sources import open_data
 from qvit.errors import ConfigError, TrainingStopped
 from qvit.models.checkpoint import load_checkpoint
@@ -27,9 +27,9 @@ from qvit.train.distributed import gradient_norm, scale_gradients, spread, sum_o
 from qvit.train.evaluate import evaluate
 from qvit.train.loop import read_metrics
 from qvit.train.optim import make_optimizer
-from qvit.train.options import Options, make_accelerator, share_of
+from qvit.train.options import Options, make_accelerator, rank_of
 from qvit.train.oscillation import Oscillation
-from qvit.train.recipe import Schedule
+from qvit.train.recipe import Hyperparameters
 from qvit.train.run import Run, SaveEvery
 
 Step = dict[str, Any]
@@ -42,11 +42,11 @@ QUANTIZED = ["quantized.epochs=2", "quantized.batch_size=240", "quantized.ema_de
 
 def test_processes_divide_each_batch_without_overlap() -> None:
     alone = TrainOrder(103, 12, seed=3)
-    shares = [TrainOrder(103, 12, seed=3, accumulate=2, share=Share(i, 3)) for i in range(3)]
-    for order in (alone, *shares):
+    orders = [TrainOrder(103, 12, seed=3, accumulate=2, rank=Rank(i, 3)) for i in range(3)]
+    for order in (alone, *orders):
         order.begin(epoch=5, step=2)
     batches = list(alone)
-    parts = [list(order) for order in shares]
+    parts = [list(order) for order in orders]
     assert len(batches) == 103 // 12 - 2
     for step, batch in enumerate(batches):
         divided = [sample for part in parts for sample in part[2 * step] + part[2 * step + 1]]
@@ -65,12 +65,12 @@ def test_epochs_differ_and_the_order_can_be_entered_anywhere() -> None:
 
 def test_batch_that_cannot_be_divided_is_refused() -> None:
     with pytest.raises(ConfigError, match="multiple of 6"):
-        TrainOrder(100, 16, seed=0, accumulate=2, share=Share(0, 3))
+        TrainOrder(100, 16, seed=0, accumulate=2, rank=Rank(0, 3))
 
 
 @pytest.mark.parametrize("images", [1, 7, 8, 9])
 def test_evaluation_takes_each_image_once(images: int) -> None:
-    orders = [EvaluationOrder(images, 2, Share(i, 4)) for i in range(4)]
+    orders = [EvaluationOrder(images, 2, Rank(i, 4)) for i in range(4)]
     seen = [sample.image for order in orders for batch in order for sample in batch]
     assert sorted(seen) == list(range(images))
     assert all(len(list(order)) == len(order) for order in orders)
@@ -109,7 +109,7 @@ def _evaluate(checkpoint: Path, said: Path) -> None:
     accelerator = make_accelerator(Options(Path(), cpu=True))
     model, spec = load_checkpoint(checkpoint)
     val = open_data("digits", mode="L").val
-    loader = make_loader(val, make_transform(spec.preprocessing), 50, shuffle=False, share=share_of(accelerator))
+    loader = make_loader(val, make_transform(spec.preprocessing), 50, shuffle=False, rank=rank_of(accelerator))
     accuracy = evaluate(model, loader, accelerator.device)
     if accelerator.is_main_process:
         said.write_text(json.dumps([accuracy.top1, accuracy.top5, accuracy.images]))
@@ -182,9 +182,9 @@ def _step(member: str, accelerator: Accelerator, *, fsdp: bool) -> Step:
     loss_fn, blocks = DistillationLoss(teacher), family_of(student).blocks(student)
     trained = spread(student, accelerator, fsdp=fsdp)
     assert all(isinstance(block, FSDPModule) == fsdp for block in blocks)
-    optimizer, clip = make_optimizer(student, Schedule(1, 8, 1e-2))
-    share = slice(accelerator.process_index, None, accelerator.num_processes)
-    loss = loss_fn(trained, images[share], torch.arange(len(images))[share])
+    optimizer, clip = make_optimizer(student, Hyperparameters(1, 8, 1e-2))
+    own_images = slice(accelerator.process_index, None, accelerator.num_processes)
+    loss = loss_fn(trained, images[own_images], torch.arange(len(images))[own_images])
     loss.backward()
     norm = gradient_norm(student)
     if 0 < clip < norm:

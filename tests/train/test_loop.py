@@ -119,10 +119,10 @@ def test_training_from_a_reconstruction_starts_where_it_ends(
 
 def test_reconstruction_needs_a_float_model(tmp_path: Path, teacher: FloatModel, digits: ImageSets) -> None:
     config = QuantConfig(4, 4, rectifier=None)
-    start = FloatModel(quantize(teacher.model, config), replace(teacher.spec, quant_config=config.to_dict()))
+    float_model = FloatModel(quantize(teacher.model, config), replace(teacher.spec, quant_config=config.to_dict()))
     recipe = load_recipe("digits", [*SMALL, *SOFT])
     with pytest.raises(ConfigError, match="reconstruct_first learns from a float model"):
-        train_quantized(start, None, "baseline", (2, 2), "head", digits, recipe, Options(tmp_path), Console())
+        train_quantized(float_model, None, "baseline", (2, 2), "head", digits, recipe, Options(tmp_path), Console())
     assert not list(tmp_path.iterdir())
 
 
@@ -214,10 +214,12 @@ def test_compiled_training_follows_the_eager_one(
     recipe = load_recipe("digits", ["quantized.epochs=1", "model_args.depth=1", "quantized.batch_size=256"])
     spec = describe("vit_tiny_patch16_224", recipe.model_args, digits.classes, recipe.preprocessing)
     torch.manual_seed(0)
-    start = FloatModel(create_model(spec).eval(), spec)
+    float_model = FloatModel(create_model(spec).eval(), spec)
     for name in ("eager", "compile"):
         options = Options(tmp_path / name, compile=name == "compile")
-        result = train_quantized(start, start, "q-vit", (8, 8), "head", digits, recipe, options, Console(quiet=True))
+        result = train_quantized(
+            float_model, float_model, "q-vit", (8, 8), "head", digits, recipe, options, Console(quiet=True)
+        )
     eager, compiled = (read_metrics(tmp_path / name)[0] for name in ("eager", "compile"))
     for name in ("train_loss", "distillation", "guided"):
         assert compiled[name] == pytest.approx(eager[name], rel=0.02)
@@ -258,13 +260,13 @@ def test_scales_have_their_own_rate_and_no_weight_decay(teacher: FloatModel, rec
     from qvit.quantization.convert import quantize
 
     student = quantize(teacher.model, QuantConfig(2, 2))
-    schedule = replace(recipe.quantized, scale_lr=3.0, weight_decay=0.1)
-    groups = parameter_groups(student, schedule)
+    hyperparameters = replace(recipe.quantized, scale_lr=3.0, weight_decay=0.1)
+    groups = parameter_groups(student, hyperparameters)
     names = {id(p): name for name, p in student.named_parameters()}
     grouped = [names[id(p)] for group in groups for p in group["params"]]
     assert sorted(grouped) == sorted(names.values())
     own = {names[id(p)] for p in groups[-1]["params"]}
-    assert groups[-1]["lr"] == pytest.approx(3 * schedule.lr)
+    assert groups[-1]["lr"] == pytest.approx(3 * hyperparameters.lr)
     assert all(part in ("log_scale", "offset", "gamma", "beta") for part in (n.rsplit(".", 1)[1] for n in own))
     decayed = {names[id(p)] for group in groups if group["weight_decay"] for p in group["params"]}
     assert decayed
@@ -288,8 +290,10 @@ def test_distillation_token_model_trains_both_heads(tmp_path: Path, digits: Imag
     recipe = load_recipe("digits", ["quantized.epochs=1"])
     spec = describe("deit_tiny_distilled_patch16_224", recipe.model_args, digits.classes, recipe.preprocessing)
     torch.manual_seed(0)
-    start = FloatModel(create_model(spec).eval(), spec)
-    result = train_quantized(start, start, "q-vit", (4, 4), "head", digits, recipe, Options(tmp_path), Console())
+    float_model = FloatModel(create_model(spec).eval(), spec)
+    result = train_quantized(
+        float_model, float_model, "q-vit", (4, 4), "head", digits, recipe, Options(tmp_path), Console()
+    )
     for head in ("head", "head_dist"):
-        before = start.model.state_dict()[f"{head}.weight"]
+        before = float_model.model.state_dict()[f"{head}.weight"]
         assert not torch.equal(before, result.model.state_dict()[f"{head}.weight"])

@@ -48,7 +48,7 @@ def test_frequency_is_that_of_changes_that_turn_back() -> None:
 def test_shares_count_weights_above_the_threshold() -> None:
     # The first weight turns back at every step, the second only climbs, the third moves within its code.
     oscillation = walk(layer(), [[n % 2, n // 10, 0.2 * (n % 2)] for n in range(40)])
-    assert oscillation.shares() == {"oscillating": pytest.approx(100 / 6)}
+    assert oscillation.percentages() == {"oscillating": pytest.approx(100 / 6)}
     assert OSCILLATING < float(oscillation.state["0"]["frequency"][0, 0]) < 1
 
 
@@ -57,7 +57,7 @@ def test_frozen_weight_keeps_its_average_code_and_follows_its_scale() -> None:
     # Two steps of three at code 2, one at code 1.
     oscillation = walk(model, [[2.0 - (n % 3 == 2), 0.0, 0.0] for n in range(40)], freeze_above=0.1)
     assert frozen(oscillation).tolist() == [True, False, False]
-    assert oscillation.shares()["frozen"] == pytest.approx(100 / 6)
+    assert oscillation.percentages()["frozen"] == pytest.approx(100 / 6)
     with torch.no_grad():
         model[0].weight += 0.9  # type: ignore[index, union-attr, operator]
         model[0].weight_quantizer.set(torch.tensor([0.5, 0.5]))  # type: ignore[index, union-attr, operator]

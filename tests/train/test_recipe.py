@@ -13,7 +13,7 @@ from qvit.models.spec import describe
 from qvit.train import methods
 from qvit.train.methods import open_images
 from qvit.train.options import Options
-from qvit.train.recipe import Schedule, builtin_recipes, load_recipe
+from qvit.train.recipe import Hyperparameters, builtin_recipes, load_recipe
 
 MINIMAL = "full_precision: {epochs: 1, batch_size: 2, lr: 1e-3}\nquantized: {epochs: 1, batch_size: 2, lr: 2e-4}\n"
 
@@ -66,8 +66,8 @@ def test_set_changes_and_adds_entries(file: Path) -> None:
         ("quantized.guided_decay=0.5", "guided_decay must be true or false"),
         ("quantized.guided_layers=2", "guided_layers must be a list of layers such as .0, -1., or null"),
         ("quantized.guided_layers=[]", "guided_layers must be a list"),
-        ("quantized.weight_start=max", "weight_start must be minimum_error or lsq"),
-        ("quantized.rectify_start=keep", "rectify_start must be teacher or unit"),
+        ("quantized.weight_init=max", "weight_init must be minimum_error or lsq"),
+        ("quantized.rectifier_init=keep", "rectifier_init must be teacher or unit"),
         ("quantized.optimizer=adamm", "no optimizer 'adamm': did you mean adam"),
         ("quantized.optimizer_args.epps=1", "Unknown entry 'epps' in optimizer_args: did you mean 'eps'"),
         ("quantized.optimizer_args=3", "optimizer_args must be a mapping"),
@@ -100,10 +100,10 @@ def test_one_section_is_enough(file: Path, section: str) -> None:
     lines = dict(zip(("full_precision", "quantized"), MINIMAL.splitlines(), strict=True))
     file.write_text(lines.pop(section))
     recipe = load_recipe(str(file))
-    assert recipe.schedule(section).epochs == 1  # type: ignore[arg-type]
+    assert recipe.hyperparameters(section).epochs == 1  # type: ignore[arg-type]
     (other,) = lines
     with pytest.raises(ConfigError, match=f"The recipe has no {other}, which this run uses"):
-        recipe.schedule(other)  # type: ignore[arg-type]
+        recipe.hyperparameters(other)  # type: ignore[arg-type]
     assert load_recipe(str(file), [f"{other}.{entry}" for entry in ("epochs=2", "batch_size=4", "lr=1")]).to_dict()
     file.write_text("model_args: {depth: 2}")
     assert load_recipe(str(file)).model_args == {"depth": 2}
@@ -123,7 +123,7 @@ def test_every_optimizer_of_timm_is_known(file: Path, optimizer: str) -> None:
     assert load_recipe(str(file), [f"quantized.optimizer={optimizer}"]).quantized.optimizer == optimizer
 
 
-ENTRIES = [f"quantized.{field.name}" for field in fields(Schedule)]
+ENTRIES = [f"quantized.{field.name}" for field in fields(Hyperparameters)]
 ENTRIES += ["quantized.optimizer_args.eps", "quantized.optimizer_args.betas", "full_precision", "quantized"]
 ENTRIES += [f"preprocessing.{name}" for name in ("mean", "std")] + ["model_args", "augmentation", "preprocessing"]
 ENTRIES += [f"augmentation.{name}" for name in ("scale", "hflip", "color_jitter", "interpolation", "auto_augment")]
@@ -168,7 +168,7 @@ def test_one_training_may_augment_otherwise(digits: ImageSets, monkeypatch: pyte
 
     monkeypatch.setattr(methods, "training_batches", note)
     spec = describe("vit_tiny_patch16_224", recipe.model_args, digits.classes, recipe.preprocessing)
-    for schedule in (recipe.schedule("full_precision"), recipe.schedule("quantized")):
+    for hyperparameters in (recipe.hyperparameters("full_precision"), recipe.hyperparameters("quantized")):
         with pytest.raises(InterruptedError):
-            methods._fit(None, None, digits, schedule, recipe, spec, Options(tmp_path), Console())  # type: ignore[arg-type]
+            methods._fit(None, None, digits, hyperparameters, recipe, spec, Options(tmp_path), Console())  # type: ignore[arg-type]
     assert seen == [recipe.augmentation, {**recipe.augmentation, "hflip": 0.5, "scale": [0.9, 1.0]}]

@@ -97,7 +97,7 @@ def analyze(
         raise ConfigError("--train is of the bottleneck study: leave out --study-images 0.")
     recipe = None if train is None else load_recipe(train, change or ())
     if recipe is not None:
-        recipe.schedule("quantized")
+        recipe.hyperparameters("quantized")
     chosen = None if blocks is None else parse_numbers("--blocks", blocks)
     subjects = open_subjects(checkpoints)
     spec = subjects[0].spec

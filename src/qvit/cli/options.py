@@ -110,20 +110,29 @@ def recipe_of(name: str | None, data: str, changes: list[str] | None) -> Recipe:
 
 
 def float_model(source: str, spec: ModelSpec, role: str) -> FloatModel:
-    """Return the float model ``source`` (a teacher or a start) with its spec, whose classes are the data's."""
+    """Return a float model with its spec, whose classes are the data's.
+
+    Args:
+        source: a file, a folder, a timm model or one on the Hub.
+        spec: what the model must be.
+        role: ``"teacher"`` or ``"initial model"``, which may be quantized too.
+    """
     from qvit.data.sources import check_classes
     from qvit.errors import TeacherMismatchError
     from qvit.models.float_models import load_float
     from qvit.train.methods import FloatModel
 
-    model, its = load_float(
-        source, spec, lambda sentence: console().print(printable(sentence), soft_wrap=True), quantized=role == "start"
+    model, found = load_float(
+        source,
+        spec,
+        lambda sentence: console().print(printable(sentence), soft_wrap=True),
+        quantized=role == "initial model",
     )
     try:
-        check_classes(f"the {role} {source}", its.classes, "the data", spec.classes)
+        check_classes(f"the {role} {source}", found.classes, "the data", spec.classes)
     except QvitError as error:
         raise TeacherMismatchError(str(error)) from error
-    return FloatModel(model, its)
+    return FloatModel(model, found)
 
 
 def options_of(

@@ -43,7 +43,9 @@ def predict(
             continue
         results.append({"image": str(image), "classes": [{"name": n, "probability": p} for n, p in best]})
         if not as_json:  # plain text: the import of rich takes as long as the model does
-            print(printable(image), *(f"  {share:7.2%}  {printable(name)}" for name, share in best), sep="\n")
+            print(
+                printable(image), *(f"  {probability:7.2%}  {printable(name)}" for name, probability in best), sep="\n"
+            )
     if as_json:
         print(json.dumps(results, indent=2))
     if any("error" in result for result in results):

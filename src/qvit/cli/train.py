@@ -64,7 +64,7 @@ def train(
             "hf-hub:OWNER/NAME or a folder (timm's, or transformers' ViT, DeiT, Swin, BEiT, DINOv2, CLIP and SigLIP)."
         ),
     ] = None,
-    start: Annotated[
+    initial_model: Annotated[
         str | None,
         typer.Option(
             help="Model to start from, given like --teacher, or a quantized checkpoint, whose scales count if bits "
@@ -108,12 +108,12 @@ def train(
     )
     settings = recipe_of(recipe, data, change)
     if full_precision:
-        names = ("--bits", "--activation-bits", "--teacher", "--start", "--override")
-        values = (bits, activation_bits, teacher, start, override)
+        names = ("--bits", "--activation-bits", "--teacher", "--initial-model", "--override")
+        values = (bits, activation_bits, teacher, initial_model, override)
         given = [name for name, value in zip(names, values, strict=True) if value is not None]
         if given:
             raise ConfigError(f"--full-precision makes a float model: leave out {' and '.join(given)}.")
-        settings.schedule("full_precision")
+        settings.hyperparameters("full_precision")
         sets, spec = methods.open_images(model, settings, data, root=data_root, splits=splits)
         run = functools.partial(methods.train_full_precision, spec)
         title = "full precision"
@@ -124,25 +124,26 @@ def train(
             raise ConfigError(f"There is no method {method!r}: the methods are {', '.join(methods.METHODS)}.")
         if rectifier not in ("head", "token"):
             raise ConfigError(f"--rectifier must be head or token, not {rectifier!r}.")
-        if teacher is None and start is None:
+        if teacher is None and initial_model is None:
             raise ConfigError(
-                "Quantization starts from a float model: give --teacher CHECKPOINT (or --start CHECKPOINT to train "
-                "without a teacher); qvit train MODEL --full-precision makes one."
+                "Quantization starts from a float model: give --teacher CHECKPOINT (or --initial-model CHECKPOINT to "
+                "train without a teacher); qvit train MODEL --full-precision makes one."
             )
         widths = check_bits(bits, activation_bits)
         overrides = parse_overrides(override)
-        settings.schedule("quantized")
+        settings.hyperparameters("quantized")
         sets, spec = methods.open_images(model, settings, data, root=data_root, splits=splits)
         guide = None if teacher is None else float_model(teacher, spec, "teacher")
-        first = guide if start is None else float_model(start, spec, "start")
-        assert first is not None
-        if (first.spec.name, first.spec.model_args) != (spec.name, spec.model_args):
+        initial = guide if initial_model is None else float_model(initial_model, spec, "initial model")
+        assert initial is not None
+        if (initial.spec.name, initial.spec.model_args) != (spec.name, spec.model_args):
             raise ConfigError(
-                f"The student starts from {start or teacher}, a {first.spec.name} with {first.spec.model_args}, and is "
-                f"to be a {spec.name} with {spec.model_args}: give a fitting --start, or that model."
+                f"The student starts from {initial_model or teacher}, a {initial.spec.name} with "
+                f"{initial.spec.model_args}, and is to be a {spec.name} with "
+                f"{spec.model_args}: give a fitting --initial-model, or that model."
             )
         reading: Any = rectifier
-        student = (first, guide, method, widths, reading)
+        student = (initial, guide, method, widths, reading)
         methods.make_student(*student, overrides)  # what is refused is refused before images are decoded
         run = functools.partial(methods.train_quantized, *student, overrides=overrides)
         title = f"{bits} bits, {methods.METHODS[method].title}"
@@ -195,7 +196,7 @@ def eval(
     from qvit.data.sources import open_validation
     from qvit.models.packed_model import load_model
     from qvit.train.evaluate import evaluate
-    from qvit.train.options import make_accelerator, share_of
+    from qvit.train.options import make_accelerator, rank_of
 
     options = options_of(Path(), 0, workers, "no", False, skip_corrupt, False, cpu, data)
     model, spec = load_model(checkpoint)
@@ -211,7 +212,7 @@ def eval(
         shuffle=False,
         workers=options.workers,
         device=device,
-        share=share_of(accelerator),
+        rank=rank_of(accelerator),
     )
     accuracy = evaluate(model.to(device), loader, device, skip_corrupt=skip_corrupt)
     table = Table(title=printable(f"{checkpoint} on {data}"))
@@ -233,7 +234,9 @@ def eval(
 def ablate(
     model: Model,
     data: Data,
-    teacher: Annotated[str, typer.Option(help="Float model, as of qvit train: teacher and start of every run.")],
+    teacher: Annotated[
+        str, typer.Option(help="Float model, as of qvit train: teacher and initial model of every run.")
+    ],
     out: Out,
     bits: Annotated[str, typer.Option(help="Comma-separated.")] = "4,3,2",
     seeds: Annotated[str, typer.Option(help="How many (3 is 0, 1 and 2), or which (comma-separated).")] = "3",
@@ -280,7 +283,7 @@ def ablate(
         out, 0, workers, precision, compile_models, skip_corrupt, False, cpu, data, save_every, accumulate, fsdp
     )
     settings = recipe_of(recipe, data, change)
-    settings.schedule("quantized")
+    settings.hyperparameters("quantized")
     widths, chosen = parse_numbers("--bits", bits), rows_named(rows)
     for width in widths:
         check_bits(width, None)

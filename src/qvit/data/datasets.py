@@ -50,14 +50,14 @@ class Images(Dataset[Any]):
             # Returned, not raised: it may happen in a worker process, and the loop decides whether to go on.
             return Unreadable(str(error))
 
-    def split(self, share: float) -> tuple[Images, Images]:
-        """Return the images without and with a held-out ``share`` of each class, always the same ones."""
+    def split(self, fraction: float) -> tuple[Images, Images]:
+        """Return the images without and with a held-out ``fraction`` of each class, always the same ones."""
         labels = np.asarray(self.labels)
         rng = np.random.default_rng(_SPLIT_SEED)
         held = np.zeros(len(labels), bool)
         for label in np.unique(labels):
             members = rng.permutation(np.flatnonzero(labels == label))
-            held[members[: max(1, round(share * len(members)))]] = True
+            held[members[: max(1, round(fraction * len(members)))]] = True
         first, second = (
             Images([self.sources[i] for i in chosen], labels[chosen].tolist(), self.mode)
             for chosen in (np.flatnonzero(~held).tolist(), np.flatnonzero(held).tolist())

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from qvit.data.datasets import Unreadable
-from qvit.data.order import ALONE, EvaluationOrder, Sample, Share, TrainOrder
+from qvit.data.order import ALONE, EvaluationOrder, Rank, Sample, TrainOrder
 from qvit.data.posterize import allow_no_bits
 from qvit.data.randomness import seeded
 from qvit.errors import CorruptImageError, DataError
@@ -126,7 +126,7 @@ def make_loader(
     device: torch.device | None = None,
     seed: int = 0,
     accumulate: int = 1,
-    share: Share = ALONE,
+    rank: Rank = ALONE,
 ) -> DataLoader[Batch]:
     """Return a loader of :class:`Batch`.
 
@@ -140,15 +140,15 @@ def make_loader(
         device: where the batches go, to pin memory for a GPU.
         seed: of order and augmentation, in training.
         accumulate: batches an optimizer step, in training.
-        share: which of the processes that share the images this is.
+        rank: which of the processes that share the images this is.
 
     Raises:
         ConfigError: if a training batch cannot be divided evenly.
     """
     images: int = len(dataset)  # type: ignore[arg-type]
-    order: TrainOrder | EvaluationOrder = EvaluationOrder(images, batch_size, share)
+    order: TrainOrder | EvaluationOrder = EvaluationOrder(images, batch_size, rank)
     if shuffle:
-        order = TrainOrder(images, batch_size, seed, repeats=repeats, accumulate=accumulate, share=share)
+        order = TrainOrder(images, batch_size, seed, repeats=repeats, accumulate=accumulate, rank=rank)
     return DataLoader(
         Prepared(dataset, transform, substitute=shuffle),
         batch_sampler=order,
@@ -211,7 +211,7 @@ def end_workers(processes: Iterable[BaseProcess]) -> None:
 
 
 def _collate(samples: Sequence[_Prepared]) -> Batch:
-    unreadable = [one for *_, those in samples for one in those]
+    unreadable = [image for *_, images in samples for image in images]
     images = [image for image, *_ in samples if image is not None]
     labels = [label for image, label, _, _ in samples if image is not None]
     numbers = [number for image, _, number, _ in samples if image is not None]

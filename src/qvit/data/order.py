@@ -15,14 +15,14 @@ from torch.utils.data import Sampler
 from qvit.errors import ConfigError
 
 
-class Share(NamedTuple):
-    """One of the ``processes`` that divide the images among them: which one, counted from 0."""
+class Rank(NamedTuple):
+    """Which of the ``processes`` that divide the images among them one is, counted from 0."""
 
     process: int = 0
     processes: int = 1
 
 
-ALONE = Share()
+ALONE = Rank()
 
 
 class Sample(NamedTuple):
@@ -45,32 +45,32 @@ class TrainOrder(Sampler[list[Sample]]):
         repeats: copies of an image, one after the other (repeated augmentation, Hoffer et al., 2020); an epoch then
             shows ``1 / repeats`` of the images. 0 or 1 for none.
         accumulate: micro-batches an optimizer step.
-        share: which process this is.
+        rank: which process this is.
 
     Raises:
         ConfigError: if a batch cannot be divided evenly.
     """
 
     def __init__(
-        self, images: int, batch_size: int, seed: int, *, repeats: int = 0, accumulate: int = 1, share: Share = ALONE
+        self, images: int, batch_size: int, seed: int, *, repeats: int = 0, accumulate: int = 1, rank: Rank = ALONE
     ) -> None:
-        parts = accumulate * share.processes
+        parts = accumulate * rank.processes
         if images < batch_size:  # one batch, as large as can be divided
             batch_size = images - images % parts
         if batch_size < parts or batch_size % parts:
             raise ConfigError(
-                f"A batch of {batch_size} images cannot be divided evenly over {share.processes} processes and "
+                f"A batch of {batch_size} images cannot be divided evenly over {rank.processes} processes and "
                 f"{accumulate} accumulated parts: give a batch_size that is a multiple of {parts}."
             )
         self.images, self.batch_size, self.seed, self.repeats = images, batch_size, seed, max(repeats, 1)
-        self.accumulate, self.share = accumulate, share
+        self.accumulate, self.rank = accumulate, rank
         self.steps = images // batch_size
         """Optimizer steps an epoch."""
-        self.epoch, self.start = 0, 0
+        self.epoch, self.first_step = 0, 0
 
     def begin(self, epoch: int, step: int = 0) -> None:
         """Set the epoch that the next iteration walks through, and the optimizer step that it starts at."""
-        self.epoch, self.start = epoch, step
+        self.epoch, self.first_step = epoch, step
 
     def __len__(self) -> int:
         return self.steps * self.accumulate
@@ -81,8 +81,8 @@ class TrainOrder(Sampler[list[Sample]]):
         # NumPy takes seeds below 2^32.
         seeds = torch.randint(2**32, (self.images,), generator=generator).tolist()
         size = self.batch_size // self.accumulate
-        for begin in range(self.start * self.batch_size, self.steps * self.batch_size, size):
-            places = range(begin + self.share.process, begin + size, self.share.processes)
+        for begin in range(self.first_step * self.batch_size, self.steps * self.batch_size, size):
+            places = range(begin + self.rank.process, begin + size, self.rank.processes)
             yield [Sample(order[place], seeds[place]) for place in places]
 
 
@@ -92,16 +92,16 @@ class EvaluationOrder(Sampler[list[Sample]]):
     Args:
         images: how many there are.
         batch_size: images a batch of this process; the last one may be smaller.
-        share: which process this is.
+        rank: which process this is.
     """
 
-    def __init__(self, images: int, batch_size: int, share: Share = ALONE) -> None:
-        self.mine = range(share.process, images, share.processes)
+    def __init__(self, images: int, batch_size: int, rank: Rank = ALONE) -> None:
+        self.numbers = range(rank.process, images, rank.processes)
         self.batch_size = batch_size
 
     def __len__(self) -> int:
-        return -(-len(self.mine) // self.batch_size)
+        return -(-len(self.numbers) // self.batch_size)
 
     def __iter__(self) -> Iterator[list[Sample]]:
-        for begin in range(0, len(self.mine), self.batch_size):
-            yield [Sample(image) for image in self.mine[begin : begin + self.batch_size]]
+        for begin in range(0, len(self.numbers), self.batch_size):
+            yield [Sample(image) for image in self.numbers[begin : begin + self.batch_size]]

@@ -28,7 +28,7 @@ from qvit.errors import ConfigError, CorruptImageError
 from qvit.files import printable
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
-"""Area of a crop as a share of the image's, and its width over its height: timm's defaults."""
+"""Area of a crop as a fraction of the image's, and its width over its height: timm's defaults."""
 _TRIES = 10
 """Crops that are drawn for an image until one fits in it, as in torchvision."""
 _NOTHING = (None, 0, 0.0, "")
@@ -134,7 +134,7 @@ def crop_and_flip(
     Args:
         images: ``(B, C, H, W)`` float, 0..255.
         samples: whose seeds are drawn from, one an image.
-        scale: smallest and largest area, as a share of the image's.
+        scale: smallest and largest area, as a fraction of the image's.
         ratio: smallest and largest width over height.
         hflip: probability of a mirror image.
         vflip: probability of an image upside down.
@@ -206,9 +206,9 @@ def _decode(
     for batch in track(batches, f"decoding {name}", len(loader), console=console, transient=True):
         unreadable += batch.unreadable
         if len(batch.labels):
-            these = slice(done, done + len(batch.labels))
-            pixels[these], labels[these] = batch.images, batch.labels
-            done = these.stop
+            places = slice(done, done + len(batch.labels))
+            pixels[places], labels[places] = batch.images, batch.labels
+            done = places.stop
     if not done:
         raise CorruptImageError(f"{unreadable[0].message} Nor can any other of the {name}.")
     if unreadable:

@@ -92,17 +92,19 @@ def open_validation(
     return sets.val
 
 
-def check_classes(one: str, its: Sequence[str], other: str, others: Sequence[str]) -> None:
+def check_classes(first: str, classes: Sequence[str], second: str, other_classes: Sequence[str]) -> None:
     """Raise unless both have the same classes in the same order.
 
     Raises:
         DataError: with both numbers, or the first class that differs.
     """
-    if len(its) != len(others):
-        raise DataError(f"{_capital(one)} has {len(its)} classes, {other} {len(others)}: they must be the same.")
-    for index, (a, b) in enumerate(zip(its, others, strict=True)):
+    if len(classes) != len(other_classes):
+        raise DataError(
+            f"{_capital(first)} has {len(classes)} classes, {second} {len(other_classes)}: they must be the same."
+        )
+    for index, (a, b) in enumerate(zip(classes, other_classes, strict=True)):
         if a != b:
-            raise DataError(f"Class {index} is {a!r} in {one} and {b!r} in {other}: they must be the same.")
+            raise DataError(f"Class {index} is {a!r} in {first} and {b!r} in {second}: they must be the same.")
 
 
 def _digits(mode: Mode) -> ImageSets:
@@ -170,10 +172,10 @@ def _shards_in_one_folder(folder: Path, splits: str, mode: Mode) -> ImageSets:
     for part, found in zip(parts, files, strict=True):
         if not found:
             raise DataError(f"{folder} has no shard with {part!r} in its name: give --splits TRAINING,VALIDATION.")
-    both = set(files[0]) & set(files[1])
-    if both:
+    shared = set(files[0]) & set(files[1])
+    if shared:
         raise DataError(
-            f"{min(both)} is of both splits, its name has {' and '.join(parts)} in it: give other --splits."
+            f"{min(shared)} is of both splits, its name has {' and '.join(parts)} in it: give other --splits."
         )
     train, classes = _shards(files[0], mode)
     return ImageSets(train, _shards(files[1], mode, classes)[0], classes)

@@ -73,8 +73,8 @@ def _folders(folder: Path) -> list[str]:
 
 def _named(folder: Path, names: Sequence[str], wanted: Sequence[str]) -> Path | None:
     """Return the folder of one of the names that are wanted, the first that there is, in any case."""
-    for one in wanted:
-        found = [name for name in names if name.casefold() == one.casefold()]
+    for wanted_name in wanted:
+        found = [name for name in names if name.casefold() == wanted_name.casefold()]
         if len(found) > 1:
             raise DataError(f"{folder} has {' and '.join(found)}, which differ in case only: keep one of them.")
         if found:

@@ -18,9 +18,9 @@ from qvit.nn.recompute import in_backward_pass, recomputed
 
 EPS = 1e-6
 MOMENTUM = 0.1
-"""Share of a new batch in the running averages, as in BatchNorm."""
+"""Weight of a new batch in the running averages, as in BatchNorm."""
 
-Start = Literal["teacher", "unit", "keep"]
+RectifierInit = Literal["teacher", "unit", "keep"]
 
 
 class Rectifier(Float32Module):

@@ -1,4 +1,4 @@
-"""Scales, offsets and the rectifiers' start, from data (docs/method.md, sections 1 and 2)."""
+"""Scales, offsets and the rectifiers' initial values, from data (docs/method.md, sections 1 and 2)."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from qvit.errors import ConfigError, DataError, UnsupportedModelError
 from qvit.nn.linear import QuantConv2d, QuantLinear
 from qvit.nn.modes import evaluating, switched_off, watching
 from qvit.nn.quantizer import Float32Module, Quantizer, code_range, from_codes, to_codes
-from qvit.nn.rectifier import Rectifier, Start
+from qvit.nn.rectifier import Rectifier, RectifierInit
 from qvit.quantization.balance import Undo, balance
 from qvit.quantization.convert import check_quantized
 
-WeightStart = Literal["minimum_error", "lsq"]
+WeightInit = Literal["minimum_error", "lsq"]
 SAMPLES = 2**17
 """Values kept a quantizer (all its groups and batches together); the fit's error falls with their square root."""
 RECTIFIER_IMAGES = 256
 _SHARES = tuple(0.84**k for k in range(13))
-_FINE_SHARES = tuple(0.95**k for k in range(44))
+_FINE_FRACTIONS = tuple(0.95**k for k in range(44))
 """How much of the data's range the fit tries to cover: each side of the mean, or both sides of zero."""
 _ROUNDS = 12
 _COARSE = 2**13
@@ -35,8 +35,8 @@ def calibrate(
     model: nn.Module,
     batches: Iterable[Any],
     *,
-    rectify_start: Start = "teacher",
-    weight_start: WeightStart = "minimum_error",
+    rectifier_init: RectifierInit = "teacher",
+    weight_init: WeightInit = "minimum_error",
     report: Callable[[int, int], None] | None = None,
 ) -> None:
     """Set every scale, offset and rectifier of a quantized model, in place.
@@ -50,20 +50,20 @@ def calibrate(
     Args:
         model: what :func:`qvit.quantize` returned.
         batches: image tensors ``(B, C, H, W)``, or tuples that start with one; some hundred images are enough.
-        rectify_start: ``"teacher"`` starts gamma and beta so that q~ is as near to q as they allow; ``"unit"`` at 1
+        rectifier_init: ``"teacher"`` sets gamma and beta so that q~ is as near to q as they allow; ``"unit"`` at 1
             and 0, as the authors' code does; ``"keep"`` leaves them and their statistics as they are.
-        weight_start: ``"minimum_error"`` as above; ``"lsq"`` for ``2 mean|w| / sqrt(Qp)`` an output channel (Esser et
+        weight_init: ``"minimum_error"`` as above; ``"lsq"`` for ``2 mean|w| / sqrt(Qp)`` an output channel (Esser et
             al., 2020), which depends on nothing but the mean.
         report: called with what is done and what there is to do in all: batches to look at and quantizers to fit.
 
     Raises:
         UnsupportedModelError: if the model has nothing to calibrate, or a float layer was put into it.
         DataError: if ``batches`` is empty or the images make a NaN or an infinity in the float model.
-        ConfigError: for an unknown ``rectify_start`` or ``weight_start``.
+        ConfigError: for an unknown ``rectifier_init`` or ``weight_init``.
     """
     for what, value, known in (
-        ("rectify_start", rectify_start, get_args(Start)),
-        ("weight_start", weight_start, get_args(WeightStart)),
+        ("rectifier_init", rectifier_init, get_args(RectifierInit)),
+        ("weight_init", weight_init, get_args(WeightInit)),
     ):
         if value not in known:
             raise ConfigError(f"{what} must be {' or '.join(known)}, not {value!r}.")
@@ -72,7 +72,7 @@ def calibrate(
     with _all_or_nothing(model) as undo, evaluating(model), torch.no_grad():
         with switched_off(quantizers.values()):
             balance(model, images, undo)
-            _start_rectifiers(model, images, rectify_start)
+            _initialize_rectifiers(model, images, rectifier_init)
             samples = _collect(model, images, quantizers, advance)
         for name, quantizer in quantizers.items():
             if quantizer.batched:
@@ -81,7 +81,7 @@ def calibrate(
         for name, module in model.named_modules():
             if isinstance(module, (QuantLinear, QuantConv2d)):
                 weight = module.weight.detach().float().flatten(1)
-                if weight_start == "lsq":
+                if weight_init == "lsq":
                     scale = 2 * weight.abs().mean(dim=1) / module.weight_quantizer.high**0.5
                     module.weight_quantizer.set(scale.clamp(min=torch.finfo(scale.dtype).tiny), None)
                 else:
@@ -154,7 +154,7 @@ def minimum_error_scale(
         ]
     else:
         step = torch.maximum(largest / max(high, 1), smallest / min(low, -1))
-        starts = [(share * step * low, share * step * high) for share in _FINE_SHARES]
+        starts = [(fraction * step * low, fraction * step * high) for fraction in _FINE_FRACTIONS]
 
     some = x[:, :: max(1, x.shape[1] // _COARSE)]
     best_error = torch.full_like(zero, torch.inf)
@@ -219,9 +219,9 @@ def _fitted(name: str, quantizer: Quantizer, values: Tensor, low: int, high: int
     return scale, offset if with_offset else None
 
 
-def _start_rectifiers(model: nn.Module, images: list[Tensor], start: Start) -> None:
+def _initialize_rectifiers(model: nn.Module, images: list[Tensor], init: RectifierInit) -> None:
     rectifiers = {name: m for name, m in model.named_modules() if isinstance(m, Rectifier)}
-    if not rectifiers or start == "keep":
+    if not rectifiers or init == "keep":
         return
     seen: dict[str, list[Tensor]] = {name: [] for name in rectifiers}
     few, count = [], 0
@@ -235,7 +235,7 @@ def _start_rectifiers(model: nn.Module, images: list[Tensor], start: Start) -> N
             model(batch)
     for name, rectifier in rectifiers.items():
         rectifier.fit(torch.cat(seen[name]))
-        if start == "unit":
+        if init == "unit":
             rectifier.gamma.fill_(1.0)
             rectifier.beta.zero_()
 

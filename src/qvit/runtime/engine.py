@@ -114,9 +114,11 @@ class Engine:
             )
         logits = self._of_pictures(images).astype(np.float64)
         powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-        shares = powers / powers.sum(axis=1, keepdims=True)
-        ranked = np.argsort(-shares, axis=1, kind="stable")[:, :top_k]
-        return [[(self.classes[c], float(row[c])) for c in best] for best, row in zip(ranked, shares, strict=True)]
+        probabilities = powers / powers.sum(axis=1, keepdims=True)
+        ranked = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]
+        return [
+            [(self.classes[c], float(row[c])) for c in best] for best, row in zip(ranked, probabilities, strict=True)
+        ]
 
     def embed(self, images: ImageSource | Sequence[ImageSource]) -> NDArray[np.float32]:
         """Return the pooled vector of each image, ``(B, width)``, float32, of a feature extractor.

@@ -94,7 +94,7 @@ class Stopwatch:
             report(number + 1, models)
         solution, *_ = np.linalg.lstsq(np.array(rows, dtype=float), np.array(ratios) - 1)
         reference = statistics.median(references)
-        cost = {column: reference * float(share) for column, share in zip(columns, solution, strict=True)}
+        cost = {column: reference * float(factor) for column, factor in zip(columns, solution, strict=True)}
         differences = {
             product.name: {pair: cost.get((kind, self._way(product, pair)), 0.0) for pair in CANDIDATES}
             for kind, group in groups.items()

@@ -1,4 +1,4 @@
-"""The paper's table: every method at every number of bits, over several seeds, with the same start and budget.
+"""The paper's table: every method at every number of bits, over several seeds, of one model and budget.
 
 Each cell is a run in a folder of its own, ``OUT/<bits>-bit/<row>/seed-<n>``, finished when its ``result.json`` is
 there; a run that was cut off goes on from its last checkpoint, and several commands may fill one folder: each takes
@@ -118,7 +118,7 @@ def ablate(
     """Fill every missing cell and return all records found in the folder (see :func:`read_results`).
 
     Args:
-        teacher: float model; teacher and start of every run.
+        teacher: float model; teacher and initial model of every run.
         data: training and validation images.
         recipe: one budget for all.
         options: ``out`` is the folder of the whole table; ``seed`` is replaced by each of ``seeds``.
@@ -136,7 +136,7 @@ def ablate(
         ConfigError: if a run would be refused (:func:`qvit.train.methods.make_student`), before anything is written;
             for a ladder of rows whose students cannot be loaded.
     """
-    recipe.schedule("quantized")
+    recipe.hyperparameters("quantized")
     simulated = [row.name for row in rows if row.method in RIVALS]
     if ladder and simulated:
         raise ConfigError(
@@ -155,19 +155,31 @@ def ablate(
         with locked(folder / LOCK, accelerator) as mine:
             if not mine or (folder / "result.json").exists():
                 continue
-            start = teacher
+            initial_model = teacher
             if b in rungs:
                 before = _folder(options.out, rungs[b], row, seed)
                 if not (before / "result.json").exists():  # another command is at it
                     continue
-                start = FloatModel(*load_checkpoint(before / ("last.pt" if ALL[row.method].trained else "best.pt")))
+                initial_model = FloatModel(
+                    *load_checkpoint(before / ("last.pt" if ALL[row.method].trained else "best.pt"))
+                )
             console.print(f"[{number}/{len(cells)}] {b} bits, {row.title}, seed {seed}", highlight=False, markup=False)
             run = dataclasses.replace(
                 options, out=folder, seed=seed, resume=row.method in METHODS and can_go_on(folder)
             )
             begin = time.monotonic()
             result = train_quantized(
-                start, teacher, row.method, (b, b), row.rectifier or "head", data, recipe, run, console, overrides, ALL
+                initial_model,
+                teacher,
+                row.method,
+                (b, b),
+                row.rectifier or "head",
+                data,
+                recipe,
+                run,
+                console,
+                overrides,
+                ALL,
             )
             record: dict[str, Any] = {"bits": b, "row": row.name, "title": row.title, "seed": seed}
             record |= {"top1": result.accuracy.top1, "top5": result.accuracy.top5, "images": result.accuracy.images}
@@ -293,7 +305,7 @@ def _analyse(teacher: FloatModel, result: Result, data: ImageSets, recipe: Recip
         {**layer.to_dict(), "attention_distance": far} for layer, far in zip(layers, distance, strict=True)
     ]
     if result.history:
-        loss_fn = DistillationLoss(teacher.model, guided_weight=recipe.schedule("quantized").guided_weight)
+        loss_fn = DistillationLoss(teacher.model, guided_weight=recipe.hyperparameters("quantized").guided_weight)
         for record, gradients in zip(by_layer, loss_gradients(result.model, loss_fn, batches), strict=True):
             record["gradients"] = dataclasses.asdict(gradients)
     means = {name: statistics.fmean(layer[name] for layer in by_layer) for name in _MEANS}

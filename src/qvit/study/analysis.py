@@ -65,7 +65,7 @@ class Request:
         limit: images to look at, at most, evenly spaced; ``None`` for all.
         study_images: of the bottleneck study, at most; 0 for no study.
         bits: of the bottleneck study.
-        recipe: with whose ``quantized`` schedule every part is trained; ``None`` to calibrate alone.
+        recipe: with whose ``quantized`` hyperparameters every part is trained; ``None`` to calibrate alone.
     """
 
     subjects: Sequence[Subject]

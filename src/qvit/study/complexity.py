@@ -119,8 +119,8 @@ def model_tables(name: str, cost: Cost) -> list[Table | str]:
 
     widths = _table("Multiply-adds of one image", ("weights or keys, values", "inputs", "number", "share", "ps each"))
     for bits, count in operations.macs.items():
-        share, each = count / operations.total, 1e12 * cost.seconds_per_mac[bits]
-        widths.add_row(str(bits.weight), str(bits.activation), f"{count:,}", f"{share:.1%}", f"{each:.2f}")
+        fraction, each = count / operations.total, 1e12 * cost.seconds_per_mac[bits]
+        widths.add_row(str(bits.weight), str(bits.activation), f"{count:,}", f"{fraction:.1%}", f"{each:.2f}")
 
     claims = _table("Beside float32", ("what", "times less"))
     claims.add_row("operations, by the rule above", _times(operations.total, operations.float_equivalent))

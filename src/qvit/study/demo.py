@@ -225,7 +225,7 @@ def _sections(
 ) -> list[Section]:
     float_row, quantized = rows[0], rows[1:]
     arguments = ", ".join(f"{name} {value}" for name, value in recipe.model_args.items())
-    full, half = recipe.schedule("full_precision"), recipe.schedule("quantized")
+    full, half = recipe.hyperparameters("full_precision"), recipe.hyperparameters("quantized")
     result = Section(
         "Result",
         [

@@ -187,7 +187,7 @@ def summary(result: Result, out: Path) -> list[Any]:
     lines.append(
         printable(
             f"{out}: {result['bytes'] / 1e6:.2f} MB, {ratio:.1f} times smaller than float32; {out.with_suffix('.pt')} "
-            f"to train on from (qvit train --start; with --method baseline or distill its scales count); "
+            f"to train on from (qvit train --initial-model; with --method baseline or distill its scales count); "
             f"{result['seconds'] / 60:.1f} minutes{steps}."
         )
     )

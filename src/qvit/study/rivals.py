@@ -1,7 +1,7 @@
 """What other authors do at few bits, as rows of the ablation (docs/method.md, section 12).
 
 Their quantizers are simulated in floating point: no packed file can hold such a student. They are here to be compared
-with the same start, images, budget and loss, and are rows of ``qvit ablate`` alone.
+from the same model, with the same images, budget and loss, and are rows of ``qvit ablate`` alone.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def with_channels(student: nn.Module) -> None:
 
 
 @torch.no_grad()
-def start_channels(student: nn.Module, images: Sequence[Tensor]) -> None:
+def initialize_channels(student: nn.Module, images: Sequence[Tensor]) -> None:
     """Calibrate a student of :func:`with_channels`: the smallest error of each channel, then of the folded weights."""
     layers = {name: module for name, module in student.named_modules() if isinstance(module, ChannelLinear)}
     quantizers = {name: layer.input_quantizer for name, layer in layers.items()}
@@ -152,8 +152,8 @@ def start_channels(student: nn.Module, images: Sequence[Tensor]) -> None:
 
 
 @torch.no_grad()
-def start_as_authors(student: nn.Module, images: Sequence[Tensor]) -> None:
-    """Start all scales as the authors of Q-ViT do: ``2 mean|x| / sqrt(Qp)`` (LSQ), offsets of 0.
+def lsq_scales(student: nn.Module, images: Sequence[Tensor]) -> None:
+    """Set all scales as the authors of Q-ViT do: ``2 mean|x| / sqrt(Qp)`` (LSQ), offsets of 0.
 
     Of a layer's weights together, and of what the first batch brings to each quantizer of activations. Where the
     weights take a scale per input channel, the mean is that of the folded weights.
@@ -181,19 +181,19 @@ RIVALS: dict[str, Method] = {
     "statsq": Method("StatsQ weights", rectified=False, guided=False, adapt=with_statistics),
     "token-scales": Method("scale per token", rectified=False, guided=False, adapt=with_tokens),
     "channel-scales": Method(
-        "scale per channel", rectified=False, guided=False, adapt=with_channels, start=start_channels
+        "scale per channel", rectified=False, guided=False, adapt=with_channels, initialize=initialize_channels
     ),
     "ofq": Method("OFQ's quantizers", rectified=False, guided=False, adapt=as_ofq),
     "ofq-annealed": Method("OFQ's, annealed", rectified=False, guided=False, adapt=as_ofq, loss=AnnealedLoss),
-    "authors": Method("authors' baseline", rectified=False, guided=False, adapt=with_channels, start=start_as_authors),
+    "authors": Method("authors' baseline", rectified=False, guided=False, adapt=with_channels, initialize=lsq_scales),
     "authors-rectify": Method(
-        "authors' + IRM", rectified=True, guided=False, adapt=with_channels, start=start_as_authors, against="authors"
+        "authors' + IRM", rectified=True, guided=False, adapt=with_channels, initialize=lsq_scales, against="authors"
     ),
     "authors-distill": Method(
-        "authors' + DGD", rectified=False, guided=True, adapt=with_channels, start=start_as_authors, against="authors"
+        "authors' + DGD", rectified=False, guided=True, adapt=with_channels, initialize=lsq_scales, against="authors"
     ),
     "authors-q-vit": Method(
-        "authors' Q-ViT", rectified=True, guided=True, adapt=with_channels, start=start_as_authors, against="authors"
+        "authors' Q-ViT", rectified=True, guided=True, adapt=with_channels, initialize=lsq_scales, against="authors"
     ),
 }  # fmt: skip
 """Methods of the ablation beside :data:`qvit.train.methods.METHODS`. IRM is the authors' here: per token, from unit."""

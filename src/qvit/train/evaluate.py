@@ -65,5 +65,5 @@ def evaluate(
         raise TrainingStopped("Stopped in the middle of an evaluation.")
     if not images:
         raise CorruptImageError(f"No validation image can be read, so there is no accuracy. {complaint}")
-    share = 100.0 / images
-    return Accuracy(first * share, fifth * share, images, unreadable, time.perf_counter() - start)
+    percent = 100.0 / images
+    return Accuracy(first * percent, fifth * percent, images, unreadable, time.perf_counter() - start)

@@ -36,7 +36,7 @@ from qvit.train.optim import make_optimizer
 from qvit.train.options import Options, make_accelerator
 from qvit.train.oscillation import Oscillation
 from qvit.train.preemption import Sigterm
-from qvit.train.recipe import Schedule
+from qvit.train.recipe import Hyperparameters
 from qvit.train.run import Run, non_finite_message, read_last, says_what_is_kept, stopped_message, tidy
 from qvit.train.settings import settings_of
 
@@ -72,7 +72,7 @@ def fit(
     loss_fn: Loss,
     train: Batches,
     val: Batches,
-    schedule: Schedule,
+    hyperparameters: Hyperparameters,
     spec: ModelSpec,
     options: Options,
     console: Console,
@@ -87,7 +87,7 @@ def fit(
         loss_fn: see :class:`Loss`.
         train: this process's share of the training batches, from :func:`qvit.train.methods.training_batches`.
         val: this process's share of the validation batches, evaluated after each epoch.
-        schedule: budget and optimizer.
+        hyperparameters: of the recipe.
         spec: what goes into the checkpoints.
         options: folder, seed, precision, ....
         console: where progress is shown.
@@ -106,14 +106,14 @@ def fit(
     console = console if is_main else Console(quiet=True)
     order, teacher = train.batch_sampler, getattr(loss_fn, "teacher", None)
     assert isinstance(order, TrainOrder)
-    settings = settings_of(schedule, spec, options, order, teacher, resident=isinstance(train, ResidentLoader))
+    settings = settings_of(hyperparameters, spec, options, order, teacher, resident=isinstance(train, ResidentLoader))
     saved = read_last(options.out, spec, settings, console) if options.resume else None
     if saved is not None:
         model.load_state_dict(saved.training["trained"] or saved.weights)
     model.to(device)
     if isinstance(loss_fn, nn.Module):
         loss_fn.to(device)
-    ema = ModelEmaV3(model, schedule.ema_decay, foreach=not options.fsdp) if schedule.ema_decay else None
+    ema = ModelEmaV3(model, hyperparameters.ema_decay, foreach=not options.fsdp) if hyperparameters.ema_decay else None
     if ema is not None and saved is not None:
         ema.module.load_state_dict(saved.weights)
     evaluated: VisionTransformer = model if ema is None else ema.module
@@ -128,19 +128,19 @@ def fit(
         if ema is not None:
             shard(ema.module)
     student = spread(model, accelerator, fsdp=options.fsdp)
-    optimizer, clip = make_optimizer(model, schedule)
+    optimizer, clip = make_optimizer(model, hyperparameters)
 
     # Where it stands: from the start, or from a checkpoint.
     steps = order.steps
     scheduler = CosineLRScheduler(
         optimizer,
-        t_initial=schedule.epochs * steps,
-        warmup_t=round(schedule.warmup_epochs * steps),
+        t_initial=hyperparameters.epochs * steps,
+        warmup_t=round(hyperparameters.warmup_epochs * steps),
         warmup_lr_init=0.0,
         warmup_prefix=False,
         t_in_epochs=False,
     )
-    oscillation = Oscillation(model, schedule.freeze_oscillating) if spec.quant_config is not None else None
+    oscillation = Oscillation(model, hyperparameters.freeze_oscillating) if spec.quant_config is not None else None
     run = Run(options.out, spec, student, optimizer, order, settings, accelerator, oscillation, ema)
     set_seed(options.seed * 100_003 + accelerator.process_index)
     if saved is not None:
@@ -162,14 +162,14 @@ def fit(
         progress_bar(console) as bar,
     ):
         done = progress.epoch * steps + progress.step
-        task = bar.add_task("", total=schedule.epochs * steps, completed=done)
-        for epoch in range(progress.epoch, schedule.epochs):
+        task = bar.add_task("", total=hyperparameters.epochs * steps, completed=done)
+        for epoch in range(progress.epoch, hyperparameters.epochs):
             order.begin(epoch, progress.step)
             model.train()
             start, seconds_before = time.perf_counter(), progress.seconds
             parts: list[Part] = []
             for batch in readable(train, skip_corrupt=options.skip_corrupt):
-                loss_fn.progress = (epoch * steps + progress.step) / (schedule.epochs * steps)
+                loss_fn.progress = (epoch * steps + progress.step) / (hyperparameters.epochs * steps)
                 with accelerator.accumulate(student):
                     images, labels = (x.to(device, non_blocking=True) for x in (batch.images, batch.labels))
                     with accelerator.autocast():
@@ -181,9 +181,9 @@ def fit(
                     continue
 
                 # All parts of the batch are done, in this process and in the others.
-                step = together(parts, device, stop=sigterm.received, save=run.is_due(options.save_every))
+                totals = together(parts, device, stop=sigterm.received, save=run.is_due(options.save_every))
                 norm = gradient_norm(model)
-                finite = math.isfinite(step.sums["train_loss"])
+                finite = math.isfinite(totals.sums["train_loss"])
                 if not (finite and math.isfinite(norm)):
                     again = partial(_again, accelerator, loss_fn, student, parts)
                     where = first_non_finite(model, again, loss_was_finite=finite)
@@ -199,17 +199,17 @@ def fit(
                 parts = []
 
                 progress.step += 1
-                progress.images += step.images
-                progress.unreadable += step.unreadable
+                progress.images += totals.images
+                progress.unreadable += totals.unreadable
                 progress.seconds = seconds_before + time.perf_counter() - start
-                for name, value in step.sums.items():
+                for name, value in totals.sums.items():
                     progress.sums[name] = progress.sums.get(name, 0.0) + value
                 scheduler.step_update(epoch * steps + progress.step)
-                if step.save or step.stop:
+                if totals.save or totals.stop:
                     run.save()
-                if step.stop:
+                if totals.stop:
                     raise TrainingStopped(stopped_message(run))
-                bar.update(task, advance=1, description=step_line(run, schedule.epochs))
+                bar.update(task, advance=1, description=step_line(run, hyperparameters.epochs))
 
             if options.fsdp and accelerator.num_processes > 1:
                 evaluated.load_state_dict(run.weights())
@@ -226,7 +226,7 @@ def fit(
                 "val_images": accuracy.images,
                 "unreadable": progress.unreadable + accuracy.unreadable,
                 "lr": optimizer.param_groups[0]["lr"],
-                **(oscillation.shares() if oscillation is not None else {}),
+                **(oscillation.percentages() if oscillation is not None else {}),
                 "images_per_second": progress.images / progress.seconds,
                 "seconds": progress.seconds + accuracy.seconds,
             }
@@ -238,8 +238,8 @@ def fit(
                 for name, scalar in record.items():
                     board.add_scalar(name, scalar, epoch + 1)
                 _write_metrics(options.out, history)
-                bar.console.print(epoch_line(record, schedule.epochs), highlight=False)
-            if sum_over_processes([sigterm.received], device)[0] and progress.epoch < schedule.epochs:
+                bar.console.print(epoch_line(record, hyperparameters.epochs), highlight=False)
+            if sum_over_processes([sigterm.received], device)[0] and progress.epoch < hyperparameters.epochs:
                 raise TrainingStopped(stopped_message(run))
     model._compiled_call_impl = None  # what is measured of it next runs once: not worth minutes of compiling
     return evaluated, history

@@ -20,7 +20,7 @@ class Part(NamedTuple):
     means: dict[str, float]
 
 
-class Step(NamedTuple):
+class Totals(NamedTuple):
     """A whole batch: sums over its images, how many they are, and whether any process wants to stop or to save."""
 
     sums: dict[str, float]
@@ -44,10 +44,10 @@ def means(loss: Tensor, parts: Mapping[str, Tensor], labels: Tensor) -> dict[str
     return dict(zip(scalars, values, strict=True))
 
 
-def together(parts: Sequence[Part], device: torch.device, *, stop: bool, save: bool) -> Step:
+def together(parts: Sequence[Part], device: torch.device, *, stop: bool, save: bool) -> Totals:
     """Add up the parts of a batch and those of the other processes; all processes must call it."""
     names = list(parts[0].means)
     counts = [sum(len(part.labels) for part in parts), sum(part.unreadable for part in parts), stop, save]
     sums = [sum(part.means[name] * len(part.labels) for part in parts) for name in names]
     images, unreadable, any_stop, any_save, *sums = sum_over_processes([*counts, *sums], device)
-    return Step(dict(zip(names, sums, strict=True)), int(images), int(unreadable), any_stop > 0, any_save > 0)
+    return Totals(dict(zip(names, sums, strict=True)), int(images), int(unreadable), any_stop > 0, any_save > 0)

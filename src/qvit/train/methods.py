@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from qvit.config import QuantConfig, RectifierKind
 from qvit.data.loader import Batches, make_loader, make_transform, readable
-from qvit.data.order import ALONE, EvaluationOrder, Share, TrainOrder
+from qvit.data.order import ALONE, EvaluationOrder, Rank, TrainOrder
 from qvit.data.resident import ResidentImages, ResidentLoader
 from qvit.data.sources import ImageSets, open_data
 from qvit.errors import ConfigError, TeacherMismatchError
@@ -33,8 +33,8 @@ from qvit.quantization.reconstruct import reconstruct
 from qvit.train.display import progress_bar
 from qvit.train.evaluate import Accuracy, evaluate
 from qvit.train.loop import LabelLoss, Loss, fit
-from qvit.train.options import Options, make_accelerator, share_of
-from qvit.train.recipe import Recipe, Schedule
+from qvit.train.options import Options, make_accelerator, rank_of
+from qvit.train.recipe import Hyperparameters, Recipe
 from qvit.train.run import can_go_on
 
 
@@ -48,7 +48,7 @@ class Method(NamedTuple):
         trained: whether labels and epochs follow.
         reconstructed: whether it learns from the float model's outputs alone, in place of training.
         adapt: exchanges parts of a quantized student before it is calibrated.
-        start: sets its scales from batches of images, in place of calibration.
+        initialize: sets its scales from batches of images, in place of calibration.
         loss: of a student with a teacher.
         against: the method whose result its own is compared with.
     """
@@ -59,7 +59,7 @@ class Method(NamedTuple):
     trained: bool = True
     reconstructed: bool = False
     adapt: Callable[[nn.Module], None] | None = None
-    start: Callable[[nn.Module, Sequence[Tensor]], None] | None = None
+    initialize: Callable[[nn.Module, Sequence[Tensor]], None] | None = None
     loss: type[DistillationLoss] = DistillationLoss
     against: str = "baseline"
 
@@ -130,16 +130,17 @@ def open_images(
 def train_full_precision(
     spec: ModelSpec, data: ImageSets, recipe: Recipe, options: Options, console: Console
 ) -> Result:
-    """Train a float model from scratch with the recipe's ``full_precision`` schedule."""
+    """Train a float model from scratch with the recipe's ``full_precision`` hyperparameters."""
     set_seed(options.seed)
     model = create_model(spec)
-    schedule = recipe.schedule("full_precision")
+    hyperparameters = recipe.hyperparameters("full_precision")
     spec = dataclasses.replace(spec, recipe=recipe.to_dict())
-    return _fit(model, LabelLoss(schedule.label_smoothing), data, schedule, recipe, spec, options, console)
+    loss = LabelLoss(hyperparameters.label_smoothing)
+    return _fit(model, loss, data, hyperparameters, recipe, spec, options, console)
 
 
 def train_quantized(
-    start: FloatModel,
+    initial_model: FloatModel,
     teacher: FloatModel | None,
     method: str,
     bits: tuple[int, int],
@@ -151,11 +152,11 @@ def train_quantized(
     overrides: Overrides | None = None,
     methods: Mapping[str, Method] = METHODS,
 ) -> Result:
-    """Quantize ``start``, calibrate it and train it with the recipe's ``quantized`` schedule.
+    """Quantize ``initial_model``, calibrate it and train it with the recipe's ``quantized`` hyperparameters.
 
     Args:
-        start: model whose weights the student starts from; a quantized one of other bits gives its rectifiers too, one
-            that is quantized in the same way its scales as well.
+        initial_model: model whose weights the student starts from; a quantized one of other bits gives its rectifiers
+            too, one that is quantized in the same way its scales as well.
         teacher: what the student is distilled from; ``None`` to train against the labels alone.
         method: a key of ``methods``.
         bits: of weights and of activations.
@@ -172,37 +173,36 @@ def train_quantized(
         TeacherMismatchError: see :func:`make_student`, as UnsupportedModelError.
     """
     chosen = methods[method]
-    schedule, device = recipe.schedule("quantized"), make_accelerator(options).device
-    reconstruct_first = schedule.reconstruct_first and chosen.trained
-    if reconstruct_first and teacher is None and start.spec.quant_config is not None:
+    hyperparameters, device = recipe.hyperparameters("quantized"), make_accelerator(options).device
+    reconstruct_first = hyperparameters.reconstruct_first and chosen.trained
+    if reconstruct_first and teacher is None and initial_model.spec.quant_config is not None:
         raise ConfigError(
             "The recipe's reconstruct_first learns from a float model: give --teacher, or set it to false."
         )
     set_seed(options.seed)
-    student, config = make_student(start, teacher, method, bits, rectifier, overrides, methods)
+    student, config = make_student(initial_model, teacher, method, bits, rectifier, overrides, methods)
     student = student.to(device)
     spec = dataclasses.replace(
-        start.spec, quant_config=config.to_dict(), method=method, metrics={}, recipe=recipe.to_dict()
+        initial_model.spec, quant_config=config.to_dict(), method=method, metrics={}, recipe=recipe.to_dict()
     )
     if isinstance(student, VisionTransformerDistilled):
         student.set_distilled_training(teacher is not None)
-    if chosen.start is not None:
-        chosen.start(student, training_images(data, spec, schedule.calibration_images, options))
+    if chosen.initialize is not None:
+        chosen.initialize(student, training_images(data, spec, hyperparameters.calibration_images, options))
     elif not all(module.calibrated for module in student.modules() if isinstance(module, Quantizer)):
-        keep = chosen.rectified and (start.spec.quant_config or {}).get("rectifier") == rectifier
+        keep = chosen.rectified and (initial_model.spec.quant_config or {}).get("rectifier") == rectifier
         calibrate(
             student,
-            training_images(data, spec, schedule.calibration_images, options),
-            rectify_start="keep" if keep else schedule.rectify_start,
-            weight_start=schedule.weight_start,
+            training_images(data, spec, hyperparameters.calibration_images, options),
+            rectifier_init="keep" if keep else hyperparameters.rectifier_init,
+            weight_init=hyperparameters.weight_init,
         )
     goes_on = options.resume and can_go_on(options.out)
     if chosen.reconstructed or (reconstruct_first and not goes_on):
-        _reconstruct(
-            student, copy.deepcopy((teacher or start).model).to(device), data, spec, schedule, options, console
-        )
+        float_model = copy.deepcopy((teacher or initial_model).model).to(device)
+        _reconstruct(student, float_model, data, spec, hyperparameters, options, console)
     if not chosen.trained:
-        val = _validation(data, spec, schedule, options)
+        val = _validation(data, spec, hyperparameters, options)
         accuracy = evaluate(student, val, device, skip_corrupt=options.skip_corrupt)
         spec.metrics = _metrics(accuracy)
         if make_accelerator(options).is_main_process:
@@ -213,17 +213,17 @@ def train_quantized(
         guide = copy.deepcopy(teacher.model)
         loss = chosen.loss(
             guide,
-            soft=schedule.distillation == "soft",
+            soft=hyperparameters.distillation == "soft",
             guided=chosen.guided,
-            guided_weight=schedule.guided_weight,
-            guided_decay=schedule.guided_decay,
-            guided_layers=schedule.guided_layers,
+            guided_weight=hyperparameters.guided_weight,
+            guided_decay=hyperparameters.guided_decay,
+            guided_layers=hyperparameters.guided_layers,
         )
-    return _fit(student, loss, data, schedule, recipe, spec, options, console)
+    return _fit(student, loss, data, hyperparameters, recipe, spec, options, console)
 
 
 def make_student(
-    start: FloatModel,
+    initial_model: FloatModel,
     teacher: FloatModel | None,
     method: str,
     bits: tuple[int, int],
@@ -239,18 +239,18 @@ def make_student(
         UnsupportedModelError: for a model that cannot be quantized.
     """
     chosen = methods[method]
-    if chosen.reconstructed and teacher is None and start.spec.quant_config is not None:
+    if chosen.reconstructed and teacher is None and initial_model.spec.quant_config is not None:
         raise ConfigError("Method reconstruct learns from a float model: give --teacher.")
     if chosen.guided and teacher is None:
         raise ConfigError(f"Method {method} is guided by a teacher: give --teacher, or use baseline or rectify.")
-    if teacher is not None and len(teacher.spec.classes) != len(start.spec.classes):
+    if teacher is not None and len(teacher.spec.classes) != len(initial_model.spec.classes):
         raise TeacherMismatchError(
-            f"The teacher has {len(teacher.spec.classes)} classes, the student {len(start.spec.classes)}."
+            f"The teacher has {len(teacher.spec.classes)} classes, the student {len(initial_model.spec.classes)}."
         )
     if chosen.guided and teacher is not None:
-        check_guidance(teacher.model, start.model)
+        check_guidance(teacher.model, initial_model.model)
     config = QuantConfig(*bits, rectifier=rectifier if chosen.rectified else None, overrides=dict(overrides or {}))
-    student = _student(start, config)
+    student = _student(initial_model, config)
     if chosen.adapt is not None:
         chosen.adapt(student)
     return student, config
@@ -261,17 +261,17 @@ def _reconstruct(
     teacher: nn.Module,
     data: ImageSets,
     spec: ModelSpec,
-    schedule: Schedule,
+    hyperparameters: Hyperparameters,
     options: Options,
     console: Console,
 ) -> None:
     with progress_bar(console) as bar:
-        task = bar.add_task("reconstruction", total=schedule.reconstruction_steps)
+        task = bar.add_task("reconstruction", total=hyperparameters.reconstruction_steps)
         reconstruct(
             student,
             teacher,
-            training_images(data, spec, schedule.reconstruction_images, options),
-            steps=schedule.reconstruction_steps,
+            training_images(data, spec, hyperparameters.reconstruction_images, options),
+            steps=hyperparameters.reconstruction_steps,
             seed=options.seed,
             precision=options.precision,
             compile=options.compile,
@@ -279,15 +279,17 @@ def _reconstruct(
         )
 
 
-def _student(start: FloatModel, config: QuantConfig) -> VisionTransformer:
-    """Return the student with the weights of ``start``, and with its scales if it is quantized in the same way."""
-    if start.spec.quant_config is None:
-        return quantize(start.model, config)
-    student = quantize(create_model(dataclasses.replace(start.spec, quant_config=None)), config)
+def _student(initial_model: FloatModel, config: QuantConfig) -> VisionTransformer:
+    """Return the student with the weights of ``initial_model``, and its scales if it is quantized in the same way."""
+    if initial_model.spec.quant_config is None:
+        return quantize(initial_model.model, config)
+    student = quantize(create_model(dataclasses.replace(initial_model.spec, quant_config=None)), config)
     # One that is quantized in the same way keeps its scales; as text, for the order of the overrides counts.
-    same = json.dumps(start.spec.quant_config) == json.dumps(config.to_dict())
+    same = json.dumps(initial_model.spec.quant_config) == json.dumps(config.to_dict())
     quantizers = tuple(f"{name}." for name, m in student.named_modules() if isinstance(m, Quantizer) and not same)
-    carried = {name: value for name, value in start.model.state_dict().items() if not name.startswith(quantizers)}
+    carried = {
+        name: value for name, value in initial_model.model.state_dict().items() if not name.startswith(quantizers)
+    }
     student.load_state_dict(carried, strict=False)  # which may lack scales, and have rectifiers that this one lacks
     return student
 
@@ -312,7 +314,7 @@ def training_batches(
     *,
     repeats: int = 0,
     accumulate: int = 1,
-    share: Share = ALONE,
+    rank: Rank = ALONE,
 ) -> Batches:
     """Return batches of images in the order of the seed, prepared for a model and perhaps augmented.
 
@@ -324,13 +326,13 @@ def training_batches(
         augmentation: of the recipe; ``None`` to prepare the images as for evaluation.
         repeats: see :func:`make_loader`.
         accumulate: see :func:`make_loader`.
-        share: see :func:`make_loader`.
+        rank: see :func:`make_loader`.
 
     Raises:
         ConfigError: if a batch cannot be divided evenly, or images in memory cannot be augmented so.
     """
     device = make_accelerator(options).device
-    ordering: dict[str, Any] = {"repeats": repeats, "accumulate": accumulate, "share": share}
+    ordering: dict[str, Any] = {"repeats": repeats, "accumulate": accumulate, "rank": rank}
     if isinstance(images, ResidentImages):
         order = TrainOrder(len(images), batch_size, options.seed, **ordering)
         return ResidentLoader(images, order, spec.preprocessing, augmentation, device)
@@ -350,7 +352,7 @@ def _fit(
     model: VisionTransformer,
     loss: Loss,
     data: ImageSets,
-    schedule: Schedule,
+    hyperparameters: Hyperparameters,
     recipe: Recipe,
     spec: ModelSpec,
     options: Options,
@@ -359,25 +361,25 @@ def _fit(
     train = training_batches(
         data.train,
         spec,
-        schedule.batch_size,
+        hyperparameters.batch_size,
         options,
-        {**recipe.augmentation, **schedule.augmentation},
-        repeats=schedule.repeated_augmentation,
+        {**recipe.augmentation, **hyperparameters.augmentation},
+        repeats=hyperparameters.repeated_augmentation,
         accumulate=options.accumulate,
-        share=share_of(make_accelerator(options)),
+        rank=rank_of(make_accelerator(options)),
     )
-    val = _validation(data, spec, schedule, options)
-    trained, history = fit(model, loss, train, val, schedule, spec, options, console)
+    val = _validation(data, spec, hyperparameters, options)
+    trained, history = fit(model, loss, train, val, hyperparameters, spec, options, console)
     last = history[-1]
     accuracy = Accuracy(last["val_top1"], last["val_top5"], int(last["val_images"]), int(last["unreadable"]))
     return Result(trained.eval(), spec, accuracy, history)
 
 
-def _validation(data: ImageSets, spec: ModelSpec, schedule: Schedule, options: Options) -> Batches:
+def _validation(data: ImageSets, spec: ModelSpec, hyperparameters: Hyperparameters, options: Options) -> Batches:
     accelerator = make_accelerator(options)
-    batch_size, share = -(-schedule.batch_size // accelerator.num_processes), share_of(accelerator)
+    batch_size, rank = -(-hyperparameters.batch_size // accelerator.num_processes), rank_of(accelerator)
     if isinstance(data.val, ResidentImages):
-        order = EvaluationOrder(len(data.val), batch_size, share)
+        order = EvaluationOrder(len(data.val), batch_size, rank)
         return ResidentLoader(data.val, order, spec.preprocessing, None, accelerator.device)
     return make_loader(
         data.val,
@@ -386,7 +388,7 @@ def _validation(data: ImageSets, spec: ModelSpec, schedule: Schedule, options: O
         shuffle=False,
         workers=options.workers,
         device=accelerator.device,
-        share=share,
+        rank=rank,
     )
 
 

@@ -41,9 +41,9 @@ def first_non_finite(model: nn.Module, run: Callable[[], object], *, loss_was_fi
         for handle in handles:
             handle.remove()
     everywhere: list[list[str]] = gather_object([found])
-    for those in everywhere:
-        if those:
-            return those[0]
+    for places in everywhere:
+        if places:
+            return places[0]
     if not loss_was_finite:
         return "the loss itself: every layer's output is finite"
     for name, parameter in reversed(list(model.named_parameters())):  # the backward pass comes from the last layer
@@ -54,5 +54,5 @@ def first_non_finite(model: nn.Module, run: Callable[[], object], *, loss_was_fi
 
 def _finite(value: Any) -> bool:
     if isinstance(value, (tuple, list)):
-        return all(_finite(one) for one in value)
+        return all(_finite(element) for element in value)
     return not (isinstance(value, Tensor) and value.is_floating_point()) or bool(torch.isfinite(value).all())

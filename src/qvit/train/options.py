@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from qvit.data.order import Share
+from qvit.data.order import Rank
 from qvit.errors import ConfigError
 from qvit.train.run import TEN_MINUTES, SaveEvery
 
@@ -68,6 +68,6 @@ def make_accelerator(options: Options) -> Accelerator:
     return Accelerator(mixed_precision=options.precision, cpu=cpu, gradient_accumulation_steps=options.accumulate)
 
 
-def share_of(accelerator: Accelerator) -> Share:
+def rank_of(accelerator: Accelerator) -> Rank:
     """Return which part of the images this process takes."""
-    return Share(accelerator.process_index, accelerator.num_processes)
+    return Rank(accelerator.process_index, accelerator.num_processes)

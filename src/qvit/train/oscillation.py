@@ -16,7 +16,7 @@ from qvit.nn.quantizer import Quantizer, from_codes, to_codes
 from qvit.train.distributed import beside, whole
 
 MOMENTUM = 0.01
-"""Share of a step in the running averages, as in the paper."""
+"""Weight of a step in the running averages, as in the paper."""
 OSCILLATING = 0.005
 """A weight counts as oscillating from this frequency on, as in the paper's tables."""
 
@@ -66,14 +66,14 @@ class Oscillation:
             if self.freeze_above:
                 self._freeze(layer, state, codes)
 
-    def shares(self) -> dict[str, float]:
+    def percentages(self) -> dict[str, float]:
         """Return the percentage of oscillating and, if any may be, of frozen weights; all processes must call it."""
         weights = sum(state["codes"].numel() for state in self.state.values())
         oscillating = sum(float(whole((s["frequency"] > OSCILLATING).sum())) for s in self.state.values())
-        shares = {"oscillating": 100 * oscillating / weights}
+        percentages = {"oscillating": 100 * oscillating / weights}
         if self.freeze_above:
-            shares["frozen"] = 100 * sum(float(whole(s["frozen"].sum())) for s in self.state.values()) / weights
-        return shares
+            percentages["frozen"] = 100 * sum(float(whole(s["frozen"].sum())) for s in self.state.values()) / weights
+        return percentages
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Return all that is followed, as plain tensors; all processes must call it."""

@@ -22,8 +22,8 @@ from qvit.data.posterize import allow_no_bits
 from qvit.data.randomness import seeded
 from qvit.errors import ConfigError
 from qvit.files import first_line
-from qvit.nn.rectifier import Start
-from qvit.quantization.calibrate import WeightStart
+from qvit.nn.rectifier import RectifierInit
+from qvit.quantization.calibrate import WeightInit
 from qvit.quantization.distill import GUIDED_WEIGHT
 
 _NO_AUGMENTATION = {
@@ -57,13 +57,13 @@ _Loader.add_implicit_resolver(
 
 
 RECONSTRUCTION = ("reconstruction_images", "reconstruction_steps")
-"""Entries of a :class:`Schedule` that a training depends on only if it starts from a reconstruction."""
+"""Entries of a :class:`Hyperparameters` that a training depends on only if it starts from a reconstruction."""
 Distillation = Literal["hard", "soft"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Schedule:
-    """One training run's budget and optimizer.
+class Hyperparameters:
+    """Budget, optimizer, loss and initialization of one training.
 
     Args:
         epochs: passes over the training images.
@@ -82,14 +82,14 @@ class Schedule:
         guided_weight: lambda of :class:`qvit.DistillationLoss`.
         guided_decay: whether lambda falls to 0 along a cosine, as the learning rate does.
         guided_layers: attention layers that are guided, counted from 0, or from the end from -1; ``None`` for all.
-        weight_start: start of the weights' scales, ``"minimum_error"`` or ``"lsq"`` (:func:`qvit.calibrate`).
-        rectify_start: start of gamma and beta, ``"teacher"`` or ``"unit"`` (:func:`qvit.calibrate`).
-        calibration_images: training images that set the quantizers' start.
+        weight_init: initial scales of the weights, ``"minimum_error"`` or ``"lsq"`` (:func:`qvit.calibrate`).
+        rectifier_init: initial gamma and beta, ``"teacher"`` or ``"unit"`` (:func:`qvit.calibrate`).
+        calibration_images: training images that set the quantizers' initial scales and offsets.
         reconstruct_first: whether training starts from a reconstruction, and not from calibration alone.
         reconstruction_images: training images that a reconstruction learns the float model's outputs on.
         reconstruction_steps: of a reconstruction (:func:`qvit.reconstruct`).
         clip_grad: largest norm of all gradients together; 0 for none (LAMB clips to 1 by itself: ``max_grad_norm``).
-        ema_decay: share of the old values in the running average of the weights, which is then what is evaluated and
+        ema_decay: weight of the old values in the running average of the weights, which is then what is evaluated and
             what ``best.pt`` and ``last.pt`` hold; 0 for none.
         freeze_oscillating: weights that change code back and forth more often than this are frozen
             (:class:`qvit.train.oscillation.Oscillation`; Nagel et al. use 0.01 to 0.04); 0 for none.
@@ -110,8 +110,8 @@ class Schedule:
     guided_weight: float = GUIDED_WEIGHT
     guided_decay: bool = False
     guided_layers: Sequence[int] | None = None
-    weight_start: WeightStart = "minimum_error"
-    rectify_start: Start = "teacher"
+    weight_init: WeightInit = "minimum_error"
+    rectifier_init: RectifierInit = "teacher"
     calibration_images: int = 512
     reconstruct_first: bool = False
     reconstruction_images: int = 1024
@@ -142,8 +142,8 @@ class Schedule:
             raise ConfigError(f"guided_layers must be a list of layers such as [0, -1], or null, not {layers!r}.")
         choices = {
             "distillation": get_args(Distillation),
-            "weight_start": get_args(WeightStart),
-            "rectify_start": ("teacher", "unit"),
+            "weight_init": get_args(WeightInit),
+            "rectifier_init": ("teacher", "unit"),
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -175,18 +175,18 @@ class Schedule:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """A model's arguments, the images' preparation, and the schedules of one or both kinds of training.
+    """A model's arguments, the images' preparation, and the hyperparameters of one or both kinds of training.
 
     Args:
-        full_precision: schedule of a float teacher.
-        quantized: schedule of quantization-aware training.
+        full_precision: hyperparameters of a float teacher.
+        quantized: hyperparameters of quantization-aware training.
         model_args: arguments of ``timm.create_model`` beside the name (``img_size``, ``patch_size``, ``depth``, ...).
         preprocessing: mean, std, crop_pct, interpolation, where they differ from the timm model's own.
         augmentation: arguments of ``timm.data.create_transform`` for training images.
     """
 
-    full_precision: Schedule | None = None
-    quantized: Schedule | None = None
+    full_precision: Hyperparameters | None = None
+    quantized: Hyperparameters | None = None
     model_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     preprocessing: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     augmentation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -200,26 +200,26 @@ class Recipe:
             value = self.preprocessing.get(name, [])
             if not isinstance(value, list):
                 raise ConfigError(f"preprocessing.{name} must be a list of numbers, one per channel, not {value!r}.")
-        schedules = {name: getattr(self, name) for name in get_args(Section) if getattr(self, name) is not None}
-        for name, schedule in schedules.items():
-            _check_keys(f"{name}.augmentation", schedule.augmentation, known)
-        changed = [schedule.augmentation for schedule in schedules.values()]
+        sections = {name: getattr(self, name) for name in get_args(Section) if getattr(self, name) is not None}
+        for name, hyperparameters in sections.items():
+            _check_keys(f"{name}.augmentation", hyperparameters.augmentation, known)
+        changed = [hyperparameters.augmentation for hyperparameters in sections.values()]
         single = [{name: value} for entries in (self.augmentation, *changed) for name, value in entries.items()]
         for augmentation in (*single, *({**self.augmentation, **changes} for changes in ({}, *changed))):
             _try_augmentation(augmentation)
 
-    def schedule(self, section: Section) -> Schedule:
-        """Return the schedule of one kind of training.
+    def hyperparameters(self, section: Section) -> Hyperparameters:
+        """Return the hyperparameters of one kind of training.
 
         Raises:
             ConfigError: if the recipe has none.
         """
-        schedule = self.full_precision if section == "full_precision" else self.quantized
-        if schedule is None:
+        hyperparameters = self.full_precision if section == "full_precision" else self.quantized
+        if hyperparameters is None:
             raise ConfigError(
                 f"The recipe has no {section}, which this run uses: add it with epochs, batch_size and lr."
             )
-        return schedule
+        return hyperparameters
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, to be kept beside a result."""
@@ -263,20 +263,20 @@ def load_recipe(source: str, changes: Iterable[str] = ()) -> Recipe:
     try:
         for name in get_args(Section):
             if name in data:
-                data[name] = _schedule(name, data[name])
+                data[name] = _hyperparameters(name, data[name])
         return Recipe(**data)
     except ConfigError as error:
         raise ConfigError(f"Recipe {source}: {error}") from error
 
 
-def _schedule(name: str, data: Any) -> Schedule:
+def _hyperparameters(name: str, data: Any) -> Hyperparameters:
     if not isinstance(data, dict):
         raise ConfigError(f"{name} must be a mapping with epochs, batch_size and lr, not {data!r}.")
-    _check_keys(name, data, {field.name for field in dataclasses.fields(Schedule)})
+    _check_keys(name, data, {field.name for field in dataclasses.fields(Hyperparameters)})
     absent = {"epochs", "batch_size", "lr"} - set(data)
     if absent:
         raise ConfigError(f"{name} lacks {sorted(absent)[0]}.")
-    return Schedule(**data)
+    return Hyperparameters(**data)
 
 
 def _try_augmentation(augmentation: Mapping[str, Any]) -> None:

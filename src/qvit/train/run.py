@@ -214,29 +214,29 @@ def read_last(folder: Path, spec: ModelSpec, settings: Mapping[str, Any], consol
     """
     path = folder / LAST
     try:
-        its, weights, training = read_checkpoint(path)
+        saved_spec, weights, training = read_checkpoint(path)
     except NewerCheckpointError:
         raise
     except CheckpointError as error:
         path = folder / PREVIOUS
         if not path.exists():
             raise
-        its, weights, training = read_checkpoint(path)
+        saved_spec, weights, training = read_checkpoint(path)
         said = Text(printable(f"{error} Falling back to {path.name}, the one before it."))
         console.print(said, soft_wrap=True)
     same = ("name", "quant_config", "model_args", "classes")
-    if training is None or any(getattr(its, field) != getattr(spec, field) for field in same):
+    if training is None or any(getattr(saved_spec, field) != getattr(spec, field) for field in same):
         raise CheckpointError(f"{path} is of another model or another run: give the same arguments, or another --out.")
     check_training(training, path)
     other = differences(training["order"], settings)
     if other:
         raise CheckpointError(
             f"{path} is of a run with {other}: a resumed run is the same run, so give it the same settings, or start "
-            "another one with another --out (a quantized one maybe from that checkpoint, with --start)."
+            "another one with another --out (a quantized one maybe from that checkpoint, with --initial-model)."
         )
     for state in (weights, training["trained"]):
         if state is not None:
-            check_weights(its, state, path)
+            check_weights(saved_spec, state, path)
     return Saved(path, weights, training)
 
 
@@ -251,10 +251,10 @@ def tidy(folder: Path, saved: Saved) -> None:
 def non_finite_message(run: Run, where: str) -> str:
     """Return the sentence that tells at what step, where, and what checkpoint is kept."""
     quantized = run.spec.quant_config is not None
-    start = ", maybe from that checkpoint (--start)" if quantized and can_go_on(run.folder) else ""
+    way = ", maybe from that checkpoint (--initial-model)" if quantized and can_go_on(run.folder) else ""
     return (
         f"The loss became NaN or infinite in {_now(run)}, first in {where}; {_kept(run.folder)}. Start anew with a "
-        f"lower learning rate (--set {'quantized' if quantized else 'full_precision'}.lr=...) and another --out{start}."
+        f"lower learning rate (--set {'quantized' if quantized else 'full_precision'}.lr=...) and another --out{way}."
     )
 
 

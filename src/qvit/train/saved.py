@@ -46,40 +46,40 @@ def check_training(training: Any, path: object) -> None:
         raise broken(path, f"training.progress {why}")
 
 
-def check_like(saved: Any, own: Any, place: str, path: object) -> None:
-    """Refuse saved state that is not like this run's ``own``: of its names, shapes, dtypes, and numbers for numbers.
+def check_like(saved: Any, present: Any, place: str, path: object) -> None:
+    """Refuse saved state that is not like this run's ``present``: of its names, shapes and dtypes, numbers for numbers.
 
     Raises:
         CheckpointError: naming the file and the entry.
     """
-    if isinstance(own, Mapping):
+    if isinstance(present, Mapping):
         if not isinstance(saved, dict):
             raise broken(path, f"{place} must be names and values, not {shown(saved)}")
-        for name in own:
+        for name in present:
             if name not in saved:
                 raise broken(path, f"{place}.{name} is absent")
-            check_like(saved[name], own[name], f"{place}.{name}", path)
+            check_like(saved[name], present[name], f"{place}.{name}", path)
         for name in saved:
-            if name not in own:
+            if name not in present:
                 raise broken(path, f"{place} has {shown(name)}, which this run has not")
-    elif isinstance(own, (list, tuple)):
-        if not isinstance(saved, (list, tuple)) or len(saved) != len(own):
-            raise broken(path, f"{place} must be {len(own)} values, not {shown(saved)}")
-        for index, pair in enumerate(zip(saved, own, strict=True)):
+    elif isinstance(present, (list, tuple)):
+        if not isinstance(saved, (list, tuple)) or len(saved) != len(present):
+            raise broken(path, f"{place} must be {len(present)} values, not {shown(saved)}")
+        for index, pair in enumerate(zip(saved, present, strict=True)):
             check_like(*pair, f"{place}[{index}]", path)
-    elif isinstance(own, Tensor):
-        why = why_not_like(saved, own)
+    elif isinstance(present, Tensor):
+        why = why_not_like(saved, present)
         if why:
             raise broken(path, f"{place} {why}")
-    elif is_finite(own):
+    elif is_finite(present):
         if not is_finite(saved):
             raise broken(path, f"{place} must be a number, not {shown(saved)}")
-    elif type(saved) is not type(own) or saved != own:
-        raise broken(path, f"{place} must be {shown(own)}, not {shown(saved)}")
+    elif type(saved) is not type(present) or saved != present:
+        raise broken(path, f"{place} must be {shown(present)}, not {shown(saved)}")
 
 
-def optimizer_state(saved: Any, own: dict[str, Any], path: object) -> dict[str, Any]:
-    """Return an optimizer's saved state, with the settings of this run's ``own`` and the saved ones' numbers.
+def optimizer_state(saved: Any, present: dict[str, Any], path: object) -> dict[str, Any]:
+    """Return an optimizer's saved state, with the settings of this run's ``present`` and the saved ones' numbers.
 
     Some optimizers count in their settings, in a number or a tensor of one. What else is there follows from recipe and
     processes, as the clipping does.
@@ -89,9 +89,9 @@ def optimizer_state(saved: Any, own: dict[str, Any], path: object) -> dict[str, 
     """
     if not isinstance(saved, dict) or not isinstance(saved.get("param_groups"), list):
         raise broken(path, "training.optimizer has no state and param_groups")
-    check_like(saved.get("state"), own["state"], "training.optimizer.state", path)
+    check_like(saved.get("state"), present["state"], "training.optimizer.state", path)
     groups = []
-    for number, settings in enumerate(own["param_groups"]):
+    for number, settings in enumerate(present["param_groups"]):
         found = saved["param_groups"][number] if number < len(saved["param_groups"]) else None
         if not isinstance(found, dict):
             raise broken(

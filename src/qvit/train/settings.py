@@ -13,7 +13,7 @@ from qvit.data.order import TrainOrder
 from qvit.files import printable
 from qvit.models.checkpoint import weights_checksum
 from qvit.models.spec import ModelSpec
-from qvit.train.recipe import RECONSTRUCTION, Schedule
+from qvit.train.recipe import RECONSTRUCTION, Hyperparameters
 
 if TYPE_CHECKING:
     from qvit.train.options import Options  # which knows how often a run saves itself
@@ -22,7 +22,7 @@ _SHOWN, _LONGEST = 3, 60
 
 
 def settings_of(
-    schedule: Schedule,
+    hyperparameters: Hyperparameters,
     spec: ModelSpec,
     options: Options,
     order: TrainOrder,
@@ -35,7 +35,7 @@ def settings_of(
     What changes no more than rounding is not among it: the number of processes, how they share the model, compilation.
 
     Args:
-        schedule: of the recipe.
+        hyperparameters: of the recipe.
         spec: of the model, with method, recipe and preprocessing.
         options: of the run.
         order: of the training images.
@@ -43,8 +43,8 @@ def settings_of(
         resident: whether images are decoded once and augmented on the device.
     """
     quantized = spec.quant_config is not None
-    unused = () if schedule.reconstruct_first else RECONSTRUCTION
-    entries = {name: value for name, value in dataclasses.asdict(schedule).items() if name not in unused}
+    unused = () if hyperparameters.reconstruct_first else RECONSTRUCTION
+    entries = {name: value for name, value in dataclasses.asdict(hyperparameters).items() if name not in unused}
     settings: dict[str, Any] = {
         "quantized" if quantized else "full_precision": entries,
         "augmentation": spec.recipe["augmentation"],
@@ -85,8 +85,8 @@ def _differing(
     saved: Mapping[str, Any], present: Mapping[str, Any], names: Any, prefix: str = ""
 ) -> Iterator[tuple[str, Any, Any]]:
     for name in sorted(names):
-        one, other = saved.get(name, "not set"), present.get(name, "not set")
-        if isinstance(one, dict) and isinstance(other, dict):
-            yield from _differing(one, other, one.keys() | other.keys(), f"{prefix}{name}.")
-        elif one != other:
-            yield f"{prefix}{name}", one, other
+        first, second = saved.get(name, "not set"), present.get(name, "not set")
+        if isinstance(first, dict) and isinstance(second, dict):
+            yield from _differing(first, second, first.keys() | second.keys(), f"{prefix}{name}.")
+        elif first != second:
+            yield f"{prefix}{name}", first, second
