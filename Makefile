@@ -9,7 +9,7 @@ CXX_FOLDERS := src/qvit/kernels src/qvit/kernels/steps tests/kernels benchmarks
 STRICT := -C cmake.define.CMAKE_COMPILE_WARNING_AS_ERROR=ON
 
 .PHONY: install demo test test-fast test-kernels test-docs docs test-lowest test-sanitize test-tsan lint \
-	wheel wheels test-wheel
+	wheel wheels test-wheel test-aarch64
 
 install: $(INSTALLED)
 
@@ -112,3 +112,7 @@ test-wheel:
 	$(BARE)/bin/python -m pip install --quiet --disable-pip-version-check --only-binary :all: qvit
 	PATH=$(abspath $(BARE)/bin) $(BARE)/bin/python tests/installed.py
 	PATH=$(abspath $(BARE)/bin) qvit report-env
+
+# The wheel for aarch64, cross-compiled, with whole models under an emulator; the script says what it needs.
+test-aarch64: $(TOOLS)/.installed
+	tests/aarch64.sh
