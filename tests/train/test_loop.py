@@ -62,10 +62,17 @@ def test_float_teacher_learns_the_digits(teacher: FloatModel) -> None:
 def test_same_seed_same_weights_other_seed_others(
     tmp_path: Path, teacher: FloatModel, digits: ImageSets, recipe: Recipe
 ) -> None:
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        run(teacher, digits, recipe, Options(tmp_path / name, seed=seed))
+    tracking = replace(recipe, quantized=replace(recipe.hyperparameters("quantized"), track_oscillation=True))
+    for name, seed, chosen in (("a", 1, recipe), ("b", 1, tracking), ("c", 2, recipe)):
+        run(teacher, digits, chosen, Options(tmp_path / name, seed=seed))
     assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
     assert not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
+    # Nothing is tracked that was not asked for, and what is tracked changes no weight.
+    for name, is_tracked in (("a", False), ("b", True)):
+        training = read_checkpoint(tmp_path / name / "last.pt")[2]
+        assert training is not None
+        assert (training["oscillation"] is not None) == is_tracked
+        assert ["oscillating" in record for record in read_metrics(tmp_path / name)] == 2 * [is_tracked]
 
 
 SOFT = ["quantized.distillation=soft", "quantized.reconstruct_first=true", "quantized.reconstruction_steps=5"]

@@ -64,6 +64,7 @@ def test_set_changes_and_adds_entries(file: Path) -> None:
         ("quantized.ema_decay=1", "ema_decay must be below 1"),
         ("quantized.clip_grad=-1", "clip_grad must be a number from 0 up"),
         ("quantized.guided_decay=0.5", "guided_decay must be true or false"),
+        ("quantized.track_oscillation=1", "track_oscillation must be true or false"),
         ("quantized.guided_layers=2", "guided_layers must be a list of layers such as .0, -1., or null"),
         ("quantized.guided_layers=[]", "guided_layers must be a list"),
         ("quantized.weight_init=max", "weight_init must be minimum_error or lsq"),

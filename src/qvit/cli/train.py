@@ -96,6 +96,9 @@ def train(
     this signal ended) for one that SIGTERM stopped, which has saved itself; 130 after Ctrl-C; 2 where something is
     wrong, which one sentence says. After the first two --resume goes on.
 
+    OUT/metrics.jsonl has a line per epoch. --set quantized.track_oscillation=true adds the percentage of weights that
+    change code back and forth, for some passes over all weights at every step.
+
     Examples:
       qvit train vit_tiny_patch16_224 --full-precision --data digits --out runs/float
       qvit train vit_tiny_patch16_224 --bits 4 --teacher runs/float/best.pt --data digits --out runs/q4

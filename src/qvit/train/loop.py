@@ -140,7 +140,8 @@ def fit(
         warmup_prefix=False,
         t_in_epochs=False,
     )
-    oscillation = Oscillation(model, hyperparameters.freeze_oscillating) if spec.quant_config is not None else None
+    tracked = hyperparameters.track_oscillation or hyperparameters.freeze_oscillating > 0
+    oscillation = Oscillation(model, hyperparameters.freeze_oscillating) if tracked and spec.quant_config else None
     run = Run(options.out, spec, student, optimizer, order, settings, accelerator, oscillation, ema)
     set_seed(options.seed * 100_003 + accelerator.process_index)
     if saved is not None:

@@ -91,8 +91,11 @@ class Hyperparameters:
         clip_grad: largest norm of all gradients together; 0 for none (LAMB clips to 1 by itself: ``max_grad_norm``).
         ema_decay: weight of the old values in the running average of the weights, which is then what is evaluated and
             what ``best.pt`` and ``last.pt`` hold; 0 for none.
-        freeze_oscillating: weights that change code back and forth more often than this are frozen
-            (:class:`qvit.train.oscillation.Oscillation`; Nagel et al. use 0.01 to 0.04); 0 for none.
+        track_oscillation: whether ``metrics.jsonl`` has the percentage of weights that change code back and forth
+            (:class:`qvit.train.oscillation.Oscillation`); it takes some passes over all weights at every step, and six
+            bytes per weight in memory and in ``last.pt``.
+        freeze_oscillating: weights that change code back and forth more often than this are frozen, and tracked for
+            that (Nagel et al. use 0.01 to 0.04); 0 for none.
     """
 
     epochs: int
@@ -118,6 +121,7 @@ class Hyperparameters:
     reconstruction_steps: int = 500
     clip_grad: float = 0.0
     ema_decay: float = 0.0
+    track_oscillation: bool = False
     freeze_oscillating: float = 0.0
 
     def __post_init__(self) -> None:
@@ -134,7 +138,7 @@ class Hyperparameters:
         if not isinstance(copies, int) or isinstance(copies, bool) or copies < 0:
             raise ConfigError(f"repeated_augmentation must be a whole number from 0 up, not {copies!r}.")
         self._check_optimizer()
-        for name in ("guided_decay", "reconstruct_first"):
+        for name in ("guided_decay", "reconstruct_first", "track_oscillation"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, not {getattr(self, name)!r}.")
         layers = self.guided_layers
