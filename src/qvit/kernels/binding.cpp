@@ -19,6 +19,34 @@ using namespace qvit;
 
 namespace {
 
+template <class T, int Dimensions>
+using Array = nb::ndarray<const T, nb::ndim<Dimensions>, nb::c_contig, nb::device::cpu>;
+
+template <class T>
+Part::Array<T> array_of(const nb::handle& given) {
+    const auto array = nb::cast<nb::ndarray<const T, nb::c_contig, nb::device::cpu>>(given, false);
+    return {array.data(), {array.shape_ptr(), array.shape_ptr() + array.ndim()}};
+}
+
+// An operation as Python has it: dicts, lists, plain values and arrays, which stay Python's.
+Part part_of(const nb::handle& given) {
+    Part::Members members;
+    if (nb::isinstance<nb::dict>(given)) {
+        for (const auto& [name, each] : nb::borrow<nb::dict>(given))
+            members.emplace_back(nb::cast<std::string>(name), part_of(each));
+        return {std::move(members)};
+    }
+    if (nb::isinstance<nb::list>(given) || nb::isinstance<nb::tuple>(given)) {
+        for (const nb::handle each : given) members.emplace_back(std::string(), part_of(each));
+        return {std::move(members)};
+    }
+    if (given.is_none()) return {};
+    if (nb::isinstance<nb::str>(given)) return {nb::cast<std::string>(given)};
+    if (!nb::ndarray_check(given)) return {nb::cast<double>(given)};
+    if (nb::cast<nb::ndarray<>>(given).dtype() == nb::dtype<uint8_t>()) return {array_of<uint8_t>(given)};
+    return {array_of<float>(given)};
+}
+
 const Isa& isa_named(const std::string& name) {
     size_t count;
     const Isa* const* isas = available_isas(&count);
@@ -173,7 +201,7 @@ NB_MODULE(_kernels, m) {
             },
             "isa"_a, "channels"_a, "height"_a, "width"_a, "threads"_a)
         .def(
-            "add", [](Model& model, const nb::dict& part) { add_operation(model.plan(), part); }, "part"_a)
+            "add", [](Model& model, const nb::dict& part) { add_operation(model.plan(), part_of(part)); }, "part"_a)
         .def(
             "forward",
             [](Model& model, Array<float, 4> images,

@@ -16,6 +16,8 @@ extern const Isa kPortable;
 extern const Isa kAvx512, kAvx512VlVnni, kAvxVnni, kAvx2;
 #elif defined(__aarch64__)
 extern const Isa kNeon;
+#elif defined(__wasm__)
+extern const Isa kWasm;
 #endif
 
 namespace {
@@ -46,6 +48,8 @@ std::vector<const Isa*> find_isas() {
     if ((getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0) isas.push_back(&kNeon);
 #elif defined(__aarch64__) && defined(__APPLE__)
     isas.push_back(&kNeon);  // every Apple processor that has macOS
+#elif defined(__wasm__)
+    isas.push_back(&kWasm);  // the module is compiled for it
 #endif
     isas.push_back(&kPortable);
     return isas;

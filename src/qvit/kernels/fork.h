@@ -3,6 +3,12 @@
 
 namespace qvit {
 
+#if defined(__wasm__)
+// No process forks there.
+struct OnFork {
+    OnFork(void (*)(void* object), void*) {}
+};
+#else
 // As the last member of an object with threads or locks: calls `forked(object)` in every child process before anything
 // else runs there. That forgets the threads and makes the locks anew; the parent's other threads, which the child does
 // not have, may have been anywhere in the object's functions.
@@ -19,5 +25,6 @@ class OnFork {
     void* object_;
     OnFork *before_ = nullptr, *after_ = nullptr;
 };
+#endif
 
 }  // namespace qvit

@@ -9,6 +9,7 @@
 #include <stdexcept>
 
 #include "faults.h"
+#include "raise.h"
 
 namespace qvit {
 
@@ -22,7 +23,7 @@ constexpr bool kChecked = false;
 
 inline void check(bool inside) {
     if (kChecked && !inside)
-        throw std::logic_error("a kernel was given more than its part of a buffer, or codes that are too wide");
+        raise<std::logic_error>("a kernel was given more than its part of a buffer, or codes that are too wide");
 }
 
 // Rows of values in a buffer, `stride` apart. Kernels take raw pointers and extents: a span gives the pointer for an
@@ -73,9 +74,9 @@ class Buffer {
     Buffer() = default;
     explicit Buffer(size_t count) : size_(count) {
         const size_t bytes = (count * sizeof(T) + 63) / 64 * 64 + 64;  // a whole vector may be read past the end
-        if (allocation_fault.strikes()) throw std::bad_alloc();
+        if (allocation_fault.strikes()) raise<std::bad_alloc>();
         data_.reset(static_cast<T*>(std::aligned_alloc(64, bytes)));
-        if (!data_) throw std::bad_alloc();
+        if (!data_) raise<std::bad_alloc>();
         std::memset(static_cast<void*>(data_.get()), 0, bytes);
     }
     T* data() { return data_.get(); }

@@ -84,12 +84,12 @@ void Model::prepare(size_t batch) {
 // Nothing of a workshop is of use: its threads do not exist here, its memory may be half written, and to join or free
 // either would hang. What is left of it is memory shared with the parent.
 void Model::forked() {
-    new (&turn_) std::mutex;
+    new (&turn_) Mutex;
     static_cast<void>(workshop_.release());
 }
 
 void Model::forward(const float* images, size_t batch, float* outputs, Trace* trace, const std::atomic<bool>* stop) {
-    const std::lock_guard<std::mutex> turn(turn_);
+    const Held turn(turn_);
     if (batch == 0) return;
     const size_t at_once = std::max(kImagesAtOnce, threads_);
     prepare(std::min(batch, at_once));
@@ -98,7 +98,7 @@ void Model::forward(const float* images, size_t batch, float* outputs, Trace* tr
     pass.timed = timed_;
     const size_t pixels = plan_.channels * plan_.height * plan_.width;
     for (size_t done = 0; done < batch; done += at_once) {
-        if (stop != nullptr && *stop) throw Stopped();
+        if (stop != nullptr && *stop) raise<Stopped>();
         pass.images = images + done * pixels;
         pass.outputs = outputs + done * plan_.outputs();
         run(std::min(at_once, batch - done));
@@ -159,7 +159,7 @@ std::vector<Model::Scheduled> Model::schedule(size_t batch) const {
 }
 
 std::vector<std::pair<std::string, double>> Model::profile() {
-    const std::lock_guard<std::mutex> turn(turn_);
+    const Held turn(turn_);
     std::vector<std::pair<std::string, double>> profile;
     for (size_t work = 0; work < kWorks; ++work) {
         double seconds = 0.0;

@@ -2,13 +2,14 @@
 #pragma once
 
 #include <atomic>
+#include <exception>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "fork.h"
+#include "lock.h"
 #include "pass.h"
 #include "plan.h"
 #include "thread_pool.h"
@@ -16,7 +17,7 @@
 namespace qvit {
 
 // Thrown by a call that was told to stop.
-struct Stopped {};
+struct Stopped : std::exception {};
 
 class Model {
   public:
@@ -63,7 +64,7 @@ class Model {
     Plan plan_;
     size_t threads_;
     std::atomic<bool> timed_{false};
-    std::mutex turn_;
+    Mutex turn_;
     std::unique_ptr<Workshop> workshop_;
     OnFork on_fork_{[](void* self) { static_cast<Model*>(self)->forked(); }, this};
 };

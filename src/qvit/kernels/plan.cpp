@@ -38,7 +38,7 @@ void Plan::embed(size_t patch_height, size_t patch_width, const LinearSpec& laye
 
 void Plan::tokens(const float* prefix, size_t count, const float* positions) {
     if (phases.size() != 1 || phases[0].steps.size() != 1)
-        throw std::invalid_argument("it has tokens that come after more than the patches and their norm");
+        raise<std::invalid_argument>("it has tokens that come after more than the patches and their norm");
     Stage& stage = stages.back();
     const size_t patches = stage.tokens;
     stage.prefix = count;

@@ -5,7 +5,7 @@
 
 #include <utility>
 
-#include "products.h"
+#include "lookup.h"
 
 namespace {
 
@@ -50,72 +50,8 @@ constexpr Product dense_product(const char* name, int left_bits, int right_bits)
             byte_row, nullptr,   run_dense<Kind>};
 }
 
-// 2 bits x 2 bits: two codes of a channel are 4 bits, and so are two codes of a row. So a row's pair chooses one of 16
-// constant tables of 16 bytes, in which vpshufb looks 32 channels' pairs up at once: 64 multiply-adds by one vpshufb
-// and one vpaddb. A table holds a . w + 12 (0..18), so that fourteen of them fit into an unsigned byte.
-//
-// Layout: [n / 32 groups][k / 4][32 channels], a byte two pairs, each w0 + 4 w1 of the codes modulo 4. Pair i is
-// (i, i + k / 2), so that a row is packed by whole vectors; byte j of a channel holds pairs 2 j and 2 j + 1. Byte 2 i
-// of a group is channel i, byte 2 i + 1 channel 16 + i: even and odd bytes then widen into vectors in order. A row's
-// pair is held times 16, the distance of its table.
+// The lookup for 2 bits: 64 multiply-adds by one vpshufb and one vpaddb.
 constexpr size_t kGroup = 32;
-constexpr int kShift = 12;
-constexpr size_t kBeforeWidening = 7;            // bytes of two pairs
-constexpr size_t kBytesAtOnce = 65535 / 18 / 2;  // what a 16-bit sum holds
-
-struct Tables {
-    alignas(64) uint8_t bytes[16][16];
-    constexpr Tables() : bytes() {
-        for (int a = 0; a < 16; ++a)
-            for (int w = 0; w < 16; ++w) {
-                int sum = kShift;
-                for (int i = 0; i < 4; i += 2) {
-                    const int code = (w >> i) & 3;
-                    sum += ((a >> i) & 3) * (code < 2 ? code : code - 4);
-                }
-                bytes[a][w] = static_cast<uint8_t>(sum);
-            }
-    }
-};
-constexpr Tables kTables;
-
-size_t lookup_weight_bytes(size_t n, size_t k) { return n * k / 4; }
-
-void lookup_pack_channel(uint8_t* packed, size_t k, size_t channel, const int8_t* codes) {
-    const size_t lane = channel % kGroup, half = k / 2;
-    uint8_t* at = packed + channel / kGroup * kGroup * (k / 4) + 2 * (lane % 16) + lane / 16;
-    const auto pair = [&](size_t i) { return (codes[i] & 3) | (codes[i + half] & 3) << 2; };
-    for (size_t i = 0; i < half; i += 2) at[i / 2 * kGroup] = static_cast<uint8_t>(pair(i) | pair(i + 1) << 4);
-}
-
-void lookup_pack_columns(const uint8_t* codes, size_t stride, size_t k, size_t width, int low, uint8_t* packed) {
-    const size_t half = k / 2;
-    for (size_t channel = 0; channel < width; channel += kGroup)
-        for (size_t i = 0; i < half; i += 2) {
-            const uint8_t* rows = codes + i * stride + channel;
-            uint8_t bytes[kGroup] = {};
-            for (size_t c = 0; c < std::min(kGroup, width - channel); ++c) {
-                const auto code = [&](size_t row) { return (rows[row * stride + c] - low) & 3; };
-                bytes[c] = static_cast<uint8_t>(code(0) | code(half) << 2 | code(1) << 4 | code(half + 1) << 6);
-            }
-            uint8_t* to = packed + channel * (k / 4) + i / 2 * kGroup;
-            for (size_t c = 0; c < 16; ++c) {
-                to[2 * c] = bytes[c];
-                to[2 * c + 1] = bytes[c + 16];
-            }
-        }
-}
-
-size_t lookup_row_bytes(size_t k) { return k / 2; }
-
-void lookup_pack_rows(const uint8_t* codes, size_t stride, size_t rows, size_t k, uint8_t* out, size_t out_stride) {
-    const size_t half = k / 2;
-    for (size_t r = 0; r < rows; ++r) {
-        const uint8_t* a = codes + r * stride;
-        uint8_t* to = out + r * out_stride;
-        for (size_t i = 0; i < half; ++i) to[i] = static_cast<uint8_t>(a[i] << 4 | a[i + half] << 6);
-    }
-}
 
 inline __m256i table_of(uint8_t pair) {
     const uint8_t* table = &kTables.bytes[0][0] + pair;
@@ -182,10 +118,10 @@ constexpr Product kLookup = {"lookup",
                              kGroup,
                              64,
                              lookup_weight_bytes,
-                             lookup_pack_channel,
+                             lookup_pack_channel<kGroup>,
                              lookup_row_bytes,
                              lookup_pack_rows,
                              run_lookup,
-                             lookup_pack_columns};
+                             lookup_pack_columns<kGroup>};
 
 }  // namespace

@@ -1,6 +1,10 @@
 // Threads that run one function together and meet at barriers inside it.
 #pragma once
 
+#if defined(__wasm__)
+#include "web/thread_pool.h"
+#else
+
 #include <atomic>
 #include <condition_variable>
 #include <exception>
@@ -54,3 +58,5 @@ class ThreadPool {
 };
 
 }  // namespace qvit
+
+#endif

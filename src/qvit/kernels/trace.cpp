@@ -8,7 +8,7 @@ namespace qvit {
 void Trace::see(const Name& name, size_t image, size_t rows, size_t row, size_t count, size_t width,
                 Span<uint8_t> codes) {
     check(image < images_ && row + count <= rows);
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const Held held(mutex_);
     const auto same = [&](const Codes& other) {
         return std::strcmp(other.name.part, name.part) == 0 && other.name.operation == name.operation &&
                other.name.branch == name.branch;

@@ -3,9 +3,9 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <mutex>
 #include <vector>
 
+#include "lock.h"
 #include "memory.h"
 
 namespace qvit {
@@ -30,7 +30,7 @@ class Trace {
 
   private:
     size_t images_;
-    std::mutex mutex_;
+    Mutex mutex_;
     std::vector<Codes> all_;
 };
 

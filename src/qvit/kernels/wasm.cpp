@@ -1,0 +1,220 @@
+// WebAssembly with vectors of 128 bits; compiled once more with relaxed SIMD for the engines that have it.
+#include "simd_wasm.h"
+
+#include "lookup.h"
+#include "row_ops.h"
+
+namespace {
+
+constexpr size_t kLanes = 4;                  // sums in a vector
+constexpr int kVectors = kChannels / kLanes;  // vectors in a panel
+
+// Sums of a few rows with one panel of channels, all of k.
+using Tile = void (*)(const uint8_t* a, size_t stride, const uint8_t* w, size_t k, int32_t* out, size_t out_stride);
+
+// All rows with channels first to last, in tiles of at most Kind::kRows rows, whose rows have Kind::kRowBytes bytes per
+// code.
+template <class Kind, int... Rows>
+void run_panels(const uint8_t* rows, size_t stride, size_t count, const uint8_t* packed, size_t k, size_t first,
+                size_t last, int32_t* out, size_t out_stride, std::integer_sequence<int, Rows...>) {
+    static constexpr Tile tiles[] = {Kind::template tile<Rows + 1>...};
+    for (size_t channel = first; channel < last; channel += kChannels)
+        for (size_t r = 0; r < count; r += sizeof...(Rows)) {
+            const size_t height = std::min(sizeof...(Rows), count - r);
+            tiles[height - 1](rows + r * stride, stride, packed + channel * k, k,
+                              out + r * out_stride + channel - first, out_stride);
+        }
+}
+
+template <class Kind>
+void run_dense(const uint8_t* rows, size_t stride, size_t count, const uint8_t* packed, size_t, size_t k, size_t first,
+               size_t last, int32_t* out, size_t out_stride) {
+    run_panels<Kind>(rows, stride, count, packed, k, first, last, out, out_stride,
+                     std::make_integer_sequence<int, Kind::kRows>());
+}
+
+template <class Kind>
+constexpr Product dense_product(const char* name, int left_bits, int right_bits) {
+    return {name,     left_bits, right_bits,     kChannels, 64, dense_weight_bytes, dense_pack_channel,
+            byte_row, nullptr,   run_dense<Kind>};
+}
+
+// Any 8 bits: even and odd bytes apart as 16-bit words, which one instruction multiplies and adds to 32 bits.
+struct Wide {
+    static constexpr int kRows = 3;
+
+    template <int Rows>
+    static void tile(const uint8_t* a, size_t stride, const uint8_t* w, size_t k, int32_t* out, size_t out_stride) {
+        v128_t sums[Rows][kVectors];
+        each_sum<Rows, kVectors>([&](auto r, auto v) { sums[r][v] = wasm_i32x4_splat(0); });
+        const v128_t low = wasm_i16x8_splat(0xff);
+        for (size_t at = 0; at < k; at += kDepth) {
+            v128_t even_codes[Rows], odd_codes[Rows];
+            unrolled<Rows>([&](auto r) {
+                const v128_t codes = wasm_v128_load32_splat(a + r * stride + at);
+                even_codes[r] = wasm_v128_and(codes, low);
+                odd_codes[r] = wasm_u16x8_shr(codes, 8);
+            });
+            unrolled<kVectors>([&](auto v) {
+                const v128_t weights = wasm_v128_load(w + at * kChannels + v * sizeof(v128_t));
+                const v128_t odd = wasm_i16x8_shr(weights, 8);
+                const v128_t even = wasm_i16x8_shr(wasm_i16x8_shl(weights, 8), 8);
+                unrolled<Rows>([&](auto r) {
+                    const v128_t both = wasm_i32x4_add(wasm_i32x4_dot_i16x8(even_codes[r], even),
+                                                       wasm_i32x4_dot_i16x8(odd_codes[r], odd));
+                    sums[r][v] = wasm_i32x4_add(sums[r][v], both);
+                });
+            });
+        }
+        each_sum<Rows, kVectors>(
+            [&](auto r, auto v) { wasm_v128_store(out + r * out_stride + v * kLanes, sums[r][v]); });
+    }
+};
+
+#if defined(__wasm_relaxed_simd__)
+
+// Bytes of both sides at once, exact where the left one has at most 7 bits. Pairs of products in 16 bits, which are
+// widened when another step could overflow them.
+template <int LeftBits, int RightBits>
+struct Narrow {
+    static constexpr int kRows = 3;
+    static constexpr size_t kLargest = 2 * ((size_t{1} << LeftBits) - 1) * (size_t{1} << (RightBits - 1));
+    static constexpr size_t kBeforeWidening = 32767 / kLargest * kDepth;
+    static_assert(LeftBits <= 7 && kBeforeWidening > 0);
+
+    template <int Rows>
+    static void tile(const uint8_t* a, size_t stride, const uint8_t* w, size_t k, int32_t* out, size_t out_stride) {
+        for (size_t at = 0; at < k;) {
+            const bool first = at == 0;
+            v128_t sums[Rows][kVectors];
+            each_sum<Rows, kVectors>([&](auto r, auto v) { sums[r][v] = wasm_i32x4_splat(0); });
+            const size_t until = std::min(at + kBeforeWidening, k);
+            for (; at < until; at += kDepth) {
+                v128_t weights[kVectors];
+                unrolled<kVectors>(
+                    [&](auto v) { weights[v] = wasm_v128_load(w + at * kChannels + v * sizeof(v128_t)); });
+                unrolled<Rows>([&](auto r) {
+                    const v128_t codes = wasm_v128_load32_splat(a + r * stride + at);
+                    unrolled<kVectors>([&](auto v) {
+                        sums[r][v] = wasm_i16x8_add(sums[r][v], wasm_i16x8_relaxed_dot_i8x16_i7x16(weights[v], codes));
+                    });
+                });
+            }
+            each_sum<Rows, kVectors>([&](auto r, auto v) {
+                int32_t* to = out + r * out_stride + v * kLanes;
+                v128_t sum = wasm_i32x4_extadd_pairwise_i16x8(sums[r][v]);
+                if (!first) sum = wasm_i32x4_add(sum, wasm_v128_load(to));
+                wasm_v128_store(to, sum);
+            });
+        }
+    }
+};
+
+// The same, added up in 32 bits at once: one instruction where the processor has a dot product of bytes.
+struct Dot {
+    static constexpr int kRows = 3;
+
+    template <int Rows>
+    static void tile(const uint8_t* a, size_t stride, const uint8_t* w, size_t k, int32_t* out, size_t out_stride) {
+        v128_t sums[Rows][kVectors];
+        each_sum<Rows, kVectors>([&](auto r, auto v) { sums[r][v] = wasm_i32x4_splat(0); });
+        for (size_t at = 0; at < k; at += kDepth) {
+            v128_t weights[kVectors];
+            unrolled<kVectors>([&](auto v) { weights[v] = wasm_v128_load(w + at * kChannels + v * sizeof(v128_t)); });
+            unrolled<Rows>([&](auto r) {
+                const v128_t codes = wasm_v128_load32_splat(a + r * stride + at);
+                unrolled<kVectors>([&](auto v) {
+                    sums[r][v] = wasm_i32x4_relaxed_dot_i8x16_i7x16_add(weights[v], codes, sums[r][v]);
+                });
+            });
+        }
+        each_sum<Rows, kVectors>(
+            [&](auto r, auto v) { wasm_v128_store(out + r * out_stride + v * kLanes, sums[r][v]); });
+    }
+};
+
+inline v128_t look_up(v128_t table, v128_t index) { return wasm_i8x16_relaxed_swizzle(table, index); }
+
+#else
+
+inline v128_t look_up(v128_t table, v128_t index) { return wasm_i8x16_swizzle(table, index); }
+
+#endif
+
+// The lookup for 2 bits: 32 multiply-adds by one swizzle and one addition.
+constexpr size_t kGroup = 16;
+
+template <int Rows, int Groups>
+void lookup_tile(const uint8_t* a, size_t stride, const uint8_t* w, size_t group_bytes, size_t count, bool first,
+                 int32_t* out, size_t out_stride) {
+    // Sums of the 16-bit words as they are, and of their high bytes: the low bytes' sum is the difference.
+    v128_t words[Rows][Groups], highs[Rows][Groups];
+    each_sum<Rows, Groups>([&](auto r, auto g) { words[r][g] = highs[r][g] = wasm_i32x4_splat(0); });
+    const v128_t low = wasm_i8x16_splat(15);
+    for (size_t at = 0; at < count;) {
+        v128_t bytes[Rows][Groups];
+        each_sum<Rows, Groups>([&](auto r, auto g) { bytes[r][g] = wasm_i32x4_splat(0); });
+        const size_t until = std::min(at + kBeforeWidening, count);
+        for (; at < until; ++at)
+            unrolled<2>([&](auto pair) {
+                v128_t channels[Groups];
+                unrolled<Groups>([&](auto g) {
+                    const v128_t both = wasm_v128_load(w + g * group_bytes + at * kGroup);
+                    channels[g] = wasm_v128_and(pair == 0 ? both : wasm_u16x8_shr(both, 4), low);
+                });
+                unrolled<Rows>([&](auto r) {
+                    const v128_t table = wasm_v128_load(&kTables.bytes[0][0] + a[r * stride + 2 * at + pair]);
+                    unrolled<Groups>(
+                        [&](auto g) { bytes[r][g] = wasm_i8x16_add(bytes[r][g], look_up(table, channels[g])); });
+                });
+            });
+        each_sum<Rows, Groups>([&](auto r, auto g) {
+            words[r][g] = wasm_i16x8_add(words[r][g], bytes[r][g]);
+            highs[r][g] = wasm_i16x8_add(highs[r][g], wasm_u16x8_shr(bytes[r][g], 8));
+        });
+    }
+    const v128_t shift = wasm_i32x4_splat(static_cast<int>(2 * kShift * count));
+    each_sum<Rows, Groups>([&](auto r, auto g) {
+        const v128_t high = highs[r][g], lows = wasm_i16x8_sub(words[r][g], wasm_i16x8_shl(high, 8));
+        const v128_t parts[4] = {wasm_u32x4_extend_low_u16x8(lows), wasm_u32x4_extend_high_u16x8(lows),
+                                 wasm_u32x4_extend_low_u16x8(high), wasm_u32x4_extend_high_u16x8(high)};
+        for (size_t p = 0; p < 4; ++p) {
+            int32_t* to = out + r * out_stride + g * kGroup + p * kLanes;
+            v128_t sum = wasm_i32x4_sub(parts[p], shift);
+            if (!first) sum = wasm_i32x4_add(sum, wasm_v128_load(to));
+            wasm_v128_store(to, sum);
+        }
+    });
+}
+
+template <int Groups>
+constexpr LookupTile kLookups[kLookupRows] = {lookup_tile<1, Groups>, lookup_tile<2, Groups>, lookup_tile<3, Groups>};
+constexpr const LookupTile* kLookupTiles[] = {kLookups<1>, kLookups<2>};
+
+void run_lookup(const uint8_t* rows, size_t stride, size_t count, const uint8_t* packed, size_t, size_t k, size_t first,
+                size_t last, int32_t* out, size_t out_stride) {
+    run_lookup_tiles<kGroup, kBytesAtOnce, 2>(kLookupTiles, rows, stride, count, packed, k / 4, first, last, out,
+                                              out_stride);
+}
+
+constexpr Product kProducts[] = {
+    {"lookup", 2, 2, kGroup, 64, lookup_weight_bytes, lookup_pack_channel<kGroup>, lookup_row_bytes, lookup_pack_rows,
+     run_lookup, lookup_pack_columns<kGroup>},
+#if defined(__wasm_relaxed_simd__)
+    dense_product<Narrow<4, 4>>("relaxed-4", 4, 4),
+    dense_product<Dot>("relaxed-7", 7, 8),
+#endif
+    dense_product<Wide>("dot", 8, 8),
+};
+constexpr size_t kCount = std::size(kProducts);
+#if defined(__wasm_relaxed_simd__)
+constexpr const char* kName = "relaxed-simd";
+#else
+constexpr const char* kName = "simd128";
+#endif
+
+}  // namespace
+
+namespace qvit {
+extern const Isa kWasm = {kName, kProducts, kCount, kProducts, kCount, kRowOps};
+}
