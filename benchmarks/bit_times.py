@@ -37,10 +37,10 @@ def main() -> None:
     products = free_products(student, program)
     stopwatch = Stopwatch(program, products, arguments.threads)
     times = stopwatch.times(lambda done, todo: None)
-    models = {f"{bits} bits": {each.name: Bits(bits, bits) for each in products} for bits in UNIFORM}
+    models = {f"{bits} bits": {product.name: Bits(bits, bits) for product in products} for bits in UNIFORM}
     for seed in range(arguments.random):
         rng = random.Random(seed)
-        models[f"random bits, seed {seed}"] = {each.name: rng.choice(CANDIDATES) for each in products}
+        models[f"random bits, seed {seed}"] = {product.name: rng.choice(CANDIDATES) for product in products}
     engine = f"{times.threads} threads, {times.instruction_set}"
     table = Table(title=f"{arguments.model}, one image, {engine}")
     for number, name in enumerate(("model", "summed (ms)", "timed (ms)", "difference (%)")):

@@ -42,9 +42,14 @@ def beside_peers(names: Sequence[str], bits: Sequence[int], peers: Sequence[str]
         comparison = _compare(name, bits, 224, (1, 8), (2,), peers, rounds)
         console.print(comparison.table(f"{name}, {comparison.machine['cpu']}"))
         speedups = [
-            {"runtime": ours.runtime, "batch": ours.batch, "peer": peer.runtime, "times": peer.median / ours.median}
-            for ours in comparison.timings
-            if ours.runtime in comparison.packed and (peer := comparison.fastest_peer(ours.batch, ours.threads))
+            {
+                "runtime": timing.runtime,
+                "batch": timing.batch,
+                "peer": peer.runtime,
+                "times": peer.median / timing.median,
+            }
+            for timing in comparison.timings
+            if timing.runtime in comparison.packed and (peer := comparison.fastest_peer(timing.batch, timing.threads))
         ]
         for row in speedups:
             console.print(
@@ -68,7 +73,7 @@ def scaling(names: Sequence[str], bits: Sequence[int], rounds: int) -> dict[str,
         }
         about = by_size[IMAGE_SIZES[0]].machine
         table = Table(title=f"{name}, {about['cpu']}", caption="relative: time an image, to batch 1 of 197 tokens")
-        for column in ("engine", "threads", "tokens", "batch", "ms", "ms an image", "relative"):
+        for column in ("engine", "threads", "tokens", "batch", "ms", "ms per image", "relative"):
             table.add_column(column, justify="left" if column == "engine" else "right")
         rows = []
         for engine in by_size[IMAGE_SIZES[0]].packed:

@@ -54,16 +54,16 @@ def report(names: Iterable[str]) -> str:
             covered[family] += 1
     refused = Counter(dict.fromkeys(covered, 0))
     hybrids = 0
-    for (family, reason), those in reasons.items():
+    for (family, reason), names in reasons.items():
         if HYBRID.search(reason):
-            hybrids += len(those)
+            hybrids += len(names)
         else:
-            refused[family] += len(those)
+            refused[family] += len(names)
     total, transformers = covered.total(), covered.total() + refused.total()
     rows = [f"| {family} | {covered[family]} | {refused[family]} |" for family in sorted(refused)]
     why = [
-        f"- {len(those)} ({'hybrid, ' if HYBRID.search(reason) else ''}{family}): {reason} {', '.join(those)}"
-        for (family, reason), those in sorted(reasons.items())
+        f"- {len(names)} ({'hybrid, ' if HYBRID.search(reason) else ''}{family}): {reason} {', '.join(names)}"
+        for (family, reason), names in sorted(reasons.items())
     ]
     share = f"{total} of {transformers} transformers ({total / transformers:.1%}), and {hybrids} hybrids beside them."
     return "\n".join(["| family | names covered | refused |", "|---|---|---|", *rows, "", share, "", *why])

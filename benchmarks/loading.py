@@ -1,4 +1,4 @@
-"""Images a second of loading alone and of training alone, and which of the two limits a run.
+"""Images per second of loading alone and of training alone, and which of the two limits a run.
 
 Loading: decode and augment with 0, 1, ... worker processes, as the recipe's training does it. Training: whole Q-ViT
 steps (teacher, student, guided distillation, optimizer) over one batch that is there already. The trainer loads while
@@ -33,7 +33,7 @@ from qvit.train.recipe import Recipe, load_recipe
 
 
 def loading_rate(data: ImageSets, spec: ModelSpec, recipe: Recipe, workers: int, seconds: float) -> float:
-    """Return images a second of the training loader, measured for at least ``seconds`` after its first batch."""
+    """Return images per second of the training loader, measured for at least ``seconds`` after its first batch."""
     transform = make_transform(spec.preprocessing, recipe.augmentation)
     hyperparameters = recipe.hyperparameters("quantized")
     loader = make_loader(
@@ -58,7 +58,7 @@ def loading_rate(data: ImageSets, spec: ModelSpec, recipe: Recipe, workers: int,
 
 
 def training_rate(data: ImageSets, spec: ModelSpec, recipe: Recipe, steps: int, *, compiled: bool) -> float:
-    """Return images a second of training without loading: the median of ``steps`` steps."""
+    """Return images per second of training without loading: the median of ``steps`` steps."""
     device, hyperparameters = _device(), recipe.hyperparameters("quantized")
     transform = make_transform(spec.preprocessing, recipe.augmentation)
     batch = next(iter(make_loader(data.train, transform, hyperparameters.batch_size, shuffle=True)))

@@ -1,7 +1,7 @@
 // Register-only loops of the instructions that the kernels are made of: what this processor can reach at all.
 //
-// Prints, for every loop that the processor can run, its name and the billion multiply-adds a second of the fastest of
-// several runs. benchmarks/kernels.py compiles and runs it.
+// Prints, for every loop that the processor can run, its name and the billion multiply-adds per second of the fastest
+// of several runs. benchmarks/kernels.py compiles and runs it.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>

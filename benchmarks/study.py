@@ -4,7 +4,7 @@ A plan (benchmarks/study_cpu.yaml, benchmarks/study_gpu.yaml) names model, recip
 each an ablation (qvit ablate) with entries of the recipe changed, and why. ``run`` trains the teacher and then whatever
 is not finished, in the order of the plan; it can be stopped at any time and started again, and several of them may
 share one folder. Its status is 143 if it was stopped (SIGTERM, --minutes), 0 once all is finished. ``collect`` writes
-all that was measured into one file, a line a run; ``report`` makes tables and figures from that file alone.
+all that was measured into one file, a line per run; ``report`` makes tables and figures from that file alone.
 
 Example:
   python benchmarks/study.py run benchmarks/study_cpu.yaml --data cifar10 --out study

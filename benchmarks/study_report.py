@@ -45,11 +45,11 @@ def write_report(plan: Plan, results: Path, document: Path) -> None:
     folder = document.parent / "figures"
     parts = [_teacher(teacher)]
     for experiment in plan.experiments:
-        its = [record for record in records if record["experiment"] == experiment.name]
-        if experiment.table and its:
-            parts.append(_table(experiment, its))
+        matching = [record for record in records if record["experiment"] == experiment.name]
+        if experiment.table and matching:
+            parts.append(_table(experiment, matching))
             if experiment.figures:
-                parts += _figures(experiment, its, teacher, folder, name)
+                parts += _figures(experiment, matching, teacher, folder, name)
     parts += [_trials(plan, records), _best(plan, records)]
     write_text(document, before + begin + "\n\n" + "\n\n".join(part for part in parts if part) + "\n\n" + end + after)
 
@@ -122,14 +122,14 @@ def _trials(plan: Plan, records: Sequence[Record]) -> str:
         for record in records:
             if record["experiment"] == experiment.name and _cell(record) in others:
                 cells.setdefault((record["bits"], record["title"]), []).append(record)
-        for (bits, title), its in cells.items():
-            gains = [record["top1"] - others[_cell(record)] for record in its]
+        for (bits, title), cell in cells.items():
+            gains = [record["top1"] - others[_cell(record)] for record in cell]
             gain = mean_and_spread(statistics.fmean(gains), interval_of(gains), "+")
             top1, entropy, distance = (
-                statistics.fmean(record[name] for record in its)
+                statistics.fmean(record[name] for record in cell)
                 for name in ("top1", "query_entropy", "attention_distance")
             )
-            cells_of_trial = (experiment.why, _changes(experiment), experiment.against, bits, title, len(its))
+            cells_of_trial = (experiment.why, _changes(experiment), experiment.against, bits, title, len(cell))
             rows.append([*cells_of_trial, f"{top1:.2f}", gain, f"{entropy:.2f}", f"{distance:.3f}"])
     if not rows:
         return ""
@@ -147,10 +147,10 @@ def _trials(plan: Plan, records: Sequence[Record]) -> str:
 def _best(plan: Plan, records: Sequence[Record]) -> str:
     """The best model of each number of bits, and the command that makes it again."""
     experiments = {e.name: e for e in plan.experiments if not e.overrides and not e.ladder}
-    own = [r for r in records if r["experiment"] in experiments and r["history"]]
+    trained = [r for r in records if r["experiment"] in experiments and r["history"]]
     parts = []
-    for bits in sorted({record["bits"] for record in own}, reverse=True):
-        best = max((r for r in own if r["bits"] == bits), key=lambda r: r["top1"])
+    for bits in sorted({record["bits"] for record in trained}, reverse=True):
+        best = max((r for r in trained if r["bits"] == bits), key=lambda r: r["top1"])
         (row,) = rows_named(best["row"])
         changes = dict(change.split("=", 1) for change in plan.quantized + experiments[best["experiment"]].set)
         words = [

@@ -139,7 +139,7 @@ def _wait(device: torch.device) -> None:
 
 
 def measure(steps: dict[str, Step], rounds: int, batch: int, device: torch.device) -> list[dict[str, Any]]:
-    """Return a record a step: seconds, ratio to the first step, images a second, megabytes, ratio to the first step.
+    """Return a record per step: seconds, ratio to the first, images per second, megabytes, ratio to the first.
 
     A step that does not fit the GPU's memory is left out, and its record says so.
     """
@@ -167,7 +167,7 @@ def measure(steps: dict[str, Step], rounds: int, batch: int, device: torch.devic
         if "seconds" in record and "seconds" in base:
             # Round by round, so that a disturbance of the machine meets both.
             pairs = zip(times[record["step"]], times[base["step"]], strict=True)
-            record["time_ratio"] = statistics.median(mine / theirs for mine, theirs in pairs)
+            record["time_ratio"] = statistics.median(seconds / base_seconds for seconds, base_seconds in pairs)
             record["memory_ratio"] = record["megabytes"] / base["megabytes"]
     return records
 

@@ -66,5 +66,5 @@ def check_page(text: str) -> Page:
         assert re.match(r"data:image/(svg\+xml|png);base64,", image["attrs"]["src"])
         assert image["attrs"]["alt"]
     shown = [element["text"] for element in page.elements if element["tag"] not in ("script", "style")]
-    assert all(printable(one.replace("\n", "")) == one.replace("\n", "") for one in shown)
+    assert all(printable(text.replace("\n", "")) == text.replace("\n", "") for text in shown)
     return page

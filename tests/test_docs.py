@@ -61,8 +61,8 @@ def test_every_citation_is_of_a_section_that_is_there() -> None:
 def test_the_method_is_cited_by_section_and_in_one_way() -> None:
     for path in SOURCES:
         text = unwrapped(path)
-        own = [found for found in CITATION.finditer(text) if found["page"] == "method.md"]
-        assert len(own) == text.count("method.md"), f"{path}: write docs/method.md, section N"
+        citations = [found for found in CITATION.finditer(text) if found["page"] == "method.md"]
+        assert len(citations) == text.count("method.md"), f"{path}: write docs/method.md, section N"
 
 
 def test_every_section_of_the_method_has_its_number() -> None:
@@ -124,14 +124,14 @@ def command_lines(page: Path) -> Iterator[tuple[list[str], bool]]:
     for fence in re.findall(r"^```(?:sh|bash)?\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
         blocks += fence.splitlines()
     inline = [" ".join(code.split()) for code in re.findall(r"(?<!`)`([^`]+)`(?!`)", text)]
-    for line, own in [*((block, True) for block in blocks), *((code, False) for code in inline)]:
+    for line, is_block in [*((block, True) for block in blocks), *((code, False) for code in inline)]:
         with_options = re.sub(r"\[(--[^\]]+)\]", r"\1", line.split(" # ")[0])  # that may be left out
         for part in re.split(r" && | \| |; ", with_options):
             plain = re.sub(
                 r"^(?:[A-Z_]+=\S+ )*(?:torchrun .*-m qvit\.cli(?= ))?", lambda m: "qvit" * ("-m" in m[0]), part
             )
             if re.match(r"(?:qvit|python|make)\s", plain):
-                yield shlex.split(plain), own
+                yield shlex.split(plain), is_block
 
 
 def check_command(program: str, arguments: list[str], whole: bool) -> None:
@@ -155,9 +155,9 @@ def check_command(program: str, arguments: list[str], whole: bool) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_that_is_shown_exists_with_its_options(page: Path) -> None:
-    for (program, *arguments), own in command_lines(page):
+    for (program, *arguments), is_block in command_lines(page):
         try:
-            check_command(program, arguments, own)
+            check_command(program, arguments, is_block)
         except (AssertionError, cli._ClickException) as error:
             raise AssertionError(f"{page.name}: {program} {' '.join(arguments)}: {error!r}") from error
 

@@ -159,9 +159,9 @@ def test_float_checkpoint_has_a_spec_and_is_a_teacher(
     save_checkpoint(tmp_path / "float.pt", spec, float_model)
     hub.push_to_hub(tmp_path / "float.pt", "me/teacher")
     assert "in full precision" in (remote / "me/teacher/README.md").read_text()
-    teacher, its = load_float("hf-hub:me/teacher", spec, print)
+    teacher, loaded_spec = load_float("hf-hub:me/teacher", spec, print)
     assert torch.equal(teacher(images), float_model(images))
-    assert its.classes == spec.classes
+    assert loaded_spec.classes == spec.classes
 
 
 def test_quantized_checkpoint_of_the_hub_is_no_teacher(remote: Path, checkpoint: Path) -> None:

@@ -71,8 +71,8 @@ def level(module: str) -> int:
 
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_a_module_imports_nothing_above_it(module: str) -> None:
-    own = [name for name in imported(MODULES[module]) if name.startswith("qvit.")]
-    assert not [name for name in own if level(name) > level(module)]
+    names = [name for name in imported(MODULES[module]) if name.startswith("qvit.")]
+    assert not [name for name in names if level(name) > level(module)]
 
 
 @pytest.mark.parametrize("module", sorted(name for name in MODULES if name.startswith(NO_TORCH)))

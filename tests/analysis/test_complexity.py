@@ -149,8 +149,8 @@ def test_time_is_the_sum_of_what_each_multiply_add_costs(monkeypatch: pytest.Mon
     assert sorted(measured := seconds_per_mac(widths)) == widths
     assert all(1e-14 < seconds < 1e-6 for seconds in measured.values())
     program = complexity("deit_tiny_patch16_224").program
-    (few, many) = program.macs().values()
-    assert predicted_seconds(program, {Bits(4, 4): 2.0, Bits(8, 8): 3.0}) == 2.0 * few + 3.0 * many
+    (small, large) = program.macs().values()
+    assert predicted_seconds(program, {Bits(4, 4): 2.0, Bits(8, 8): 3.0}) == 2.0 * small + 3.0 * large
 
 
 @pytest.fixture

@@ -50,10 +50,10 @@ def test_every_family_is_examined_as_by_the_functions_for_each_side(member):
         assert layer["query_divergence"] > 0
         assert layer["key_divergence"] > 0
         assert sum(layer["key_counts"]) > 0.9 * layer["values"]
-    for one, other in zip(first["layers"], second["layers"], strict=True):
-        assert one["edges"] == other["edges"]
-        assert one["key_edges"] == other["key_edges"]
-        assert "query_divergence" not in one
+    for layer, other_layer in zip(first["layers"], second["layers"], strict=True):
+        assert layer["edges"] == other_layer["edges"]
+        assert layer["key_edges"] == other_layer["key_edges"]
+        assert "query_divergence" not in layer
 
 
 def test_what_is_kept_does_not_grow_with_the_images(vit, images):
@@ -102,15 +102,15 @@ def statistics_with(counts, values, shift=0.0):
 
 
 def test_divergence_against_its_definition():
-    one, other = statistics_with([10, 20, 30, 40], 110), statistics_with([40, 0, 30, 30], 100)
+    first, second = statistics_with([10, 20, 30, 40], 110), statistics_with([40, 0, 30, 30], 100)
     p, q = np.array([10, 20, 30, 40, 10]) + 0.5, np.array([40, 0, 30, 30, 0]) + 0.5
     p, q = p / p.sum(), q / q.sum()
-    queries, keys = divergence(one, other)
+    queries, keys = divergence(first, second)
     assert queries == pytest.approx((p * np.log2(p / q)).sum())
     assert keys > 0
-    assert divergence(one, one) == (0, 0)
+    assert divergence(first, first) == (0, 0)
     with pytest.raises(DataError, match="different bins"):
-        divergence(one, statistics_with([1, 1, 1, 1], 4, shift=0.1))
+        divergence(first, statistics_with([1, 1, 1, 1], 4, shift=0.1))
 
 
 def test_records_from_before_the_keys_had_a_histogram_are_read():

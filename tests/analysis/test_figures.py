@@ -137,8 +137,8 @@ def test_block_errors_are_bars_of_percentages_beside_one_another() -> None:
 
 def test_layers_are_told_apart_without_colour_and_axes_show_no_markup() -> None:
     gradients = {"labels": 0.3, "guided": 0.004, "cosine": 0.1}
-    one = {"query_entropy": 1.5, "attention_distance": 0.2, "query_bits": 2, "gradients": gradients}
-    figure = layer_profiles({f"model {n}": [one, one] for n in range(5)})
+    record = {"query_entropy": 1.5, "attention_distance": 0.2, "query_bits": 2, "gradients": gradients}
+    figure = layer_profiles({f"model {n}": [record, record] for n in range(5)})
     png(figure)  # ticks have no texts before
     assert not [text for text in texts(figure) if "$" in text]
     assert {"0.01", "0.1"} <= set(texts(figure))

@@ -36,8 +36,8 @@ def test_norms_are_those_of_each_term_alone(vit, images, student):
     pairs = zip(their_queries + their_keys, queries + keys, strict=True)
     guided = 0.7 * torch.stack([guided_distance(t, s).mean() for t, s in pairs]).mean()
     for index, weight in enumerate(weights):
-        ours = [torch.autograd.grad(term, weight, retain_graph=True)[0] for term in (labels, guided)]
-        a, b = (grad[: 2 * len(grad) // 3].flatten().double() for grad in ours)
+        expected = [torch.autograd.grad(term, weight, retain_graph=True)[0] for term in (labels, guided)]
+        a, b = (grad[: 2 * len(grad) // 3].flatten().double() for grad in expected)
         assert result[index].layer == index
         assert result[index].labels == pytest.approx(float(a.norm()), rel=1e-3)
         assert result[index].guided == pytest.approx(float(b.norm()), rel=1e-3)
@@ -52,9 +52,9 @@ def test_gradients_are_means_over_batches_and_leave_everything_as_it_was(vit, im
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
     assert loss_fn.guided_weight == 0.5
     assert all(parameter.grad is None for parameter in student.parameters())
-    each = [loss_gradients(student, loss_fn, [batch])[1].guided for batch in batches]
+    alone = [loss_gradients(student, loss_fn, [batch])[1].guided for batch in batches]
     # The running averages that the second batch meets after the first play no part in training.
-    assert both[1].guided == pytest.approx(sum(each) / 2, rel=1e-4)
+    assert both[1].guided == pytest.approx(sum(alone) / 2, rel=1e-4)
 
 
 def test_no_batch_is_an_error(vit, student):

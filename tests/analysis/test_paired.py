@@ -64,11 +64,11 @@ def test_counts_and_errors_are_those_of_the_definition(count: int) -> None:
         assert share.percent == pytest.approx(100 * values.mean())
         assert share.error == pytest.approx(100 * values.std() / math.sqrt(count))
     for kind, expected in enumerate((first & ~second, ~first & second, ~first & ~second)):
-        for one in found.differences[kind]:
-            assert expected[one.image]
-            assert one.classes == tuple(images[one.image])
-            assert one.classes[0] != one.classes[1]
-            assert one.label == labels[one.image]
+        for difference in found.differences[kind]:
+            assert expected[difference.image]
+            assert difference.classes == tuple(images[difference.image])
+            assert difference.classes[0] != difference.classes[1]
+            assert difference.label == labels[difference.image]
 
 
 @given(first=st.integers(0, 40), second=st.integers(0, 40))
@@ -85,7 +85,7 @@ def test_without_labels_there_is_agreement_alone() -> None:
     assert (found.right, found.top1, found.gain, found.p_value) == (None, None, None, None)
     (kind,) = found.differences
     assert len(kind) == KEPT
-    assert all(one.label is None for one in kind)
+    assert all(difference.label is None for difference in kind)
     assert str(found.agreement) == f"{found.agreement.percent:.2f} ± {found.agreement.error:.2f}"
 
 
@@ -99,7 +99,7 @@ def test_many_images_take_no_more_memory_than_few() -> None:
         tracemalloc.stop()
         assert [len(kind) for kind in found.differences] == [KEPT] * 3
     assert peaks[2] < 1.5 * peaks[1]
-    spread = [one.image for one in found.differences[0]]
+    spread = [difference.image for difference in found.differences[0]]
     assert max(spread) > 5_000  # some of all, and not the first ones
 
 

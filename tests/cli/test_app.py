@@ -119,7 +119,7 @@ def test_every_method_trains_and_its_checkpoint_evaluates(
     assert printed[1] in evaluated.out
     files = ["best.pt"] if method in ("reconstruct", "ptq") else ["best.pt", "last.pt"]
     checksums = [weights_checksum(load_checkpoint(tmp_path / "run" / file)[0])[:16] for file in files]
-    assert done.out.endswith(f"SHA-256 of the weights {' and '.join(f'{one}...' for one in checksums)}\n")
+    assert done.out.endswith(f"SHA-256 of the weights {' and '.join(f'{checksum}...' for checksum in checksums)}\n")
     assert "2/2" in evaluated.out
 
 

@@ -66,7 +66,7 @@ def quantize(float_file: Path, pictures: Path, tmp_path: Path) -> Callable[..., 
 @pytest.fixture
 def kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the reconstructed model be kept, which on these pictures is no better."""
-    monkeypatch.setattr("qvit.study.quantization._is_worse", lambda one, other: False)
+    monkeypatch.setattr("qvit.study.quantization._is_worse", lambda first, second: False)
 
 
 def checksum(path: Path) -> str:

@@ -74,7 +74,9 @@ def test_bits_are_found_within_the_budgets_and_taken_by_quantize(
     assert run("quantize", float_file, "--images", pictures, *options).status == 0
     model = read_packed(out)
     size = sum(array.nbytes for array in model.tensors.values())
-    operations = sum(each.macs * each.bits.weight * each.bits.activation for each in model.program.products())
+    operations = sum(
+        product.macs * product.bits.weight * product.bits.activation for product in model.program.products()
+    )
     assert (size, operations) == (round(costs["mb"] * 1e6), round(costs["ops"] * 1e9))
     assert size <= 12_000
     assert operations <= 5_000_000
@@ -119,11 +121,11 @@ def test_the_least_that_a_refusal_tells_is_enough_for_one_picture_too_and_nothin
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "0.png").write_bytes((pictures / "0.png").read_bytes())
     least = sentence(search("--budget-ops", "1e-5")).split(" is ")[1].split()[0]
-    one = "--images", tmp_path / "one"
-    assert search("--budget-ops", least, *one).status == 0
+    folder = "--images", tmp_path / "one"
+    assert search("--budget-ops", least, *folder).status == 0
     # Layers and operands of two blocks; rounding up left room for nothing.
     assert list(parse_overrides([f"@{tmp_path / 'bits.txt'}"]).values()) == [2] * 16
-    assert "is there already" in sentence(search("--budget-ops", least, *one))
+    assert "is there already" in sentence(search("--budget-ops", least, *folder))
 
 
 def test_a_link_that_leads_nowhere_is_not_replaced(search: Callable[..., Done], tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_predict_and_info_show_hostile_names_as_text(classes: list[str], name: l
         check(done)
         (result,) = json.loads(done.out)
         assert result["image"] == str(image)
-        assert {one["name"] for one in result["classes"]} == set(classes)
+        assert {entry["name"] for entry in result["classes"]} == set(classes)
 
         with pytest.MonkeyPatch.context() as wide:
             wide.setenv("COLUMNS", "1000")

@@ -97,8 +97,8 @@ def test_a_crop_is_what_pillow_makes_of_it() -> None:
     side = round((0.3 * 64 * 64) ** 0.5)
     top, left = (round(float(positions[axis, 32, 32]) - side * 32.5 / 64 + 0.5) for axis in (0, 1))
     expected = image.resize((64, 64), Image.Resampling.BILINEAR, (left, top, left + side, top + side))
-    ours = crop_and_flip(pixels, chosen, **arguments)[0].permute(1, 2, 0).numpy()
-    assert np.abs(ours - np.asarray(expected, np.float32))[2:-2, 2:-2].max() < 1.5
+    crop = crop_and_flip(pixels, chosen, **arguments)[0].permute(1, 2, 0).numpy()
+    assert np.abs(crop - np.asarray(expected, np.float32))[2:-2, 2:-2].max() < 1.5
 
 
 def test_where_no_crop_fits_the_whole_image_is_taken(pictures: Tensor) -> None:

@@ -131,6 +131,6 @@ def test_an_image_is_augmented_alike_in_whatever_process(digits: ImageSets, work
 
     alone = batches(0, Rank())
     first, second = (batches(workers, Rank(process, 2)) for process in range(2))
-    for whole, one, other in zip(alone, first, second, strict=True):
-        assert torch.equal(whole[0::2], one)
-        assert torch.equal(whole[1::2], other)
+    for whole, part, other_part in zip(alone, first, second, strict=True):
+        assert torch.equal(whole[0::2], part)
+        assert torch.equal(whole[1::2], other_part)

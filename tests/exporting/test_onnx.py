@@ -112,7 +112,7 @@ KINDS = {
 def test_weights_are_stored_in_the_narrowest_type(bits: int, opset: int | None, exact: bool) -> None:
     packed = make_packed(bits)
     model = onnx_model(packed, exact=exact, opset=opset)
-    kinds = {each.name: each.data_type for each in model.graph.initializer if each.name.endswith(".codes")}
+    kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer if tensor.name.endswith(".codes")}
     kind = TensorProto.UINT8 if exact and bits == 8 else KINDS[bits, opset]
     assert kinds == {f"{name}.codes": kind for name in packed.program.layers()}
     assert model.opset_import[0].version == (opset or (25 if bits == 2 else 21))
@@ -127,7 +127,7 @@ def test_exact_products_that_two_bytes_cannot_hold_have_no_signed_factor() -> No
         for right in range(2, 9):
             assert signed(left, right) == (2 * (2**left - 1) * 2 ** (right - 1) < 2**15)
     model = onnx_model(make_packed(8), exact=True)
-    assert TensorProto.INT8 not in {each.data_type for each in model.graph.initializer}
+    assert TensorProto.INT8 not in {tensor.data_type for tensor in model.graph.initializer}
 
 
 def test_activations_of_two_bits_ask_for_no_later_opset() -> None:
@@ -148,13 +148,13 @@ def test_a_file_is_hardly_larger_than_the_packed_one(tmp_path: Path, bits: int) 
 def test_metadata_and_ends_say_what_goes_in_and_comes_out() -> None:
     packed = make_packed(4)
     model = onnx_model(packed)
-    about = {each.key: json.loads(each.value) for each in model.metadata_props}
+    about = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
     assert about == {"preprocessing": packed.preprocessing, "classes": packed.classes, "origin": packed.origin}
     runs = session(model)
-    assert [(each.name, each.shape) for each in runs.get_inputs()] == [("images", ["batch", 3, 8, 8])]
-    assert [(each.name, each.shape) for each in runs.get_outputs()] == [("logits", ["batch", 5])]
+    assert [(entry.name, entry.shape) for entry in runs.get_inputs()] == [("images", ["batch", 3, 8, 8])]
+    assert [(entry.name, entry.shape) for entry in runs.get_outputs()] == [("logits", ["batch", 5])]
     features = session(onnx_model(random_packed(FAMILIES["features"])))
-    assert [(each.name, each.shape) for each in features.get_outputs()] == [("features", ["batch", 10])]
+    assert [(entry.name, entry.shape) for entry in features.get_outputs()] == [("features", ["batch", 10])]
 
 
 def test_names_that_a_graph_has_already_get_a_number() -> None:

@@ -202,9 +202,9 @@ def test_extra_entry_is_named(path: Path, forged: Forged) -> None:
 
 
 def test_exchanged_entries_of_one_shape_are_refused(path: Path, content: bytes) -> None:
-    one, other = b'"blocks.0.norm1.weight"', b'"blocks.0.norm2.weight"'
-    assert content.count(one) == content.count(other) == 1
-    swapped = content.replace(one, b"<one>").replace(other, one).replace(b"<one>", other)
+    first, second = b'"blocks.0.norm1.weight"', b'"blocks.0.norm2.weight"'
+    assert content.count(first) == content.count(second) == 1
+    swapped = content.replace(first, b"<one>").replace(second, first).replace(b"<one>", second)
     assert len(swapped) == len(content)
     assert "checksum" in refusal(path, swapped)
 

@@ -147,10 +147,10 @@ def test_families_say_everything_that_the_format_knows() -> None:
     found: set[tuple[str, str]] = set()
 
     def visit(record: Any) -> None:
-        for each in dataclasses.fields(record):
-            value = getattr(record, each.name)
-            if value != each.default:
-                found.add((type(record).__name__, each.name))
+        for entry in dataclasses.fields(record):
+            value = getattr(record, entry.name)
+            if value != entry.default:
+                found.add((type(record).__name__, entry.name))
             for part in value if isinstance(value, tuple) and not hasattr(value, "_fields") else (value,):
                 if dataclasses.is_dataclass(part):
                     visit(part)
@@ -159,7 +159,7 @@ def test_families_say_everything_that_the_format_knows() -> None:
         for operation in program.operations:
             visit(operation)
     kinds = {*OPERATIONS.values(), *BRANCHES.values(), Layer, Rotary}
-    assert found == {(kind.__name__, each.name) for kind in kinds for each in dataclasses.fields(kind)}
+    assert found == {(kind.__name__, entry.name) for kind in kinds for entry in dataclasses.fields(kind)}
 
 
 def test_tables_of_a_rotation_may_be_shared() -> None:

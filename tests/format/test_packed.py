@@ -105,11 +105,11 @@ def test_layers_say_their_codes_and_scales(tmp_path: Path) -> None:
 
 
 def test_file_is_the_same_every_time_and_safetensors_reads_it(tmp_path: Path) -> None:
-    model, one, two = make_packed(), tmp_path / "1.safetensors", tmp_path / "2.safetensors"
-    write_packed(one, model)
-    write_packed(two, model)
-    assert one.read_bytes() == two.read_bytes()
-    with safetensors.safe_open(one, "np") as file:
+    model, first, second = make_packed(), tmp_path / "1.safetensors", tmp_path / "2.safetensors"
+    write_packed(first, model)
+    write_packed(second, model)
+    assert first.read_bytes() == second.read_bytes()
+    with safetensors.safe_open(first, "np") as file:
         header = json.loads(file.metadata()["qvit"])
         assert header["version"] == 2
         assert header["program"][-1]["heads"][0]["bits"] == [3, 3]

@@ -30,7 +30,7 @@ def words(section: str) -> set[str]:
 
 @pytest.mark.parametrize("name", RECORDS)
 def test_every_field_is_in_the_section_of_its_operation(name: str) -> None:
-    fields = {each.name for each in dataclasses.fields(RECORDS[name])}
+    fields = {entry.name for entry in dataclasses.fields(RECORDS[name])}
     assert fields <= words(name)
     table = SECTIONS[name].partition("| tensor")[0]
     rows = [row.split("|")[1] for row in re.findall(r"^\|.*\|$", table, flags=re.MULTILINE)[2:]]
@@ -41,8 +41,8 @@ def choices() -> list[tuple[str, str]]:
     """Return every choice that the code offers, as its refusal of another one lists them."""
     found = []
     for name, kind in RECORDS.items():
-        for each in dataclasses.fields(kind):
-            for known in getattr(each.metadata["read"], "__closure__", None) or ():
+        for entry in dataclasses.fields(kind):
+            for known in getattr(entry.metadata["read"], "__closure__", None) or ():
                 if isinstance(known.cell_contents, tuple):
                     found += [(name, choice) for choice in known.cell_contents if isinstance(choice, str)]
     return found
@@ -60,22 +60,22 @@ def test_choices_are_found() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_tensor_is_in_the_section_of_its_operation(family: str) -> None:
-    for operation, x in FAMILIES[family].steps:
+    for operation, x in FAMILIES[family].walk():
         parts = operation.branches if isinstance(operation, Residual) else (operation,)
         for part in parts:
             layers = {layer.name for layer in part.layers()}
             rotary = part.rotary if isinstance(part, Attention) else None
             for name, dtype, _ in part.entries(x):
                 owner, _, kind = name.rpartition(".")
-                own = getattr(part, "name", None)
+                part_name = getattr(part, "name", None)
                 if owner in layers:
                     section, called = "layer", f"LAYER.{kind}"
                 elif rotary is not None and owner == rotary.name:
                     section, called = "rotary", f"NAME.{kind}"
                 elif kind in ("weight", "bias"):
                     section, called = "norm", f"NORM.{kind}"
-                elif own is not None and not isinstance(part, Mlp):
-                    section, called = part.op, f"NAME.{name.removeprefix(f'{own}.')}"
+                elif part_name is not None and not isinstance(part, Mlp):
+                    section, called = part.op, f"NAME.{name.removeprefix(f'{part_name}.')}"
                 else:
                     section, called = part.op, name
                 row = next(row for row in SECTIONS[section].splitlines() if f"`{called}`" in row)

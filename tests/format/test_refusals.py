@@ -37,7 +37,7 @@ def place_of(way: Way) -> str:
 
 
 def find(data: list[Any], op: str, number: int = 0) -> int:
-    return [index for index, each in enumerate(data) if each["op"] == op][number]
+    return [index for index, operation in enumerate(data) if operation["op"] == op][number]
 
 
 def refusal(program: Program, plain: Any, size: Any = None) -> str:
@@ -133,16 +133,16 @@ CASES: list[tuple[str, tuple[str, int], Way, Any, str]] = [
 
 
 @pytest.mark.parametrize(
-    ("family", "which", "way", "value", "match"),
+    ("family", "op", "way", "value", "match"),
     CASES,
-    ids=[f"{family}-{which[0]}-{'-'.join(map(str, way))}-{value}"[:60] for family, which, way, value, _ in CASES],
+    ids=[f"{family}-{op[0]}-{'-'.join(map(str, way))}-{value}"[:60] for family, op, way, value, _ in CASES],
 )
 def test_operation_that_does_not_fit_is_refused(
-    family: str, which: tuple[str, int], way: Way, value: Any, match: str
+    family: str, op: tuple[str, int], way: Way, value: Any, match: str
 ) -> None:
     program = FAMILIES[family]
     plain = program.to_list()
-    index = find(plain, *which)
+    index = find(plain, *op)
     message = refusal(program, put(plain, (index, *way), value))
     assert message.startswith("program[")
     assert re.search(match, message), message
@@ -153,13 +153,13 @@ def test_every_operation_must_come_where_it_can(family: str) -> None:
     """Every operation is put in every place: what is accepted is read as what it says, and the rest is refused."""
     program = FAMILIES[family]
     plain = program.to_list()
-    firsts = [plain[find(plain, op)] for op in {each["op"] for each in plain}]
+    firsts = [plain[find(plain, op)] for op in {operation["op"] for operation in plain}]
     for index in range(len(plain) + 1):
-        for each in firsts:
-            changed = [*plain[:index], each, *plain[index:]]
+        for operation in firsts:
+            changed = [*plain[:index], operation, *plain[index:]]
             read = attempt(program, changed)
             if isinstance(read, Program):  # everything that has a name stands twice now
-                assert each == {"op": "tokens"}
+                assert operation == {"op": "tokens"}
                 assert read.to_list() == changed
 
 

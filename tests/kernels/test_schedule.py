@@ -32,7 +32,7 @@ def test_a_block_of_a_plain_vit_has_one_barrier_and_its_end_is_the_class_token_a
 def test_a_block_of_windows_is_a_phase_and_one_window_is_the_whole_image() -> None:
     program = FAMILIES["swin"]
     plan = schedule(program)
-    branches = [(branch, x) for op, x in program.steps if isinstance(op, Residual) for branch in op.branches]
+    branches = [(branch, x) for op, x in program.walk() if isinstance(op, Residual) for branch in op.branches]
     blocks = sum(isinstance(branch, Attention) and branch.group(x) < x.tokens for branch, x in branches)
     merges = sum(isinstance(operation, Merge) for operation in program.operations)
     assert [steps for steps, windows, _ in plan if windows] == [["project", "attend", "feed_forward"]] * blocks

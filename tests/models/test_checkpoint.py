@@ -32,8 +32,8 @@ def test_quantized_checkpoint_gives_the_same_logits(tmp_path: Path, images: torc
     calibrate(student, [images])
     path = tmp_path / "q.pt"
     save_checkpoint(path, dataclasses.replace(spec, quant_config=config.to_dict()), student)
-    loaded, its = load_checkpoint(path)
-    assert its.classes == ["a", "b", "c"]
+    loaded, loaded_spec = load_checkpoint(path)
+    assert loaded_spec.classes == ["a", "b", "c"]
     assert torch.equal(loaded(images), student.eval()(images))
 
 

@@ -97,8 +97,8 @@ def test_queries_keys_and_maps_of_teacher_and_student_are_paired(member: str) ->
         maps, their_maps = (run_with_maps(m, images)[1] for m in (student, model))
     assert len(queries) == len(attention_layers(model)) == len(maps)
     pairs = zip([*queries, *keys, *maps], [*their_queries, *their_keys, *their_maps], strict=True)
-    for ours, theirs in pairs:
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    for student_logits, teacher_logits in pairs:
+        torch.testing.assert_close(student_logits, teacher_logits, rtol=1e-4, atol=1e-4)
     for per_head in maps:
         torch.testing.assert_close(per_head.sum(dim=-1), torch.ones(per_head.shape[:-1]))
     assert list(model.modules()) == modules  # nothing is left in the teacher
@@ -133,8 +133,8 @@ def test_gradient_checkpointing_changes_no_gradient(member: str) -> None:
         student.set_grad_checkpointing(enable)
         DistillationLoss(model)(student, images, torch.arange(len(images))).backward()
         gradients.append([parameter.grad for parameter in student.parameters()])
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    for first, second in zip(*gradients, strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("member", ["swin", "swinv2", "eva02"])

@@ -80,13 +80,13 @@ def saved(folder: Path, kind: str = "ViT", **changes: Any) -> Any:
     ],
 )
 def test_transformers_model_gives_the_same_logits(tmp_path: Path, kind: str, changes: dict[str, Any]) -> None:
-    theirs = saved(tmp_path, kind, **changes)
+    original = saved(tmp_path, kind, **changes)
     side = changes.get("image_size", 16)
     images = torch.randn(3, 3, side, side)
     expected = describe("vit_tiny_patch16_224", {**ARGS, "img_size": side}, CLASSES, {})
-    ours, spec = load(tmp_path, expected)
+    loaded, spec = load(tmp_path, expected)
     with torch.no_grad():
-        torch.testing.assert_close(ours(images), theirs(images).logits, atol=2e-4, rtol=1e-4)
+        torch.testing.assert_close(loaded(images), original(images).logits, atol=2e-4, rtol=1e-4)
     assert spec.classes == CLASSES  # it does not name its own
     assert spec.preprocessing["input_size"] == [3, side, side]
 
@@ -204,7 +204,7 @@ def hub_model(folder: Path, **config: Any) -> torch.nn.Module:
 def test_timm_model_of_the_hub(
     tmp_path: Path, expected: ModelSpec, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch, source: str
 ) -> None:
-    theirs = hub_model(tmp_path / "snapshot", label_names=["v", "w", "x", "y", "z"])
+    original = hub_model(tmp_path / "snapshot", label_names=["v", "w", "x", "y", "z"])
     asked: list[tuple[str, str | None]] = []
 
     def download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
@@ -212,9 +212,9 @@ def test_timm_model_of_the_hub(
         return str(tmp_path / "snapshot")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    ours, spec = load(source, expected)
+    loaded, spec = load(source, expected)
     assert asked == [("someone/small", "v1" if "@" in source else None)]
-    assert torch.equal(ours(images), theirs(images))
+    assert torch.equal(loaded(images), original(images))
     assert spec.preprocessing["mean"] == [0.1, 0.2, 0.3]
     assert spec.classes == ["v", "w", "x", "y", "z"]
     assert (spec.name, spec.model_args) == (expected.name, expected.model_args)
@@ -223,7 +223,7 @@ def test_timm_model_of_the_hub(
 def test_pretrained_timm_model_by_its_name(
     tmp_path: Path, expected: ModelSpec, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    theirs = hub_model(tmp_path)
+    original = hub_model(tmp_path)
     create = timm.create_model
 
     def from_file(name: str, **kwargs: Any) -> Any:
@@ -235,8 +235,8 @@ def test_pretrained_timm_model_by_its_name(
 
     monkeypatch.setattr(float_models.timm, "create_model", from_file)
     said: list[str] = []
-    ours, spec = float_models.load_float("vit_tiny_patch16_224.augreg_in21k_ft_in1k", expected, said.append)
-    assert torch.equal(ours(images), theirs(images))
+    loaded, spec = float_models.load_float("vit_tiny_patch16_224.augreg_in21k_ft_in1k", expected, said.append)
+    assert torch.equal(loaded(images), original(images))
     assert said == [
         "vit_tiny_patch16_224.augreg_in21k_ft_in1k: the position embedding was resampled from 224 x 224 to 16 x 16 "
         "pixels.",

@@ -214,15 +214,19 @@ def test_checkpoint_of_qvits_of_another_image_size_is_resampled_and_said(tmp_pat
     save_checkpoint(tmp_path / "best.pt", spec, model)
     expected = describe(VIT, {**ARGS, "img_size": 24}, ["a", "b", "c"], {})
     said: list[str] = []
-    loaded, its = load_float(tmp_path / "best.pt", expected, said.append)
+    loaded, loaded_spec = load_float(tmp_path / "best.pt", expected, said.append)
     assert said == [
         f"{tmp_path / 'best.pt'}: the position embedding was resampled from images of 16 x 16 pixels to 24 x 24."
     ]
-    assert (its.name, its.model_args, its.preprocessing["input_size"]) == (VIT, expected.model_args, [3, 24, 24])
+    assert (loaded_spec.name, loaded_spec.model_args, loaded_spec.preprocessing["input_size"]) == (
+        VIT,
+        expected.model_args,
+        [3, 24, 24],
+    )
     model.set_input_size((24, 24))  # type: ignore[operator]
     images = torch.randn(2, 3, 24, 24)
     assert torch.equal(loaded(images), model(images))
-    save_checkpoint(tmp_path / "again.pt", its, loaded)
+    save_checkpoint(tmp_path / "again.pt", loaded_spec, loaded)
     assert torch.equal(load(tmp_path / "again.pt", expected)[0](images), model(images))
 
 
@@ -299,8 +303,8 @@ def test_folder_of_transformers_is_taken_however_its_weights_are_written(
         hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=4,
         num_labels=3, layer_norm_eps=1e-6,
     )  # fmt: skip
-    theirs = transformers.ViTForImageClassification(config).eval()
-    theirs.save_pretrained(tmp_path)
+    original = transformers.ViTForImageClassification(config).eval()
+    original.save_pretrained(tmp_path)
     weights = safetensors.torch.load_file(tmp_path / "model.safetensors")
     if way != "safetensors":
         (tmp_path / "model.safetensors").unlink()
@@ -308,9 +312,9 @@ def test_folder_of_transformers_is_taken_however_its_weights_are_written(
             torch.save(weights, tmp_path / "pytorch_model.bin")
         else:
             shards(tmp_path, weights, way.split()[1])
-    ours, _ = load(tmp_path, expected)
+    loaded, _ = load(tmp_path, expected)
     with torch.no_grad():
-        torch.testing.assert_close(ours(images), theirs(images).logits, atol=2e-4, rtol=1e-4)
+        torch.testing.assert_close(loaded(images), original(images).logits, atol=2e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -56,41 +56,41 @@ def expected() -> ModelSpec:
 def saved(folder: Path, model: str) -> Any:
     """Return a small model of weights that matter, saved in ``folder``."""
     name, config, arguments = MODELS[model]
-    theirs = getattr(hf, name)(getattr(hf, config)(**arguments)).eval()
+    original = getattr(hf, name)(getattr(hf, config)(**arguments)).eval()
     with torch.no_grad():
-        for key, parameter in theirs.named_parameters():
+        for key, parameter in original.named_parameters():
             if "norm" not in key:
                 parameter.normal_(std=0.3)
-    theirs.save_pretrained(folder)
-    return theirs
+    original.save_pretrained(folder)
+    return original
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_transformers_model_gives_the_same_output(tmp_path: Path, expected: ModelSpec, model: str) -> None:
-    theirs = saved(tmp_path, model)
+    original = saved(tmp_path, model)
     side = MODELS[model][2]["image_size"]
     expected.preprocessing["input_size"] = [3, side, side]
-    ours, spec = load_float(tmp_path, expected, print)
+    loaded, spec = load_float(tmp_path, expected, print)
     images = torch.randn(3, 3, side, side)
     with torch.no_grad():
-        found, wanted = ours(images), theirs(pixel_values=images)
+        found, wanted = loaded(images), original(pixel_values=images)
         if model == "clip_projection":
-            wanted = theirs.vision_model(images)
+            wanted = original.vision_model(images)
         wanted = wanted.logits if hasattr(wanted, "logits") else wanted.pooler_output
     torch.testing.assert_close(found, wanted, atol=1e-5 * float(wanted.abs().max()), rtol=1e-4)
     assert spec.classes == (CLASSES if MODELS[model][0].endswith("Classification") else [])
-    quantize(ours, QuantConfig())
+    quantize(loaded, QuantConfig())
 
 
 def test_siglip_classifier_pools_by_the_mean(tmp_path: Path, expected: ModelSpec) -> None:
     text = {"vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     config = hf.SiglipConfig(vision_config={**PLAIN, **MLP}, text_config=text, num_labels=3)
-    theirs = hf.SiglipForImageClassification(config).eval()
-    theirs.save_pretrained(tmp_path)
-    ours, spec = load_float(tmp_path, expected, print)
+    original = hf.SiglipForImageClassification(config).eval()
+    original.save_pretrained(tmp_path)
+    loaded, spec = load_float(tmp_path, expected, print)
     images = torch.randn(3, 3, 16, 16)
     with torch.no_grad():
-        torch.testing.assert_close(ours(images), theirs(images).logits, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(loaded(images), original(images).logits, atol=1e-5, rtol=1e-4)
     assert spec.classes == CLASSES
 
 

@@ -79,7 +79,7 @@ def test_models_are_in_evaluation_meanwhile(vit: nn.Module) -> None:
 def test_calibration_that_fails_changes_no_scale(vit: nn.Module, images: Tensor, where: str) -> None:
     student = quantize(vit, QuantConfig(4, 4))
     calibrate(student, [images])
-    own = [m for m in student.modules() if isinstance(m, (Quantizer, Rectifier))]
+    modules = [m for m in student.modules() if isinstance(m, (Quantizer, Rectifier))]
     before = {name: value.clone() for name, value in student.state_dict().items()}
 
     def fail(*args: object) -> None:
@@ -97,4 +97,4 @@ def test_calibration_that_fails_changes_no_scale(vit: nn.Module, images: Tensor,
             calibrate(student, [2 * images])
         weight[0, 0] = value
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
-    assert all(getattr(module, "calibrated", True) for module in own)
+    assert all(getattr(module, "calibrated", True) for module in modules)

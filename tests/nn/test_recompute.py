@@ -29,11 +29,11 @@ LIKE_DEIT = {"img_size": 28, "patch_size": 4, "embed_dim": 48, "num_heads": 3, "
 def saved_bytes(model: nn.Module, step: Callable[[], Any]) -> int:
     """Return the bytes of all that ``step`` keeps for a backward pass, parameters left out, each storage once."""
     storages: dict[int, Any] = {}
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
+        if storage.data_ptr() not in parameters:
             storages[storage.data_ptr()] = storage  # kept, so that no other takes its address
         return tensor
 

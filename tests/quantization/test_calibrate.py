@@ -286,10 +286,10 @@ def test_lsq_start_of_the_weights_is_its_formula(vit: nn.Module, images: Tensor)
     linear = student.blocks[0].mlp.fc1  # type: ignore[union-attr, index]
     expected = 2 * linear.weight.abs().mean(dim=1) / math.sqrt(3)
     torch.testing.assert_close(linear.weight_quantizer.scale.flatten(), expected)
-    ours, theirs = (dict(model.named_modules()) for model in (student, other))
-    for name, module in ours.items():
+    modules, other_modules = (dict(model.named_modules()) for model in (student, other))
+    for name, module in modules.items():
         if isinstance(module, Quantizer) and module.batched:  # activations are fitted as ever
-            torch.testing.assert_close(module.scale, theirs[name].scale)
+            torch.testing.assert_close(module.scale, other_modules[name].scale)
     with pytest.raises(ConfigError, match="weight_init must be minimum_error or lsq, not 'max'"):
         calibrate(student, [images], weight_init="max")  # type: ignore[arg-type]
 

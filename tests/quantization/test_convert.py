@@ -344,9 +344,12 @@ def test_autocast_bfloat16_trains_and_keeps_scales_float32(vit: nn.Module, image
         loss = loss_fn(student, images, labels)
     loss.backward()
     assert loss.item() == pytest.approx(expected, rel=0.1)
-    own = {n: p for n, p in student.named_parameters() if "quantizer" in n or "rectifier" in n}
-    assert len(own) > 20
-    assert all(p.dtype == p.grad.dtype == torch.float32 and bool(torch.isfinite(p.grad).all()) for p in own.values())
+    quantizer_parameters = {n: p for n, p in student.named_parameters() if "quantizer" in n or "rectifier" in n}
+    assert len(quantizer_parameters) > 20
+    assert all(
+        p.dtype == p.grad.dtype == torch.float32 and bool(torch.isfinite(p.grad).all())
+        for p in quantizer_parameters.values()
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

@@ -34,8 +34,8 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 def distance(student: nn.Module, teacher: nn.Module, images: Tensor) -> float:
@@ -234,10 +234,10 @@ def test_agreement_of_a_model_with_itself_is_whole(vit: nn.Module, images: Tenso
 
 
 def test_agreement_does_not_depend_on_the_batches(vit: nn.Module, student: Any, images: Tensor) -> None:
-    one, other = agreement(student, vit, [images]), agreement(student, vit, images.split(5))
-    assert one.same_class == other.same_class
-    assert one.cosine == pytest.approx(other.cosine)
-    assert list(one.blocks.values()) == pytest.approx(list(other.blocks.values()), rel=1e-5)
+    whole, parts = agreement(student, vit, [images]), agreement(student, vit, images.split(5))
+    assert whole.same_class == parts.same_class
+    assert whole.cosine == pytest.approx(parts.cosine)
+    assert list(whole.blocks.values()) == pytest.approx(list(parts.blocks.values()), rel=1e-5)
 
 
 def test_agreement_counts_what_it_says(vit: nn.Module, student: Any, images: Tensor) -> None:

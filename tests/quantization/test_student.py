@@ -103,8 +103,8 @@ def test_timms_optimizer_decays_the_floats_matrices_alone(vit: nn.Module, images
     for parameter in student.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    own = own_parameters(student)
-    assert all(torch.equal(p, before[name]) for name, p in student.named_parameters() if name in own)
+    parameters = own_parameters(student)
+    assert all(torch.equal(p, before[name]) for name, p in student.named_parameters() if name in parameters)
     assert not torch.equal(student.head.weight, before["head.weight"])
 
 
@@ -150,18 +150,18 @@ BITWIDTHS = st.tuples(st.integers(2, 8), st.integers(2, 8))
 
 
 @settings(max_examples=25, deadline=None)
-@given(ours=BITWIDTHS, theirs=BITWIDTHS, strict=st.booleans(), whole=st.booleans())
-def test_state_dict_of_other_bits_is_refused(ours, theirs, strict: bool, whole: bool) -> None:
+@given(bits=BITWIDTHS, other_bits=BITWIDTHS, strict=st.booleans(), whole=st.booleans())
+def test_state_dict_of_other_bits_is_refused(bits, other_bits, strict: bool, whole: bool) -> None:
     from conftest import make_vit
 
     vit = make_vit(depth=1, embed_dim=8)
-    model: nn.Module = quantize(vit, QuantConfig(*ours))
-    state = quantize(vit, QuantConfig(*theirs)).state_dict()
+    model: nn.Module = quantize(vit, QuantConfig(*bits))
+    state = quantize(vit, QuantConfig(*other_bits)).state_dict()
     if not whole:  # a part of it, by itself
         model, state = model.blocks[0], {  # type: ignore[index, union-attr]
             name.removeprefix("blocks.0."): value for name, value in state.items() if name.startswith("blocks.0.")
         }  # fmt: skip
-    if ours == theirs:
+    if bits == other_bits:
         model.load_state_dict(state, strict=strict)
         return
     with pytest.raises(ConfigError, match=r"has \d bits at (blocks\.0\.)?\S+_quantizer, the model \d: quantize"):

@@ -51,11 +51,11 @@ def by_timm(image: Image.Image, preprocessing: dict[str, Any]) -> np.ndarray:
 
 
 def assert_same(image: Image.Image, preprocessing: dict[str, Any]) -> None:
-    ours, theirs = preprocess(image, preprocessing), by_timm(image, preprocessing)
-    assert ours.dtype == np.float32
-    assert ours.flags.c_contiguous
-    assert ours.shape == tuple(preprocessing["input_size"])
-    np.testing.assert_array_equal(ours.view(np.uint32), theirs.view(np.uint32))
+    prepared, expected = preprocess(image, preprocessing), by_timm(image, preprocessing)
+    assert prepared.dtype == np.float32
+    assert prepared.flags.c_contiguous
+    assert prepared.shape == tuple(preprocessing["input_size"])
+    np.testing.assert_array_equal(prepared.view(np.uint32), expected.view(np.uint32))
 
 
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)
@@ -122,8 +122,8 @@ def test_cut_before_resizing_is_the_same_but_for_rounding(monkeypatch: pytest.Mo
             with monkeypatch.context() as patch:
                 patch.setattr("qvit.runtime.preprocess.LARGEST", 0)
                 cut = [preprocess(noise(*size), chosen) for size in SIZES]
-            for one, other in zip(whole, cut, strict=True):
-                steps = np.abs(one - other) * 255
+            for first, second in zip(whole, cut, strict=True):
+                steps = np.abs(first - second) * 255
                 assert (steps < 1.01).mean() > 0.97  # a window may begin a pixel later: on noise that shows
                 assert steps.max() < 20
 

@@ -78,23 +78,23 @@ def test_sensitivities_are_distances_with_one_quantizer_alone(kind: str) -> None
     scales = scales_by_bits(student, batches, (2, 4))
     model = Rescaled(student, scales)
     products = free_products(student, program)
-    names = list(dict.fromkeys(name for each in products for name in (each.inputs, *each.weights)))
+    names = list(dict.fromkeys(name for product in products for name in (product.inputs, *product.weights)))
     ends = set(model.quantizers) - set(names)
     assert {name.split(".")[0] for name in ends} <= {"patch_embed", "head"}
-    some = names[:: max(1, len(names) // 5)]
+    sample = names[:: max(1, len(names) // 5)]
     told: list[tuple[int, int]] = []
-    found = sensitivities(model, batches, some, (2, 4), lambda done, todo: told.append((done, todo)))
-    assert told == [(done, 2 * len(some)) for done in range(1, 2 * len(some) + 1)]
+    found = sensitivities(model, batches, sample, (2, 4), lambda done, todo: told.append((done, todo)))
+    assert told == [(done, 2 * len(sample)) for done in range(1, 2 * len(sample) + 1)]
     assert not any("forward" in vars(module) for module in student.modules())
     model.set({})
     wanted = outputs_of(student, batches)
-    for name in some:
+    for name in sample:
         for bits in (2, 4):
             model.set({name: bits})
             distance = float(output_distance(outputs_of(student, batches), wanted, classes=classifies(student)))
             before = found[name][2] if bits == 4 else distance
             assert found[name][bits] == pytest.approx(min(distance, before), rel=1e-5, abs=1e-9)
-    assert max(found[name][2] for name in some) > 0
+    assert max(found[name][2] for name in sample) > 0
 
 
 @EVERY
@@ -106,14 +106,16 @@ def test_costs_are_those_of_the_file_that_the_overrides_make(kind: str, tmp_path
         bits = any_bits(products, seed)
         overrides = {name: pair for product in products for name, pair in product.overrides(bits[product.name]).items()}
         made = student_of(kind, overrides)[1]
-        program_bits = {name: pair for each in products for name, pair in each.program_bits(bits[each.name]).items()}
+        program_bits = {
+            name: pair for product in products for name, pair in product.program_bits(bits[product.name]).items()
+        }
         assert program.with_bits(program_bits) == made
         write_packed(tmp_path / "m", random_model(made))
         chosen = [CANDIDATES.index(bits[product.name]) for product in products]
         model = read_packed(tmp_path / "m")
         assert costs["mb"].of(chosen) == sum(array.nbytes for array in model.tensors.values())
         assert costs["ops"].of(chosen) == sum(
-            each.macs * each.bits.weight * each.bits.activation for each in model.program.products()
+            product.macs * product.bits.weight * product.bits.activation for product in model.program.products()
         )
 
 
@@ -137,9 +139,9 @@ def test_times_add_up_and_pairs_that_are_computed_in_one_way_have_one(
     for seed in range(3):
         bits = any_bits(products, seed)
         assert times.whole(bits) == pytest.approx(taken(bits))
-    for product, (one, other) in itertools.product(products, itertools.combinations(CANDIDATES, 2)):
-        if stopwatch._way(product, one) == stopwatch._way(product, other):
-            assert times.differences[product.name][one] == times.differences[product.name][other]
+    for product, (first, second) in itertools.product(products, itertools.combinations(CANDIDATES, 2)):
+        if stopwatch._way(product, first) == stopwatch._way(product, second):
+            assert times.differences[product.name][first] == times.differences[product.name][second]
 
 
 def test_a_model_is_timed_as_a_whole() -> None:

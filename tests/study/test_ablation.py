@@ -206,12 +206,12 @@ def test_a_ladder_starts_from_the_finished_run_of_the_bits_before(
     finished, _ = load_checkpoint(tmp_path / "8-bit" / "q-vit-head" / "seed-0" / "last.pt")
     assert second.spec.quant_config is not None
     assert second.spec.quant_config["weight_bits"] == 8
-    theirs = finished.state_dict()
-    assert all(torch.equal(value, theirs[name]) for name, value in second.model.state_dict().items())
+    weights = finished.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in second.model.state_dict().items())
     # The student has its weights and rectifiers, and scales of its own.
     student = methods._student(second, QuantConfig(4, 4)).state_dict()
     for name, value in student.items():
-        assert torch.equal(value, theirs[name]) or "quantizer" in name, name
+        assert torch.equal(value, weights[name]) or "quantizer" in name, name
     with pytest.raises(CheckpointError, match=r"ladder \[8, 4\], this one with ladder None"):
         run(teacher, digits, budget, tmp_path, "q-vit-head", [0], [4])
 

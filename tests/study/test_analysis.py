@@ -115,14 +115,14 @@ def test_every_part_is_trained_with_one_budget(checkpoints, image_folder, tmp_pa
     (tmp_path / "r.yaml").write_text(RECIPE)
     data, out = image_folder(classes=("a", "b")), tmp_path / "out"
     float_model, _ = checkpoints(("a", "b"))
-    few = ("queries and keys", "everything")
-    monkeypatch.setattr(analysis, "PARTS", {part: PARTS[part] for part in few})
+    parts = ("queries and keys", "everything")
+    monkeypatch.setattr(analysis, "PARTS", {part: PARTS[part] for part in parts})
     command = ["analyze", float_model, "--data", data, "--cpu", "--train", tmp_path / "r.yaml", "--out", out]
     done = run(*command, "--bits", "2", "--set", "quantized.lr=1e-3")
     assert done.status == 0, done
     trained = json.loads((out / "analysis.json").read_text())["study"]["trained"]
-    assert tuple(trained) == few
-    for part, folder in zip(few, ("queries-and-keys", "everything"), strict=True):
+    assert tuple(trained) == parts
+    for part, folder in zip(parts, ("queries-and-keys", "everything"), strict=True):
         records = [json.loads(line) for line in (out / "trained" / folder / "metrics.jsonl").read_text().splitlines()]
         assert trained[part] == records[-1]["val_top1"]
     config = load_checkpoint(out / "trained" / "queries-and-keys" / "last.pt")[1].quant_config

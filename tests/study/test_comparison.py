@@ -133,20 +133,20 @@ def test_hostile_names_are_text_everywhere(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path: Path, pictures: Path) -> None:
-    one, other = checkpoint(tmp_path / "a.pt"), checkpoint(tmp_path / "b.pt", ["a", "c", "b"])
-    assert "Class 1 is 'b' in" in sentence(run("compare", one, other, "--data", pictures))
+    first, second = checkpoint(tmp_path / "a.pt"), checkpoint(tmp_path / "b.pt", ["a", "c", "b"])
+    assert "Class 1 is 'b' in" in sentence(run("compare", first, second, "--data", pictures))
     vectors = checkpoint(tmp_path / "v.pt", [])
-    assert "has no classes to compare" in sentence(run("compare", one, vectors, "--data", pictures))
+    assert "has no classes to compare" in sentence(run("compare", first, vectors, "--data", pictures))
     for arguments in ([], ["--data", pictures, "--images", pictures]):
-        assert "Give either --data" in sentence(run("compare", one, one, *arguments))
-    assert "--data or --images is empty" in sentence(run("compare", one, one, "--data", ""))
+        assert "Give either --data" in sentence(run("compare", first, first, *arguments))
+    assert "--data or --images is empty" in sentence(run("compare", first, first, "--data", ""))
     (pictures / "a" / "3.png").write_bytes(b"")
-    assert "3.png cannot be read" in sentence(run("compare", one, one, "--data", pictures))
-    other = checkpoint(tmp_path / "c.pt", seed=5)
-    done = run("compare", one, other, "--data", pictures, "--skip-corrupt", "--report", tmp_path / "report")
+    assert "3.png cannot be read" in sentence(run("compare", first, first, "--data", pictures))
+    second = checkpoint(tmp_path / "c.pt", seed=5)
+    done = run("compare", first, second, "--data", pictures, "--skip-corrupt", "--report", tmp_path / "report")
     assert "of 47 images" in done.out
     assert "skipped: 1" in done.out
     captions = [c["text"] for c in check_page((tmp_path / "report" / "report.html").read_text()).all("figcaption")]
     told = [re.match(r"(.)/\d+\.png: is (.), ", caption) for caption in captions if "png" in caption]
     assert told
-    assert all(one[1] == one[2] for one in told if one)  # each is the image that it is said to be
+    assert all(match[1] == match[2] for match in told if match)  # each is the image that it is said to be

@@ -79,8 +79,8 @@ def test_evaluation_takes_each_image_once(images: int) -> None:
 
 def test_float_training_follows_one_process_with_the_whole_batch(tmp_path: Path) -> None:
     jobs.together(jobs.full_precision, tmp_path / "two", FLOAT)
-    one = jobs.start(jobs.full_precision, tmp_path / "one", FLOAT)
-    one.join()
+    process = jobs.start(jobs.full_precision, tmp_path / "one", FLOAT)
+    process.join()
     for a, b in zip(read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two"), strict=True):
         # The same sums in another order: a part in a million a step, a part in ten thousand after two epochs.
         assert b["train_loss"] == pytest.approx(a["train_loss"], rel=1e-4)
@@ -91,8 +91,8 @@ def test_float_training_follows_one_process_with_the_whole_batch(tmp_path: Path)
 def test_quantized_training_follows_one_process_and_evaluates_to_the_last_image(tmp_path: Path) -> None:
     jobs.together(jobs.quantized, tmp_path / "two", QUANTIZED, bits=8, accumulate=2)
     # Rectification takes its statistics from a part of the batch, so the parts must be the same ones.
-    one = jobs.start(jobs.quantized, tmp_path / "one", QUANTIZED, bits=8, accumulate=2)
-    one.join()
+    process = jobs.start(jobs.quantized, tmp_path / "one", QUANTIZED, bits=8, accumulate=2)
+    process.join()
     for a, b in zip(read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two"), strict=True):
         for name in ("train_loss", "guided"):
             assert b[name] == pytest.approx(a[name], rel=5e-3)
@@ -121,8 +121,8 @@ def test_sharded_training_follows_ddp_and_goes_on_in_one_process(tmp_path: Path)
     jobs.together(_sharded, tmp_path / "fsdp", changes, bits=8, fsdp=True, save_every=every)
     assert len(read_metrics(tmp_path / "fsdp")) == 2
     jobs.together(jobs.quantized, tmp_path / "ddp", changes, bits=8, save_every=every)
-    one = jobs.start(jobs.quantized, tmp_path / "fsdp", changes, bits=8, resume=True)
-    one.join()
+    process = jobs.start(jobs.quantized, tmp_path / "fsdp", changes, bits=8, resume=True)
+    process.join()
     for a, b in zip(read_metrics(tmp_path / "ddp"), read_metrics(tmp_path / "fsdp"), strict=True):
         assert b["train_loss"] == pytest.approx(a["train_loss"], rel=5e-3)
         assert b["val_images"] == 359

@@ -272,9 +272,9 @@ def test_scales_have_their_own_rate_and_no_weight_decay(teacher: FloatModel, rec
     names = {id(p): name for name, p in student.named_parameters()}
     grouped = [names[id(p)] for group in groups for p in group["params"]]
     assert sorted(grouped) == sorted(names.values())
-    own = {names[id(p)] for p in groups[-1]["params"]}
+    scale_names = {names[id(p)] for p in groups[-1]["params"]}
     assert groups[-1]["lr"] == pytest.approx(3 * hyperparameters.lr)
-    assert all(part in ("log_scale", "offset", "gamma", "beta") for part in (n.rsplit(".", 1)[1] for n in own))
+    assert all(part in ("log_scale", "offset", "gamma", "beta") for part in (n.rsplit(".", 1)[1] for n in scale_names))
     decayed = {names[id(p)] for group in groups if group["weight_decay"] for p in group["params"]}
     assert decayed
     assert all(name.endswith(".weight") and "norm" not in name for name in decayed)

@@ -39,7 +39,9 @@ class AttentionGrid:
 
     def distances(self) -> Tensor:
         """Return the distances between the centres of a window's patches in pixels, ``(n, n)`` float32."""
-        rows, columns = (torch.arange(count) * float(step) for count, step in zip(self.window, self.pitch, strict=True))
+        rows, columns = (
+            torch.arange(count) * float(pitch) for count, pitch in zip(self.window, self.pitch, strict=True)
+        )
         places = torch.cartesian_prod(rows, columns)
         return torch.cdist(places, places)
 

@@ -171,5 +171,5 @@ def cells_of(places: Places) -> dict[str, list[str]]:
 
 
 def grid_of(places: Places, measured: Mapping[str, Any], what: str) -> list[list[float]]:
-    """Return what was measured of :func:`cells_of` as rows, one a kind, of a value a block."""
+    """Return what was measured of :func:`cells_of` as rows, one per kind, of a value per block."""
     return [[measured[f"{block} {kind}"][what] for block in places.blocks] for kind in KINDS]

@@ -61,7 +61,7 @@ def training_curves(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> Figu
     that is higher, for how a run came up from nothing matters less than where it ended.
 
     Args:
-        curves: for each run, by its name, a record an epoch with ``epoch``, ``train_loss`` and ``val_top1`` (percent).
+        curves: for each run, by its name, a record per epoch with ``epoch``, ``train_loss`` and ``val_top1`` (percent).
     """
     with rc_context(STYLE):
         figure = new_figure(10, 4)
@@ -231,8 +231,13 @@ def latency_bars(panels: Mapping[str, Mapping[str, float]], highlighted: Sequenc
             figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items(), strict=True
         ):
             for runtime, milliseconds in panel.items():
-                ours = runtime in highlighted
-                axes.barh(places[runtime], milliseconds, color=COLOURS[0 if ours else -1], alpha=1.0 if ours else 0.5)
+                emphasized = runtime in highlighted
+                axes.barh(
+                    places[runtime],
+                    milliseconds,
+                    color=COLOURS[0 if emphasized else -1],
+                    alpha=1.0 if emphasized else 0.5,
+                )
                 axes.annotate(
                     f"{milliseconds:.3g}",
                     (milliseconds, places[runtime]),

@@ -53,8 +53,8 @@ def loss_gradients(
     count = 0
     try:
         for images, classes in batches:
-            both, one = (_gradients(model, loss_fn, images, classes, weights, w) for w in (weight, 0.0))
-            for layer, (total, alone) in enumerate(zip(both, one, strict=True)):
+            full, unguided = (_gradients(model, loss_fn, images, classes, weights, w) for w in (weight, 0.0))
+            for layer, (total, alone) in enumerate(zip(full, unguided, strict=True)):
                 pull = total - alone
                 labels[layer] += alone.norm().item()
                 guided[layer] += pull.norm().item()
@@ -84,5 +84,5 @@ def _gradients(
     loss_fn.guided_weight = weight
     grads = iter(torch.autograd.grad(loss_fn(model, images, classes), [part for parts in weights for part in parts]))
     found = [[next(grads) for _ in parts] for parts in weights]
-    both = [parts[0][: 2 * len(parts[0]) // 3] if len(parts) == 1 else torch.cat(parts) for parts in found]
-    return [grad.double().flatten() for grad in both]
+    joined = [parts[0][: 2 * len(parts[0]) // 3] if len(parts) == 1 else torch.cat(parts) for parts in found]
+    return [grad.double().flatten() for grad in joined]

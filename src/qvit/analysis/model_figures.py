@@ -24,11 +24,11 @@ _SCALE = "cividis"
 def layer_curves(
     models: Sequence[str], panels: Mapping[str, Mapping[str, Sequence[float]]], bounds: Mapping[str, Sequence[int]]
 ) -> Figure:
-    """Draw quantities over the attention layers, a panel each, a line a model.
+    """Draw quantities over the attention layers, a panel each, a line per model.
 
     Args:
         models: names of all, in the order of their colours; not each need be in a panel.
-        panels: by the panel's title with its unit, for each model by its name, a value a layer.
+        panels: by the panel's title with its unit, for each model by its name, a value per layer.
         bounds: for panels by title, values that a dotted line is drawn at.
     """
     with rc_context(STYLE):
@@ -63,7 +63,7 @@ def head_dots(models: Sequence[str], panels: Mapping[str, Mapping[str, Sequence[
 
     Args:
         models: as of :func:`layer_curves`.
-        panels: by the panel's title with its unit, for each model by its name, a list a layer of a value a head.
+        panels: by the panel's title with its unit, for each model by its name, a list per layer of a value per head.
     """
     with rc_context(STYLE):
         figure = new_figure(5.0 * len(panels), 3.9)
@@ -87,7 +87,7 @@ def attention_overlays(
 
     Args:
         pictures: ``(H, W, 3)`` each.
-        titles: a line a picture.
+        titles: a line per picture.
         maps: for each model by its name, a map ``(rows, columns)`` a picture, of shares of the attention; all models'
             maps of one picture have one scale of colours.
     """
@@ -133,7 +133,7 @@ def heat_map(
     """Draw a table of numbers as colours, each with its number.
 
     Args:
-        values: a row each of a value a column; ``None`` is left empty.
+        values: a row each of a value per column; ``None`` is left empty.
         rows: names.
         columns: names.
         unit: of the values, beside the scale of colours.

@@ -139,8 +139,8 @@ class _Sums:
         quantizer, x = self.quantizer, x.float()
         scale, offset = quantizer.scale, quantizer.offset
         codes = to_codes(x, scale, offset, quantizer.low, quantizer.high)
-        steps = (x if offset is None else x - offset) / scale
-        self.clipped += int(((steps < quantizer.low) | (steps > quantizer.high)).sum())
+        scaled = (x if offset is None else x - offset) / scale
+        self.clipped += int(((scaled < quantizer.low) | (scaled > quantizer.high)).sum())
         self.noise += float((from_codes(codes, scale, offset) - x).square().sum(dtype=torch.float64))
         self.total += float(x.sum(dtype=torch.float64))
         self.squares += float(x.square().sum(dtype=torch.float64))

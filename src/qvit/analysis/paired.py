@@ -132,15 +132,19 @@ def compare_classes(
             unreadable += len(pair[0].unreadable)
             if not len(labels):
                 continue
-            one, other = (_classes(model, batch, device) for model, batch in zip((first, second), pair, strict=True))
+            first_classes, second_classes = (
+                _classes(model, batch, device) for model, batch in zip((first, second), pair, strict=True)
+            )
             images += len(labels)
-            same += int((one == other).sum())
-            hits = one == labels, other == labels
+            same += int((first_classes == second_classes).sum())
+            hits = first_classes == labels, second_classes == labels
             right += torch.bincount(2 * hits[0].long() + hits[1].long(), minlength=4).view(2, 2)
-            for index in (one != other).nonzero()[:, 0].tolist():
+            for index in (first_classes != second_classes).nonzero()[:, 0].tolist():
                 kind = 0 if not labelled or hits[0][index] else 1 if hits[1][index] else 2
                 label = int(labels[index]) if labelled else None
-                kinds[kind].add(Difference(numbers[index], label, (int(one[index]), int(other[index]))))
+                kinds[kind].add(
+                    Difference(numbers[index], label, (int(first_classes[index]), int(second_classes[index])))
+                )
     if not images:
         raise CorruptImageError("No image can be read, so there is nothing to compare.")
     (neither, second_alone), (first_alone, both) = right.tolist()

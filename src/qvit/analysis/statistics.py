@@ -62,14 +62,14 @@ class QueryKeyStatistics:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, for a JSON file."""
-        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in values.items()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> QueryKeyStatistics:
         """Return what :meth:`to_dict` made; other entries are ignored."""
-        own = {each.name: data[each.name] for each in fields(cls) if each.name in data}
-        return cls(**own | {name: np.array(value) for name, value in own.items() if isinstance(value, list)})
+        values = {entry.name: data[entry.name] for entry in fields(cls) if entry.name in data}
+        return cls(**values | {name: np.array(value) for name, value in values.items() if isinstance(value, list)})
 
 
 def code_entropy(codes: Tensor, levels: int) -> float:
@@ -144,8 +144,8 @@ def attention_distance(teacher: nn.Module, student: nn.Module, batches: Iterable
     with evaluating(*models), torch.no_grad():
         for batch in _images(batches):
             for images in batch.split(_IMAGES_AT_ONCE):
-                theirs, ours = (run_with_maps(model, images.to(_device(model)))[1] for model in models)
-                distance.add(theirs, ours)
+                teacher_maps, student_maps = (run_with_maps(model, images.to(_device(model)))[1] for model in models)
+                distance.add(teacher_maps, student_maps)
     return torch.nn.utils.rnn.pad_sequence(distance.result(), batch_first=True, padding_value=math.nan)
 
 
@@ -156,15 +156,15 @@ class AttentionDistance:
         self._totals: list[Tensor] = []
         self._rows: list[int] = []
 
-    def add(self, theirs: list[Tensor], ours: list[Tensor]) -> None:
+    def add(self, teacher_maps: list[Tensor], student_maps: list[Tensor]) -> None:
         """Take in the maps of every layer of teacher and student, ``(B, H, N, N)`` each.
 
         Raises:
             TeacherMismatchError: if layers, heads or tokens differ, saying how.
         """
-        _check_comparable(theirs, ours)
-        distances = [_distance(*pair) for pair in zip(theirs, ours, strict=True)]
-        counts = [maps.shape[0] * maps.shape[2] for maps in theirs]
+        _check_comparable(teacher_maps, student_maps)
+        distances = [_distance(*pair) for pair in zip(teacher_maps, student_maps, strict=True)]
+        counts = [maps.shape[0] * maps.shape[2] for maps in teacher_maps]
         if self._totals:
             distances = [a + b for a, b in zip(self._totals, distances, strict=True)]
             counts = [a + b for a, b in zip(self._rows, counts, strict=True)]
@@ -259,7 +259,7 @@ class _Distribution:
 
 
 class _CodeCounts:
-    """How often each head has used each code of a quantizer with one scale a head."""
+    """How often each head has used each code of a quantizer with one scale per head."""
 
     def __init__(self, quantizer: Quantizer, heads: int) -> None:
         self.quantizer = quantizer
@@ -283,16 +283,17 @@ def _entropy(counts: Tensor) -> float:
     return float((p * -p.log2()).sum())
 
 
-def _distance(theirs: Tensor, ours: Tensor) -> Tensor:
+def _distance(teacher_map: Tensor, student_map: Tensor) -> Tensor:
     """Return the total variation distances of one layer's maps ``(B, H, N, N)``, summed over images and rows: (H,)."""
-    return (theirs.float() - ours.float().to(theirs.device)).abs().sum(dim=(0, 2, 3)).double().cpu() / 2
+    difference = teacher_map.float() - student_map.float().to(teacher_map.device)
+    return difference.abs().sum(dim=(0, 2, 3)).double().cpu() / 2
 
 
-def _check_comparable(theirs: list[Tensor], ours: list[Tensor]) -> None:
+def _check_comparable(teacher_maps: list[Tensor], student_maps: list[Tensor]) -> None:
     for what, a, b in (
-        ("attention layers", len(theirs), len(ours)),
-        *(("attention heads", a.shape[1], b.shape[1]) for a, b in zip(theirs, ours, strict=False)),
-        *(("tokens", a.shape[2], b.shape[2]) for a, b in zip(theirs, ours, strict=False)),
+        ("attention layers", len(teacher_maps), len(student_maps)),
+        *(("attention heads", a.shape[1], b.shape[1]) for a, b in zip(teacher_maps, student_maps, strict=False)),
+        *(("tokens", a.shape[2], b.shape[2]) for a, b in zip(teacher_maps, student_maps, strict=False)),
     ):
         if a != b:
             raise TeacherMismatchError(
@@ -317,11 +318,11 @@ def _images(batches: Iterable[Any]) -> Iterator[Tensor]:
     Raises:
         DataError: if none has.
     """
-    some = False
+    seen = False
     for batch in batches:
         images = batch[0] if isinstance(batch, (tuple, list)) else batch
         if len(images):
-            some = True
+            seen = True
             yield images
-    if not some:
+    if not seen:
         raise DataError("The statistics need at least one image, and there was none.")

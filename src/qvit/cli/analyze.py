@@ -114,7 +114,9 @@ def analyze(
             console().print(printable(remark), soft_wrap=True)
     else:
         material = labelled_images(data, spec, root=data_root, splits=splits)
-    fewest = min((each.spec.quant_config["weight_bits"] for each in subjects if each.spec.quant_config), default=4)
+    fewest = min(
+        (subject.spec.quant_config["weight_bits"] for subject in subjects if subject.spec.quant_config), default=4
+    )
     request = Request(
         subjects,
         reference,

@@ -79,7 +79,7 @@ def compare(
     ] = None,
     data_root: DataRoot = None,
     splits: Splits = "train,validation",
-    batch_size: Annotated[int, typer.Option(help="Images a step.", min=1)] = 64,
+    batch_size: Annotated[int, typer.Option(help="Images per step.", min=1)] = 64,
     threads: Annotated[int, typer.Option(help="Of either model while it is timed.", min=1, max=MOST_THREADS)] = 1,
     report: Annotated[
         Path | None, typer.Option(help="Folder for report.html, with images on which they differ, and report.json.")

@@ -180,7 +180,7 @@ def eval(
     data: Data,
     data_root: DataRoot = None,
     splits: Splits = "train,validation",
-    batch_size: Annotated[int, typer.Option(help="Images a step.", min=1)] = 64,
+    batch_size: Annotated[int, typer.Option(help="Images per step.", min=1)] = 64,
     workers: Workers = None,
     skip_corrupt: SkipCorrupt = False,
     cpu: Cpu = False,
@@ -291,8 +291,9 @@ def ablate(
     for width in widths:
         check_bits(width, None)
     numbers = parse_numbers("--seeds", seeds)
-    which = list(range(numbers[0])) if len(numbers) == 1 and "," not in seeds else numbers
-    if not which or min(which) < 0:
+    if len(numbers) == 1 and "," not in seeds:
+        numbers = list(range(numbers[0]))
+    if not numbers or min(numbers) < 0:
         raise ConfigError(f"--seeds must be at least 1, or a list of seeds from 0 up, not {seeds!r}.")
     sets, spec = open_images(model, settings, data, root=data_root, splits=splits)
     guide = float_model(teacher, spec, "teacher")
@@ -310,7 +311,7 @@ def ablate(
         options,
         console(),
         bits=widths,
-        seeds=which,
+        seeds=numbers,
         rows=chosen,
         ladder=ladder,
         overrides=parse_overrides(override),

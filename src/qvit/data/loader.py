@@ -105,8 +105,8 @@ class Prepared(Dataset[Any]):
         """Return the transformed image or ``None``, its label and number, and what could not be read in its place."""
         unreadable: list[Unreadable] = []
         tries = len(self.images) if self.substitute else 1  # type: ignore[arg-type]
-        for step in range(tries):
-            number = (sample.image + step) % len(self.images)  # type: ignore[arg-type]
+        for attempt in range(tries):
+            number = (sample.image + attempt) % len(self.images)  # type: ignore[arg-type]
             item = self.images[number]
             if not isinstance(item, Unreadable):
                 with seeded(sample.seed):
@@ -133,13 +133,14 @@ def make_loader(
     Args:
         dataset: of :class:`ImageSets`.
         transform: from :func:`make_transform`.
-        batch_size: in training images an optimizer step, over all processes; otherwise images a batch of this process.
+        batch_size: in training images per optimizer step, over all processes; otherwise images per batch of this
+            process.
         shuffle: whether this is training: the loader's ``batch_sampler`` is then a :class:`TrainOrder`.
         workers: processes that decode; 0 to decode in this one.
-        repeats: copies of an image a batch (repeated augmentation); 0 for none.
+        repeats: copies of an image per batch (repeated augmentation); 0 for none.
         device: where the batches go, to pin memory for a GPU.
         seed: of order and augmentation, in training.
-        accumulate: batches an optimizer step, in training.
+        accumulate: batches per optimizer step, in training.
         rank: which of the processes that share the images this is.
 
     Raises:

@@ -1,7 +1,7 @@
 """Which images a step sees, in which order and with which randomness: a function of seed, epoch and step alone.
 
 So a run that goes on in the middle of an epoch, on other machines or with other worker processes sees what the
-uninterrupted one would have seen, and the processes of a run see each image once an epoch between them.
+uninterrupted one would have seen, and the processes of a run see each image once per epoch between them.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ class Sample(NamedTuple):
 
 
 class TrainOrder(Sampler[list[Sample]]):
-    """This process's micro-batches of one epoch: a new permutation an epoch, its tail that fills no batch left out.
+    """This process's micro-batches of one epoch: a new permutation per epoch, its tail that fills no batch left out.
 
     The global micro-batch ``m`` is the ``m``-th run of ``batch_size / accumulate`` images of the permutation, and
     process ``i`` of ``n`` takes every ``n``-th of it: how many processes there are changes who sees an image, not when.
 
     Args:
         images: how many there are.
-        batch_size: images an optimizer step, over all processes; all of them if there are fewer.
+        batch_size: images per optimizer step, over all processes; all of them if there are fewer.
         seed: of order and augmentation.
         repeats: copies of an image, one after the other (repeated augmentation, Hoffer et al., 2020); an epoch then
             shows ``1 / repeats`` of the images. 0 or 1 for none.
-        accumulate: micro-batches an optimizer step.
+        accumulate: micro-batches per optimizer step.
         rank: which process this is.
 
     Raises:
@@ -65,7 +65,7 @@ class TrainOrder(Sampler[list[Sample]]):
         self.images, self.batch_size, self.seed, self.repeats = images, batch_size, seed, max(repeats, 1)
         self.accumulate, self.rank = accumulate, rank
         self.steps = images // batch_size
-        """Optimizer steps an epoch."""
+        """Optimizer steps per epoch."""
         self.epoch, self.first_step = 0, 0
 
     def begin(self, epoch: int, step: int = 0) -> None:
@@ -91,7 +91,7 @@ class EvaluationOrder(Sampler[list[Sample]]):
 
     Args:
         images: how many there are.
-        batch_size: images a batch of this process; the last one may be smaller.
+        batch_size: images per batch of this process; the last one may be smaller.
         rank: which process this is.
     """
 

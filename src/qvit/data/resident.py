@@ -133,7 +133,7 @@ def crop_and_flip(
 
     Args:
         images: ``(B, C, H, W)`` float, 0..255.
-        samples: whose seeds are drawn from, one an image.
+        samples: whose seeds are drawn from, one per image.
         scale: smallest and largest area, as a fraction of the image's.
         ratio: smallest and largest width over height.
         hflip: probability of a mirror image.
@@ -168,7 +168,7 @@ def crop_and_flip(
 def uniform(seeds: NDArray[np.uint64], draws: int) -> NDArray[np.float64]:
     """Return ``draws`` numbers in [0, 1) for every seed, ``(len(seeds), draws)``: SplitMix64 (Steele et al., 2014).
 
-    A generator an image would be seeded some hundred times a batch; this one needs no state.
+    A generator per image would be seeded some hundred times per batch; this one needs no state.
     """
     # One step's outputs are the next one's states: neighbouring seeds would otherwise share numbers.
     state = _mix(seeds)[:, None] + np.arange(draws, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)

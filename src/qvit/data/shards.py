@@ -1,7 +1,7 @@
 """WebDataset shards: tar files in which ``NAME.jpg`` (or another image) stands beside ``NAME.cls``, the class number.
 
 The shards are listed once, header by header, and then read like a folder of files, by offset. So what holds for folders
-holds for them: each image once an epoch whatever the number of processes, exact evaluation, and a run that goes on in
+holds for them: each image once per epoch whatever the number of processes, exact evaluation, and a run that goes on in
 the middle of an epoch.
 """
 

@@ -63,7 +63,7 @@ def onnx_model(packed: PackedModel, *, exact: bool = False, opset: int | None = 
     images, result = graph.name(IMAGES), graph.name("logits" if program.classifies else "features")
     to = Builder(packed, graph, IntegerProducts(graph) if exact else QdqProducts(graph))
     value = images
-    for operation, x in program.steps:
+    for operation, x in program.walk():
         value = BUILD[type(operation)](to, operation, x, value)
     graph.nodes.append(helper.make_node("Reshape", [value, graph.integers(-1, program.output)], [result]))
     model = helper.make_model(

@@ -125,7 +125,7 @@ def list_of(read: Reader) -> Reader:
 
     def read_list(place: str, value: Any) -> tuple[Any, ...]:
         need(isinstance(value, list) and len(value) > 0, place, f"it must be a list, not {shown(value)}")
-        return tuple(read(f"{place}[{index}]", each) for index, each in enumerate(value))
+        return tuple(read(f"{place}[{index}]", item) for index, item in enumerate(value))
 
     return read_list
 
@@ -151,21 +151,21 @@ def read_record(kind: type[Record], place: str, data: Any) -> Record:
     for name in data:
         need(name in fields, place, f"it has an unknown field {shown(name)}: update qvit if the file is newer")
     values = {}
-    for name, each in fields.items():
+    for name, item in fields.items():
         if name in data and data[name] is not None:
-            values[name] = each.metadata["read"](f"{place}.{name}", data[name])
+            values[name] = item.metadata["read"](f"{place}.{name}", data[name])
         else:
-            need(each.default is not dataclasses.MISSING, place, f"its {name} is absent")
+            need(item.default is not dataclasses.MISSING, place, f"its {name} is absent")
     return kind(**values)
 
 
 def plain(record: Any) -> dict[str, Any]:
     """Return a record as plain data for JSON, without the fields that have their default."""
     data: dict[str, Any] = {}
-    for each in dataclasses.fields(record):
-        value = getattr(record, each.name)
-        if value != each.default:
-            data[each.name] = _plain_value(value)
+    for item in dataclasses.fields(record):
+        value = getattr(record, item.name)
+        if value != item.default:
+            data[item.name] = _plain_value(value)
     return data
 
 
@@ -176,7 +176,7 @@ def _plain_value(value: Any) -> Any:
         return plain(value)
     if isinstance(value, tuple):
         # Where a list holds operations of several kinds, each says which it is.
-        return [{"op": each.op, **plain(each)} if hasattr(each, "op") else _plain_value(each) for each in value]
+        return [{"op": item.op, **plain(item)} if hasattr(item, "op") else _plain_value(item) for item in value]
     return value
 
 

@@ -95,7 +95,7 @@ class Layer:
 
 
 class Operation:
-    """A step of a program. Subclasses are frozen dataclasses; ``op`` is their name in the file."""
+    """A part of a program. Subclasses are frozen dataclasses; ``op`` is their name in the file."""
 
     op: ClassVar[str]
     takes: ClassVar[tuple[str, ...]] = ("tokens",)

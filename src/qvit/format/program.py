@@ -82,9 +82,8 @@ class Program:
             streams.append(operation.after(x, place))
         return tuple(streams)
 
-    @property
-    def steps(self) -> Iterator[tuple[Operation, Stream]]:
-        """Every operation with what flows into it."""
+    def walk(self) -> Iterator[tuple[Operation, Stream]]:
+        """Return every operation with what flows into it."""
         return zip(self.operations, self.streams, strict=False)
 
     @property
@@ -101,7 +100,7 @@ class Program:
     def entries(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
         """Return dtype and shape of every tensor of the file, by name."""
         entries = {}
-        for operation, x in self.steps:
+        for operation, x in self.walk():
             for name, dtype, shape in operation.entries(x):
                 entries[name] = dtype, shape
         return entries
@@ -142,7 +141,7 @@ class Program:
 
     def products(self) -> list[Product]:
         """Return the multiply-adds of one image, product by product."""
-        return [product for operation, x in self.steps for product in operation.products(x)]
+        return [product for operation, x in self.walk() for product in operation.products(x)]
 
     def macs(self) -> dict[Bits, int]:
         """Return the multiply-adds of one image by the bits of their factors: keys and values stand for weights."""
@@ -154,7 +153,7 @@ class Program:
     def attentions(self) -> dict[str, tuple[Attention | AttentionPool, Stream]]:
         """Return every attention by name, with what flows into it."""
         found: dict[str, tuple[Attention | AttentionPool, Stream]] = {}
-        for operation, x in self.steps:
+        for operation, x in self.walk():
             parts = operation.branches if isinstance(operation, Residual) else (operation,)
             found.update((part.name, (part, x)) for part in parts if isinstance(part, (Attention, AttentionPool)))
         return found
@@ -167,7 +166,7 @@ class Program:
     def _named_entries(self) -> Iterator[Entry]:
         """Yield every entry but the rotation tables, which several attentions may share."""
         shared = {f"{rotary.name}.{part}" for rotary, _ in self._rotaries() for part in ("cos", "sin")}
-        for operation, x in self.steps:
+        for operation, x in self.walk():
             yield from (entry for entry in operation.entries(x) if entry[0] not in shared)
 
     def to_list(self) -> list[dict[str, Any]]:
@@ -196,7 +195,7 @@ def read_program(name: Any, size: Any, data: Any) -> Program:
     whole = isinstance(size, list) and len(size) == 3 and all(is_whole(side, 1, MAX_SIZE) for side in size)
     need(whole, "input", f"it must be channels, height and width, not {shown(size)}")
     need(isinstance(data, list) and bool(data), "program", f"it must be a list of operations, not {shown(data)}")
-    operations = tuple(_read_operation(f"program[{index}]", each) for index, each in enumerate(data))
+    operations = tuple(_read_operation(f"program[{index}]", entry) for index, entry in enumerate(data))
     return Program(name, (size[0], size[1], size[2]), operations)
 
 

@@ -66,7 +66,7 @@ struct Attention {
     // order (log2 e included), and three values for prefix tokens.
     Buffer<float> bias;
     size_t bias_height = 0, bias_width = 0, bias_prefix = 0;
-    // A pooling attention's constant queries, as codes, a row a head.
+    // A pooling attention's constant queries, as codes, a row per head.
     bool pools = false;
     Buffer<float> latent;
     Buffer<uint8_t> latent_codes;

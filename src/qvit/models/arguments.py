@@ -37,13 +37,13 @@ def _number(least: float, most: float) -> _Rule:
 
 
 def _sides(most: int) -> _Rule:
-    one = _whole(1, most)
+    side = _whole(1, most)
 
     def holds(value: Any) -> bool:
-        pair = isinstance(value, (list, tuple)) and len(value) == 2 and all(map(one.holds, value))
-        return pair or one.holds(value)
+        pair = isinstance(value, (list, tuple)) and len(value) == 2 and all(map(side.holds, value))
+        return pair or side.holds(value)
 
-    return _Rule(f"{one.meaning}, or two of them for height and width", holds)
+    return _Rule(f"{side.meaning}, or two of them for height and width", holds)
 
 
 def _or_by_stage(rule: _Rule, most: int = 2**31) -> _Rule:

@@ -53,8 +53,8 @@ def _block(to: Lowering, name: str, block: Any) -> Iterator[Operation]:
     yield Residual((to.mlp(f"{name}.mlp", f"{name}.norm2", f"{name}.gamma_2"),))
 
 
-def _bias(own: Any, shared: Any) -> Values | None:
+def _bias(block_table: Any, model_table: Any) -> Values | None:
     """Return what makes the table of relative positions: that of the block, that of all blocks, or their sum."""
-    owners = (owner for owner in (own, shared) if owner is not None)
+    owners = (owner for owner in (block_table, model_table) if owner is not None)
     tables = [owner.relative_position_bias_table for owner in owners if owner.relative_position_bias_table is not None]
     return (lambda: np.sum([wide(table) for table in tables], axis=0)) if tables else None

@@ -67,10 +67,10 @@ def _difference(model: nn.Module, program: Program) -> str:
         built, _ = lower(quantize(model), program.input[1:])
     except QvitError as error:
         return f"timm's is none that qvit knows ({str(error).removesuffix('.')})"
-    ours, theirs = program.computation(), built.computation()
-    for index, (mine, other) in enumerate(zip(ours, theirs, strict=False)):
-        if mine != other:
-            return f"timm's differs from operation {index + 1} on, {mine['op']!r}"
-    if len(ours) != len(theirs):
-        return f"timm's has {len(theirs)} operations and not {len(ours)}"
+    expected, rebuilt = program.computation(), built.computation()
+    for index, (first, second) in enumerate(zip(expected, rebuilt, strict=False)):
+        if first != second:
+            return f"timm's differs from operation {index + 1} on, {first['op']!r}"
+    if len(expected) != len(rebuilt):
+        return f"timm's has {len(rebuilt)} operations and not {len(expected)}"
     return ""

@@ -116,8 +116,8 @@ class Lowering:
         outputs, bits = sum(len(module.weight) for module in modules), modules[0].weight_quantizer.bits
 
         def own_bias() -> np.ndarray:
-            none = [np.zeros(len(m.weight)) if m.bias is None else wide(m.bias) for m in modules]
-            return np.concatenate(none)
+            biases = [np.zeros(len(m.weight)) if m.bias is None else wide(m.bias) for m in modules]
+            return np.concatenate(biases)
 
         def scale_and_bias() -> Affine:
             scale = np.concatenate([wide(module.weight_quantizer.scale).reshape(-1) for module in modules])
@@ -154,11 +154,11 @@ class Lowering:
 
         def weight_and_bias() -> Affine:
             weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-            own = np.ones(width) if weight is None else wide(weight), np.zeros(width) if bias is None else wide(bias)
+            values = np.ones(width) if weight is None else wide(weight), np.zeros(width) if bias is None else wide(bias)
             if affine is None:
-                return own
+                return values
             factor, shift = affine()
-            return own[0] * factor, own[1] * factor + shift
+            return values[0] * factor, values[1] * factor + shift
 
         self.store(f"{name}.weight", lambda: weight_and_bias()[0])
         self.store(f"{name}.bias", lambda: weight_and_bias()[1])

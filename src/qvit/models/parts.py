@@ -95,8 +95,8 @@ def tokens(to: Lowering, parts: Sequence[Any], positions: Any, covered: int) -> 
     def embedding() -> np.ndarray:
         if not getattr(model, "dynamic_img_size", False):
             return wide(positions)[0]
-        own = list(model.patch_embed.grid_size)
-        return wide(resample_abs_pos_embed(positions, list(grid(to)), own, num_prefix_tokens=covered))[0]
+        size = list(model.patch_embed.grid_size)
+        return wide(resample_abs_pos_embed(positions, list(grid(to)), size, num_prefix_tokens=covered))[0]
 
     def prefix_tokens() -> np.ndarray:
         values = np.concatenate([wide(part)[0] for part in present])

@@ -52,8 +52,8 @@ def _block(to: Lowering, name: str, block: Any) -> Iterator[Operation]:
     post = type(block) is relpos.ResPostRelPosBlock
     scales = (None, None) if post else (f"{name}.ls1", f"{name}.ls2")
     parts.need_norms(block, name)
-    own = block.attn.rel_pos
-    bias = _bias(f"{name}.attn.rel_pos", own) if own is not None else _bias("shared_rel_pos", to.model.shared_rel_pos)
+    table = block.attn.rel_pos
+    bias = _bias("shared_rel_pos", to.model.shared_rel_pos) if table is None else _bias(f"{name}.attn.rel_pos", table)
     yield Residual((attention(to, f"{name}.attn", f"{name}.norm1", scales[0], bias=bias),), post)
     yield Residual((to.mlp(f"{name}.mlp", f"{name}.norm2", scales[1]),), post)
 

@@ -184,13 +184,13 @@ def check_class_name(name: str) -> None:
         raise DataError(f"The class {name!r} has a name that is not UTF-8: rename it.") from None
 
 
-def same_architecture(one: ModelSpec, other: ModelSpec) -> bool:
+def same_architecture(first: ModelSpec, second: ModelSpec) -> bool:
     """Return whether two specs are of the same computation, however their names and arguments say it.
 
     Raises:
         ConfigError: as :func:`create_model`.
     """
-    return _computation(shape_of(one)) == _computation(shape_of(other))
+    return _computation(shape_of(first)) == _computation(shape_of(second))
 
 
 def _computation(model: VisionTransformer) -> tuple[object, ...]:
@@ -256,5 +256,5 @@ def check_plain(place: str, value: Any, level: int = 0) -> None:
         return
     else:
         raise ConfigError(f"{place} must be plain data, and holds {shown(value)}.")
-    for one in inside:
-        check_plain(place, one, level + 1)
+    for entry in inside:
+        check_plain(place, entry, level + 1)

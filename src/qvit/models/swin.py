@@ -117,14 +117,14 @@ def float_model(program: Program, kind: Any = swin.SwinTransformer) -> nn.Module
         program: of one of :data:`MODELS`, or of another class with the same arguments.
         kind: the class.
     """
-    steps = list(program.steps)
-    embed = next(operation for operation, _ in steps if isinstance(operation, Embed))
-    norm = next(operation for operation, _ in steps if isinstance(operation, Norm))
-    pool = next(operation for operation, _ in steps if isinstance(operation, Pool))
-    classify = next((operation for operation, _ in steps if isinstance(operation, Classify)), None)
+    operations = list(program.walk())
+    embed = next(operation for operation, _ in operations if isinstance(operation, Embed))
+    norm = next(operation for operation, _ in operations if isinstance(operation, Norm))
+    pool = next(operation for operation, _ in operations if isinstance(operation, Pool))
+    classify = next((operation for operation, _ in operations if isinstance(operation, Classify)), None)
     stages: list[list[tuple[Attention, Mlp]]] = [[]]
     attentions: list[Attention] = []
-    for operation, _ in steps:
+    for operation, _ in operations:
         if isinstance(operation, Merge):
             stages.append([])
         elif isinstance(operation, Residual):

@@ -44,7 +44,7 @@ class Conversion:
     unused: str
     arguments: Callable[[Mapping[str, Any], Weights], dict[str, Any]]
 
-    def convert(self, config: Mapping[str, Any], theirs: Weights) -> tuple[str, dict[str, Any], Weights]:
+    def convert(self, config: Mapping[str, Any], stored: Weights) -> tuple[str, dict[str, Any], Weights]:
         """Return timm's name and arguments of a model, and its weights under timm's names.
 
         Raises:
@@ -52,7 +52,7 @@ class Conversion:
         """
         config = {**self.defaults, **config, **(config.get("vision_config") or {})}
         weights: Weights = {}
-        for name, value in theirs.items():
+        for name, value in stored.items():
             if re.match(self.unused, name):
                 continue
             for pattern, replacement in self.renames:

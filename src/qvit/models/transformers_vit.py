@@ -85,16 +85,16 @@ def load_transformers(folder: Path, source: str, expected: ModelSpec | None) -> 
         UnsupportedModelError: for what timm's vision transformer cannot represent.
     """
     config = read_json(folder / "config.json", source)
-    theirs = _stored(folder, source)
+    stored = _stored(folder, source)
     try:
         said = _preprocessing(folder / "preprocessor_config.json", source)
         conversion = CONVERSIONS.get(str(config.get("model_type")))
         if conversion is None:
-            name, arguments, weights = _vit({**_DEFAULTS, **config}, _weights(theirs))
+            name, arguments, weights = _vit({**_DEFAULTS, **config}, _weights(stored))
             half = [0.5] * arguments["in_chans"]
             said = {"mean": half, "std": half, **said}
         else:
-            name, arguments, weights = conversion.convert(config, theirs)
+            name, arguments, weights = conversion.convert(config, stored)
         head = weights.get("head.weight", weights.get("head.fc.weight"))
         unnamed = {str(index): f"LABEL_{index}" for index in range(0 if head is None else len(head))}
         classes = (
@@ -114,11 +114,11 @@ def load_transformers(folder: Path, source: str, expected: ModelSpec | None) -> 
         raise CheckpointError(f"{source} has weights and a config.json that do not fit together.") from error
 
 
-def class_names(config: Mapping[str, Any], ours: list[str]) -> list[str]:
+def class_names(config: Mapping[str, Any], expected: list[str]) -> list[str]:
     """Return the classes of a transformers configuration in the order of the logits.
 
     ImageNet's are returned as the WordNet numbers that its folders are called by. A model that does not name its
-    classes is taken to have ``ours``, if there are as many.
+    classes is taken to have ``expected``, if there are as many.
 
     Raises:
         ConfigError: if ``id2label`` is not names by number.
@@ -130,21 +130,21 @@ def class_names(config: Mapping[str, Any], ours: list[str]) -> list[str]:
     imagenet = timm.data.ImageNetInfo("imagenet-1k")
     if len(names) == 1000 and names == imagenet.label_descriptions():
         return list(imagenet.label_names())
-    if len(names) == len(ours) and all(_UNNAMED.match(name) for name in names):
-        return list(ours)
+    if len(names) == len(expected) and all(_UNNAMED.match(name) for name in names):
+        return list(expected)
     return names
 
 
 def _stored(folder: Path, source: str) -> dict[str, Tensor]:
-    theirs = read_file(find_weights(folder, source))
-    if not isinstance(theirs, dict) or not all(isinstance(value, Tensor) for value in theirs.values()):
+    stored = read_file(find_weights(folder, source))
+    if not isinstance(stored, dict) or not all(isinstance(value, Tensor) for value in stored.values()):
         raise CheckpointError(f"{source} has a file of weights that holds other things than tensors by name.")
-    return {str(name): value.float() if value.is_floating_point() else value for name, value in theirs.items()}
+    return {str(name): value.float() if value.is_floating_point() else value for name, value in stored.items()}
 
 
-def _weights(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _weights(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
-    for name, value in theirs.items():
+    for name, value in stored.items():
         if _UNUSED.match(name):
             continue
         for pattern, replacement in _RENAMES:

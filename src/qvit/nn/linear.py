@@ -11,7 +11,7 @@ from qvit.nn.recompute import recomputed
 
 
 class QuantLinear(nn.Linear):
-    """``nn.Linear`` on codes: inputs with one scale and offset, weights with one scale an output channel.
+    """``nn.Linear`` on codes: inputs with one scale and offset, weights with one scale per output channel.
 
     A scale an *input* channel would sit inside the sum of the dot product, and no integer product could compute it
     (docs/method.md, section 1). Takes over the float layer's weight and bias.

@@ -61,8 +61,8 @@ class _FakeQuantize(torch.autograd.Function):
         grad_x = torch.where(inside, grad, 0)
         # d x_hat / d scale is round(v) - v where the value passes, and the code itself where it was clipped. In place:
         # these temporaries are as large as x, and the peak of a step's memory lies here.
-        step = clipped.round_().sub_(v.masked_fill_(~inside, 0))
-        grad_scale = _sum_to(step.mul_(grad), scale.shape) * ctx.gradient_scale
+        slope = clipped.round_().sub_(v.masked_fill_(~inside, 0))
+        grad_scale = _sum_to(slope.mul_(grad), scale.shape) * ctx.gradient_scale
         grad_offset = None
         if offset is not None:
             grad_offset = _sum_to(grad - grad_x, offset.shape) * ctx.gradient_scale
@@ -125,8 +125,8 @@ class Quantizer(Float32Module):
 
     Args:
         bits: 2..8.
-        shape: shape of scale and offset, broadcast against the input: ``()`` for one a tensor, ``(H, 1, 1)`` for one a
-            head of ``(B, H, N, D)``, ``(out, 1)`` for one an output channel.
+        shape: shape of scale and offset, broadcast against the input: ``()`` for one per tensor, ``(H, 1, 1)`` for one
+            per head of ``(B, H, N, D)``, ``(out, 1)`` for one per output channel.
         signed: codes in ``[-2^(b-1), 2^(b-1) - 1]``, otherwise in ``[0, 2^b - 1]``.
         offset: whether an offset ``z`` is trained.
         batched: whether the input's first dimension is the batch (activations) or not (weights).

@@ -2,7 +2,7 @@
 
     q~ = (q - mu(q) + beta) / (gamma * sqrt(var(q) + eps))
 
-Q-ViT (Li et al., NeurIPS 2022), section 3.2. gamma and beta are trained, one value a channel and head.
+Q-ViT (Li et al., NeurIPS 2022), section 3.2. gamma and beta are trained, one value per channel and head.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Rectifier(Float32Module):
 
     Args:
         heads: number of heads H.
-        head_dim: channels a head D.
+        head_dim: channels per head D.
     """
 
     def __init__(self, heads: int, head_dim: int) -> None:
@@ -76,7 +76,7 @@ class TokenRectifier(Rectifier):
         """Fit gamma and beta by least squares, channel by channel.
 
         With ``u = (x - mu) / s`` and ``w = 1 / s``, ``q~ = a u + c w`` is linear in ``a = 1 / gamma`` and
-        ``c = beta / gamma``: a 2 x 2 system a channel.
+        ``c = beta / gamma``: a 2 x 2 system per channel.
         """
         x = x.double()
         mean, variance = self.statistics(x)

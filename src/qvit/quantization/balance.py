@@ -55,7 +55,9 @@ def balance(model: nn.Module, images: Sequence[Tensor], undo: Undo) -> None:
     feeds = [
         feed
         for feed in feeds
-        if all(owners[id(each)] == 1 for module in (feed.norm, *feed.layers) for each in (module, *module.parameters()))
+        if all(
+            owners[id(member)] == 1 for module in (feed.norm, *feed.layers) for member in (module, *module.parameters())
+        )
     ]
     seen = [Moments() for _ in feeds]
     with switched_off(m for m in model.modules() if isinstance(m, Rectifier)), ExitStack() as hooks:

@@ -156,7 +156,7 @@ def minimum_error_scale(
         step = torch.maximum(largest / max(high, 1), smallest / min(low, -1))
         starts = [(fraction * step * low, fraction * step * high) for fraction in _FINE_FRACTIONS]
 
-    some = x[:, :: max(1, x.shape[1] // _COARSE)]
+    sample = x[:, :: max(1, x.shape[1] // _COARSE)]
     best_error = torch.full_like(zero, torch.inf)
     best_scale, best_offset = torch.ones_like(zero), zero
     # A row of one value only: any positive scale is right (with an offset, the value itself, at code 0), and the
@@ -166,8 +166,8 @@ def minimum_error_scale(
         constant = last <= first
         scale = torch.where(constant, size, last - first) / (high - low)
         offset = torch.where(constant, x_mean, first - scale * low) if with_offset else zero
-        values = from_codes(to_codes(some, scale, offset, low, high), scale, offset)
-        error = (some - values).square().mean(1, keepdim=True)
+        values = from_codes(to_codes(sample, scale, offset, low, high), scale, offset)
+        error = (sample - values).square().mean(1, keepdim=True)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scale = torch.where(better, scale, best_scale)
@@ -224,14 +224,14 @@ def _initialize_rectifiers(model: nn.Module, images: list[Tensor], init: Rectifi
     if not rectifiers or init == "keep":
         return
     seen: dict[str, list[Tensor]] = {name: [] for name in rectifiers}
-    few, count = [], 0
+    sample, count = [], 0
     for batch in images:
-        few.append(batch[: RECTIFIER_IMAGES - count])
-        count += len(few[-1])
+        sample.append(batch[: RECTIFIER_IMAGES - count])
+        count += len(sample[-1])
         if count >= RECTIFIER_IMAGES:
             break
     with switched_off(rectifiers.values()), watching(rectifiers, lambda name, x: seen[name].append(x)):
-        for batch in few:
+        for batch in sample:
             model(batch)
     for name, rectifier in rectifiers.items():
         rectifier.fit(torch.cat(seen[name]))
@@ -267,8 +267,8 @@ def _collect(
 @contextmanager
 def _all_or_nothing(model: nn.Module) -> Iterator[Undo]:
     """Put the scales and rectifiers back as they were if the block fails, and what it has noted down."""
-    own = [module for module in model.modules() if isinstance(module, Float32Module)]
-    before = [copy.deepcopy(module.state_dict()) for module in own]
+    modules = [module for module in model.modules() if isinstance(module, Float32Module)]
+    before = [copy.deepcopy(module.state_dict()) for module in modules]
     undo: Undo = []
     try:
         yield undo
@@ -276,6 +276,6 @@ def _all_or_nothing(model: nn.Module) -> Iterator[Undo]:
         with torch.no_grad():
             for parameter, value in undo:
                 parameter.copy_(value)
-        for module, state in zip(own, before, strict=True):
+        for module, state in zip(modules, before, strict=True):
             module.load_state_dict(state)
         raise

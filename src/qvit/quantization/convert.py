@@ -68,13 +68,13 @@ def quantize(teacher: nn.Module, config: QuantConfig | None = None) -> Any:
     lower(student, image_size_of(student))
     _check_owners(teacher)
     check_overrides(teacher, config)
-    own = [
+    quantizer_parameters = [
         f"{prefix}.{name}"
         for prefix, module in student.named_modules()
         if isinstance(module, Float32Module)
         for name, _ in module.named_parameters(recurse=False)
     ]
-    kept = [*getattr(student, "no_weight_decay", set)(), *own]
+    kept = [*getattr(student, "no_weight_decay", set)(), *quantizer_parameters]
     # torch.compile's wrapper hands the question on, and calls its parameters otherwise.
     kept += [f"_orig_mod.{name}" for name in kept]
     # Of this one model, not of its class; a partial of plain data, that copies and pickles of the student take along.
@@ -203,11 +203,11 @@ def _drop_scales(module: nn.Module, state_dict: dict[str, Any], prefix: str, *ar
     Scales are those of the weights that they were made for, which calibration may have balanced with their norms.
     """
     parts = module.named_modules(remove_duplicate=False)
-    own = [(f"{prefix}{path}.", part) for path, part in parts if isinstance(part, Float32Module)]
-    states = {f"{path}{name}": value for path, part in own for name, value in part.state_dict().items()}
+    modules = [(f"{prefix}{path}.", part) for path, part in parts if isinstance(part, Float32Module)]
+    states = {f"{path}{name}": value for path, part in modules for name, value in part.state_dict().items()}
     if states.keys() & state_dict.keys():
         return
     state_dict.update(states)
-    for path, part in own:
+    for path, part in modules:
         if isinstance(part, Quantizer):
             state_dict[f"{path}log_scale"] = torch.full_like(part.log_scale, math.nan)

@@ -156,8 +156,10 @@ class DistillationLoss(nn.Module):
                 f"The teacher has {teacher_logits.shape[-1]} classes, the student {class_logits.shape[-1]}."
             )
         if self.soft:
-            both = [output_distance(part, teacher_logits, classes=True) for part in (class_logits, distillation_logits)]
-            loss = torch.stack(both).mean()
+            losses = [
+                output_distance(part, teacher_logits, classes=True) for part in (class_logits, distillation_logits)
+            ]
+            loss = torch.stack(losses).mean()
         else:
             loss = 0.5 * F.cross_entropy(class_logits.float(), labels) + 0.5 * F.cross_entropy(
                 distillation_logits.float(), teacher_logits.argmax(dim=-1)
@@ -168,8 +170,8 @@ class DistillationLoss(nn.Module):
             chosen = self.guided_layers or range(len(queries))
             guided = self._guided(
                 student,
-                [those[layer] for those in (teacher_queries, teacher_keys) for layer in chosen],
-                [those[layer] for those in (queries, keys) for layer in chosen],
+                [operands[layer] for operands in (teacher_queries, teacher_keys) for layer in chosen],
+                [operands[layer] for operands in (queries, keys) for layer in chosen],
             )
             if loss.requires_grad and not guided.requires_grad:
                 raise ConfigError(
@@ -211,13 +213,13 @@ def check_guidance(teacher: nn.Module, student: nn.Module) -> None:
     Raises:
         TeacherMismatchError: saying what differs.
     """
-    theirs, ours = ([layer.num_heads for layer in attention_layers(m)] for m in (teacher, student))
-    if len(theirs) != len(ours):
+    teacher_heads, student_heads = ([layer.num_heads for layer in attention_layers(m)] for m in (teacher, student))
+    if len(teacher_heads) != len(student_heads):
         raise TeacherMismatchError(
-            f"Distribution guided distillation compares layer by layer: the teacher has {len(theirs)} attention "
-            f"layers, the student {len(ours)}. Use a teacher of the same depth, or train without guidance."
+            f"Distribution guided distillation compares layer by layer: the teacher has {len(teacher_heads)} attention "
+            f"layers, the student {len(student_heads)}. Use a teacher of the same depth, or train without guidance."
         )
-    for layer, (a, b) in enumerate(zip(theirs, ours, strict=True)):
+    for layer, (a, b) in enumerate(zip(teacher_heads, student_heads, strict=True)):
         if a != b:
             raise TeacherMismatchError(
                 f"Distribution guided distillation compares head by head: in layer {layer} the teacher has {a} heads, "

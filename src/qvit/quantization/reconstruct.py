@@ -127,7 +127,7 @@ def reconstruct(
         steps: how many steps of ``batch_size`` images are made.
         minutes: instead of ``steps``, how long it may take. How many steps that is follows from the duration of some
             that are made first, at a learning rate of 0. If the machine then becomes slower, the rate falls with time.
-        batch_size: images a step.
+        batch_size: images per step.
         learning_rate: of the scales, which are trained as their logarithms; ten times as much of all else, by the root
             mean square of its values.
         seed: of the order of the images and of their views.
@@ -212,9 +212,9 @@ class Reconstruction:
         if not isinstance(losses, list) or len(losses) > _LOSSES or not all(map(is_finite, losses)):
             raise ValueError("no losses")
         learned = self._learned()
-        if not all(isinstance(own, dict) and own.keys() == learned.keys() for own in (moments, peaks)):
+        if not all(isinstance(state, dict) and state.keys() == learned.keys() for state in (moments, peaks)):
             raise ValueError("other parameters")
-        if not all(map(is_finite, peaks.values())) or not all(isinstance(own, dict) for own in moments.values()):
+        if not all(map(is_finite, peaks.values())) or not all(isinstance(pair, dict) for pair in moments.values()):
             raise ValueError("no moments or rates by name")
         for name, parameter in learned.items():
             if any(why_not_like(moments[name][key], parameter) for key in _MOMENTS):
@@ -222,8 +222,8 @@ class Reconstruction:
         self.peaks = dict(peaks)
         self._begin()
         for name, parameter in learned.items():
-            own = {key: moments[name][key].to(parameter.device, copy=True) for key in _MOMENTS}
-            self.optimizer.state[parameter] = {"step": torch.tensor(float(step)), **own}
+            moved = {key: moments[name][key].to(parameter.device, copy=True) for key in _MOMENTS}
+            self.optimizer.state[parameter] = {"step": torch.tensor(float(step)), **moved}
         self.generator, self.losses, self.on_time = generator, list(losses), on_time
         self.step, self.steps, self.seconds, self.planned_at = step, steps, *times
 
@@ -325,13 +325,13 @@ def _compiled(*models: nn.Module, wanted: bool) -> Iterator[None]:
     """Let models run compiled within the block, if that is ``wanted``."""
     if wanted:
         torch.compiler.reset()  # of earlier models nothing is left: a class is compiled for so many of them and no more
-    own = [model._compiled_call_impl for model in models]
+    before = [model._compiled_call_impl for model in models]
     for model in models if wanted else ():
         model.compile()
     try:
         yield
     finally:
-        for model, compiled in zip(models, own, strict=True):
+        for model, compiled in zip(models, before, strict=True):
             model._compiled_call_impl = compiled
 
 

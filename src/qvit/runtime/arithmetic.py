@@ -42,10 +42,10 @@ def linear_codes(codes: Array, layer: PackedLayer) -> Array:
     With ``x_hat = a Q + z`` and ``w_hat = s W``: ``a s (Q W^T) + z s rowsum(W) + bias``.
     """
     weight = layer.codes.astype(np.int64)
-    step, offset = float(layer.input_scale), float(layer.input_offset)
+    input_scale, input_offset = float(layer.input_scale), float(layer.input_offset)
     scale, bias = layer.scale.astype(np.float64), layer.bias.astype(np.float64)
     product = integer_matmul(codes, weight)
-    return (step * scale * product + offset * scale * weight.sum(axis=1) + bias).astype(np.float32)
+    return (input_scale * scale * product + input_offset * scale * weight.sum(axis=1) + bias).astype(np.float32)
 
 
 def attention_logits(q: Array, k: Array, a_q: Array, z_q: Array, a_k: Array, z_k: Array) -> Array:

@@ -135,8 +135,8 @@ class Engine:
         return self._of_pictures(images)
 
     def _of_pictures(self, images: ImageSource | Sequence[ImageSource]) -> NDArray[np.float32]:
-        one = is_one(images) or not isinstance(images, Iterable)
-        sources: list[ImageSource] = [images] if one else list(images)  # type: ignore[arg-type, list-item]
+        single = is_one(images) or not isinstance(images, Iterable)
+        sources: list[ImageSource] = [images] if single else list(images)  # type: ignore[arg-type, list-item]
         return self(preprocess_batch(sources, self.preprocessing))
 
     def codes(self, images: NDArray[np.float32]) -> dict[str, NDArray[np.uint8]]:

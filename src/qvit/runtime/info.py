@@ -95,7 +95,7 @@ def _steps(program: Program) -> Iterator[tuple[str, str, str, str]]:
 
 def _lines(program: Program) -> Iterator[tuple[str, str, str]]:
     pairs = [
-        (op.op, _what(op, x), _gives(after)) for (op, x), after in zip(program.steps, program.streams[1:], strict=True)
+        (op.op, _what(op, x), _gives(after)) for (op, x), after in zip(program.walk(), program.streams[1:], strict=True)
     ]
     # A block is an attention and an MLP one after the other: shown as one line per kind of block.
     index = 0

@@ -34,7 +34,7 @@ def program_parts(program: Program, tensors: Tensors) -> Iterator[Part]:
     for operation in program.operations:
         if type(operation) not in PARTS:
             raise ConfigError(f"The engine has no operation {operation.op!r}: it runs in the reference alone.")
-    for operation, x in program.steps:
+    for operation, x in program.walk():
         yield {"op": operation.op, **PARTS[type(operation)](take, operation, x)}
 
 

@@ -33,7 +33,7 @@ def preprocess(
     Args:
         image: what :func:`qvit.images.open_picture` opens, or what it returned for the model's mode.
         preprocessing: as a packed file holds it: ``input_size`` [channels, height, width], ``interpolation``, ``mean``
-            and ``std`` (a number a channel, of values from 0 to 1), ``crop_pct`` (edge of the crop to that of the
+            and ``std`` (a number per channel, of values from 0 to 1), ``crop_pct`` (edge of the crop to that of the
             resized image) and ``crop_mode``: ``"center"`` (shorter edge resized, the rest cut off), ``"squash"`` (both
             edges resized) or ``"border"`` (longer edge resized, the rest filled with the mean).
         name: of the image in errors; by default what it was opened from.

@@ -61,7 +61,7 @@ class ReferenceEngine:
         if not np.isfinite(images).all():
             raise DataError("The images hold a NaN or an infinity.")
         values = images.astype(np.float32)
-        for operation, x in self.program.steps:
+        for operation, x in self.program.walk():
             values = RUN[type(operation)](self, operation, x, values)
         return values.reshape(len(images), self.program.output)
 

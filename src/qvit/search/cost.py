@@ -58,15 +58,19 @@ def counted_costs(program: Program, products: Sequence[FreeProduct]) -> dict[str
         [_codes_bytes(layers[product.name], bits) if product.is_layer else 0 for bits in CANDIDATES]
         for product in products
     ]
-    own = sum(_codes_bytes(layers[each.name], layers[each.name].bits) for each in products if each.is_layer)
-    others = sum(_operations(each.macs, each.bits) for each in program.products() if each.name not in free)
+    code_bytes = sum(
+        _codes_bytes(layers[product.name], layers[product.name].bits) for product in products if product.is_layer
+    )
+    fixed = sum(_operations(product.macs, product.bits) for product in program.products() if product.name not in free)
     operations = [[_operations(product.macs, bits) for bits in CANDIDATES] for product in products]
-    return {"mb": Cost(every_byte - own, codes), "ops": Cost(others, operations)}
+    return {"mb": Cost(every_byte - code_bytes, codes), "ops": Cost(fixed, operations)}
 
 
 def time_cost(products: Sequence[FreeProduct], times: Times) -> Cost:
     """Return the milliseconds of one image in the engine, as measured, by products."""
-    return Cost(times.reference, [[times.differences[each.name][bits] for bits in CANDIDATES] for each in products])
+    return Cost(
+        times.reference, [[times.differences[product.name][bits] for bits in CANDIDATES] for product in products]
+    )
 
 
 def _codes_bytes(layer: Layer, bits: Bits) -> int:

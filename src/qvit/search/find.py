@@ -132,7 +132,7 @@ def search_bits(
     model = Rescaled(student, scales)
     model.set({})
     agreement(student, teacher, images)  # names the first block that gives a NaN or an infinity
-    names = list(dict.fromkeys(name for each in products for name in (each.inputs, *each.weights)))
+    names = list(dict.fromkeys(name for product in products for name in (product.inputs, *product.weights)))
     distances = sensitivities(model, images, names, WIDTHS, lambda done, todo: tell("sensitivity", done, todo))
     values = [[_distance(product, bits, distances) for bits in CANDIDATES] for product in products]
 
@@ -148,15 +148,17 @@ def search_bits(
         distance, agrees = model.distance(images, wanted), agreement(student, teacher, images)
         milliseconds = stopwatch.measure(bits) if timed else None
         tell("models", next(done), count)
-        each = {name: cost.of(indices) / UNITS[name].size for name, cost in costs.items()}
-        return Model(title, bits, each, total(values, indices), distance, agrees, milliseconds)
+        amounts = {name: cost.of(indices) / UNITS[name].size for name, cost in costs.items()}
+        return Model(title, bits, amounts, total(values, indices), distance, agrees, milliseconds)
 
     best, *uniform = (measured(title, indices, timed=True) for title, indices in chosen.items())
     lines = {
         name: [measured(f"{UNITS[name].name} alone", indices, timed=False) for indices in of]
         for name, of in frontiers.items()
     }
-    overrides = {name: pair for each in products for name, pair in each.overrides(best.bits[each.name]).items()}
+    overrides = {
+        name: pair for product in products for name, pair in product.overrides(best.bits[product.name]).items()
+    }
     engine = stopwatch.reference
     return Found(dict(overrides), best, uniform, lines, distances, engine.threads, engine.instruction_set)
 

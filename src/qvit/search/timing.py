@@ -87,10 +87,12 @@ class Stopwatch:
             ways = {kind: chance.choice(list(of)) for kind, of in pairs.items()}
             if number < len(columns):  # each is seen at least once
                 ways |= [columns[number]]
-            own, other = self._compare({p.name: pairs[kind][ways[kind]] for kind in groups for p in groups[kind]})
+            unchanged, changed = self._compare(
+                {p.name: pairs[kind][ways[kind]] for kind in groups for p in groups[kind]}
+            )
             rows.append([len(groups[kind]) * (ways[kind] == way) for kind, way in columns])
-            ratios.append(min(other) / min(own))
-            references.append(min(own))
+            ratios.append(min(changed) / min(unchanged))
+            references.append(min(unchanged))
             report(number + 1, models)
         solution, *_ = np.linalg.lstsq(np.array(rows, dtype=float), np.array(ratios) - 1)
         reference = statistics.median(references)
@@ -111,8 +113,8 @@ class Stopwatch:
         engines = {"reference": self.reference, "other": self._engine(bits)}
         timers = {name: functools.partial(time_once, engine, self.image) for name, engine in engines.items()}
         seconds = interleaved(timers, ROUNDS)
-        own, other = ([1e3 * each for each in seconds[name]] for name in engines)
-        return own, other
+        unchanged, changed = ([1e3 * second for second in seconds[name]] for name in engines)
+        return unchanged, changed
 
     def _engine(self, bits: Mapping[str, Bits]) -> Engine:
         by_name = {product.name: product for product in self.products}

@@ -152,8 +152,8 @@ def ablate(
     accelerator.wait_for_everyone()
     for number, (b, row, seed) in enumerate(cells, 1):
         folder = _folder(options.out, b, row, seed)
-        with locked(folder / LOCK, accelerator) as mine:
-            if not mine or (folder / "result.json").exists():
+        with locked(folder / LOCK, accelerator) as held:
+            if not held or (folder / "result.json").exists():
                 continue
             initial_model = teacher
             if b in rungs:
@@ -204,7 +204,7 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     A record has bits, row, title, seed, top1 and top5 (percent, of the last epoch's weights), images, query_entropy and
     key_entropy (bits, mean over layers and heads), attention_distance (mean over layers and heads), layers (for each
     its :class:`QueryKeyStatistics`, attention_distance and, where the model was trained, gradients, that is
-    :class:`qvit.analysis.gradients.LossGradients`), history (a record an epoch), seconds (of this process, the last if
+    :class:`qvit.analysis.gradients.LossGradients`), history (a record per epoch), seconds (of this process, the last if
     it was cut off) and weights (their SHA-256).
 
     Raises:

@@ -27,7 +27,7 @@ class Drawn(NamedTuple):
 
     Args:
         pictures: ``(H, W, 3)`` uint8 each.
-        titles: a line a picture.
+        titles: a line per picture.
         maps: for each attention layer and model, a map ``(rows, columns)`` a picture.
     """
 
@@ -57,7 +57,7 @@ def queries(result: Result, models: Mapping[str, Any]) -> Part:
             query_histograms(rows, result["blocks"], operand),
             f"Values of the {what} just before they are quantized, rectified where they are, and the Gaussian of the "
             "same mean μ and deviation σ (the paper's Figure 1); H is the entropy of the codes.",
-            f"Histograms of {what} with fitted Gaussians, a row a model, a column a block",
+            f"Histograms of {what} with fitted Gaussians, a row per model, a column per block",
         )
         for operand, what in _OPERANDS
     ]
@@ -125,7 +125,7 @@ def attention(result: Result, models: Mapping[str, Any], drawn: Drawn) -> Part:
                     attention_overlays(drawn.pictures, drawn.titles, maps),
                     f"Block {layer}: how much attention each patch gets, in percent of an image's, mean over the "
                     "heads: from the class token where there is one, else from all patches.",
-                    f"Pictures and the attention maps of block {layer}, a column a model",
+                    f"Pictures and the attention maps of block {layer}, a column per model",
                 )
             )
     return "Attention", [], [], drawings
@@ -149,7 +149,7 @@ def noise(models: Mapping[str, Any]) -> Part:
                 f"noise-{number}",
                 heat_map(values, roles, blocks, "signal to quantization noise (dB)", "block"),
                 f"{name}: signal to noise of every quantizer inside the blocks, in dB; dark is where it breaks.",
-                f"Heat map of the signal to quantization noise of {name}, a row a quantizer, a column a block",
+                f"Heat map of the signal to quantization noise of {name}, a row per quantizer, a column per block",
             )
         )
     return (
@@ -231,7 +231,7 @@ def bottleneck(study: Mapping[str, Any]) -> Part:
             ),
             f"One kind of quantizers of one block at {at}, all else in floating point: how far the outputs are from "
             f"the float model's ({study['cell_images']} images). Columns are the blocks in the order they run.",
-            "Heat map of the distance of the outputs, a row a kind of quantizers, a column a block",
+            "Heat map of the distance of the outputs, a row per kind of quantizers, a column per block",
         ),
     ]
     return (

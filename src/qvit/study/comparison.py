@@ -48,7 +48,7 @@ class Request:
         pictures: folder of pictures without labels; ``None`` if there are data.
         root: folder of a timm data set.
         splits: of the data.
-        batch_size: images a step.
+        batch_size: images per step.
         threads: of either model while it is timed.
     """
 

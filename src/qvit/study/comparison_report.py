@@ -110,9 +110,9 @@ def _sections(comparison: Comparison) -> list[Section]:
         Section(
             kind,
             [f"{count} images. To these A and B give other classes (some, chosen at random, as A sees them):"],
-            thumbnails=[_thumbnail(comparison, difference) for difference in some],
+            thumbnails=[_thumbnail(comparison, difference) for difference in kept],
         )
-        for (kind, count), some in zip(kinds.items(), paired.differences, strict=True)
+        for (kind, count), kept in zip(kinds.items(), paired.differences, strict=True)
     ]
     versions = f"qvit {__version__}, PyTorch {torch.__version__}, Python {platform.python_version()}"
     made = (

@@ -109,7 +109,7 @@ def model_tables(name: str, cost: Cost) -> list[Table | str]:
     about.add_row("multiply-adds of an image", f"{operations.total:,}")
     about.add_row("count as, of float32", f"{operations.float_equivalent:,.0f}")
     about.add_row("counting rule", RULE)
-    about.add_row("predicted time", f"{1e3 * cost.predicted:.2f} ms an image on one thread")
+    about.add_row("predicted time", f"{1e3 * cost.predicted:.2f} ms per image on one thread")
     about.add_row("predicted from", HOW)
     if cost.measured is not None:
         about.add_row(
@@ -119,8 +119,8 @@ def model_tables(name: str, cost: Cost) -> list[Table | str]:
 
     widths = _table("Multiply-adds of one image", ("weights or keys, values", "inputs", "number", "share", "ps each"))
     for bits, count in operations.macs.items():
-        fraction, each = count / operations.total, 1e12 * cost.seconds_per_mac[bits]
-        widths.add_row(str(bits.weight), str(bits.activation), f"{count:,}", f"{fraction:.1%}", f"{each:.2f}")
+        fraction, picoseconds = count / operations.total, 1e12 * cost.seconds_per_mac[bits]
+        widths.add_row(str(bits.weight), str(bits.activation), f"{count:,}", f"{fraction:.1%}", f"{picoseconds:.2f}")
 
     claims = _table("Beside float32", ("what", "times less"))
     claims.add_row("operations, by the rule above", _times(operations.total, operations.float_equivalent))

@@ -52,7 +52,7 @@ COLUMNS = (
     "size (kB)",
     "engine top-1 (%)",
     "same class (%)",
-    "ms an image",
+    "ms per image",
 )
 PEER = "torch"
 

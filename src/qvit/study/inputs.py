@@ -59,7 +59,7 @@ def decoded(images: Images, spec: ModelSpec, options: Options, bar: Bar, title: 
         images, make_transform(spec.preprocessing), BATCH, shuffle=False, workers=options.workers, seed=options.seed
     )
     batches, unreadable = [], []
-    with step(bar, title, len(loader)) as task:
+    with timed_task(bar, title, len(loader)) as task:
         for batch in readable(loader, skip_corrupt=options.skip_corrupt):
             unreadable += batch.unreadable
             if len(batch.labels):
@@ -71,7 +71,7 @@ def decoded(images: Images, spec: ModelSpec, options: Options, bar: Bar, title: 
 
 
 @contextmanager
-def step(bar: Bar, title: str, total: float | None = None) -> Iterator[Any]:
+def timed_task(bar: Bar, title: str, total: float | None = None) -> Iterator[Any]:
     """Show a task, whose number is given, while the block runs, and then how long it took."""
     number, began = bar.add_task(title, total=total), time.perf_counter()
     yield number

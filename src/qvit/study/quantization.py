@@ -26,7 +26,7 @@ from qvit.models.spec import ModelSpec
 from qvit.quantization.calibrate import calibrate
 from qvit.quantization.convert import quantize
 from qvit.quantization.reconstruct import Progress, Reconstruction, Settings
-from qvit.study.inputs import BATCH, decoded, float_model, step
+from qvit.study.inputs import BATCH, decoded, float_model, timed_task
 from qvit.study.quantization_report import write_quantization_report
 from qvit.study.targets import Targets
 from qvit.train.display import progress_bar
@@ -116,13 +116,13 @@ def _quantized(request: Request, options: Options, console: Console, targets: Ta
         apart = bool(used and held_out) and chosen.held_out.sources != chosen.used.sources
         used, held_out = used or held_out, held_out or used[:1]
         teacher, student = teacher.to(device).requires_grad_(False), student.to(device)
-        with step(bar, "calibration") as task:
+        with timed_task(bar, "calibration") as task:
             calibrate(
                 student,
                 _first(used, CALIBRATION_PICTURES),
                 report=lambda done, total: bar.update(task, completed=done, total=total),
             )
-        with step(bar, "agreement"):
+        with timed_task(bar, "agreement"):
             measured = {"calibrated": agreement(student, teacher, held_out)}
         if request.method == "reconstruct":
             before = {name: value.cpu().clone() for name, value in student.state_dict().items()}
@@ -131,7 +131,7 @@ def _quantized(request: Request, options: Options, console: Console, targets: Ta
                 reached = _reconstruct(student, teacher, used, identity, request, options, spec, targets.partial, bar)
                 told |= {"steps": reached.step, "reconstruction_seconds": reached.seconds, "loss": reached.loss}
                 told["on_time"] = reached.on_time
-                with step(bar, "agreement"):
+                with timed_task(bar, "agreement"):
                     measured["reconstructed"] = agreement(student, teacher, held_out)
                 if not _is_worse(measured["reconstructed"], measured["calibrated"]):
                     told["kept"] = "reconstructed"
@@ -156,7 +156,7 @@ def _quantized(request: Request, options: Options, console: Console, targets: Ta
         pictures=sum(map(len, used)),
         held_out=kept.images,
         apart=apart,
-        agreement={name: dataclasses.asdict(one) for name, one in measured.items()},
+        agreement={name: dataclasses.asdict(result) for name, result in measured.items()},
         bytes=targets.packed.stat().st_size,
         float_bytes=4 * sum(parameter.numel() for parameter in teacher.parameters()),
         checksum=weights_checksum(student),
@@ -171,8 +171,8 @@ def summary(result: Result, out: Path) -> list[Any]:
     classifies = next(iter(result["agreement"].values()))["same_class"] is not None
     table.add_column("")
     table.add_column("same class as float (%)" if classifies else "cosine with float", justify="right")
-    for name, one in result["agreement"].items():
-        table.add_row(name, f"{one['same_class']:.1f}" if classifies else f"{one['cosine']:.4f}")
+    for name, measured in result["agreement"].items():
+        table.add_row(name, f"{measured['same_class']:.1f}" if classifies else f"{measured['cosine']:.4f}")
     lines: list[Any] = [table]
     if not result["apart"]:
         lines.append("The folder has one picture: nothing could be held out, and these figures are of that picture.")
@@ -228,7 +228,7 @@ def _reconstruct(
         saved = time.monotonic()
         save_checkpoint(partial, spec, student, {"settings": command, "reconstruction": run.state_dict()})
 
-    with Interrupts() as interrupts, step(bar, "reconstruction", 1.0) as task:
+    with Interrupts() as interrupts, timed_task(bar, "reconstruction", 1.0) as task:
 
         def show(progress: Progress) -> None:
             of = f" of {progress.steps}" if progress.steps is not None else ""
@@ -274,9 +274,13 @@ def _restore(run: Reconstruction, spec: ModelSpec, command: dict[str, Any], path
     Raises:
         CheckpointError: if the file is damaged, edited or of another command.
     """
-    its, weights, training = read_checkpoint(path)
+    saved_spec, weights, training = read_checkpoint(path)
     saved = (training or {}).get("settings")
-    if (its.name, its.model_args, its.quant_config) != (spec.name, spec.model_args, spec.quant_config):
+    if (saved_spec.name, saved_spec.model_args, saved_spec.quant_config) != (
+        spec.name,
+        spec.model_args,
+        spec.quant_config,
+    ):
         raise CheckpointError(
             f"{path} is of another model or of other bits: give the same arguments, or another --out."
         )
@@ -286,7 +290,7 @@ def _restore(run: Reconstruction, spec: ModelSpec, command: dict[str, Any], path
         raise CheckpointError(
             f"{path} is of a command that differs in {', '.join(other)}: give the same, or another --out."
         )
-    check_weights(its, weights, path)
+    check_weights(saved_spec, weights, path)
     try:
         run.student.load_state_dict(weights)
         run.load_state_dict((training or {})["reconstruction"])
@@ -294,10 +298,10 @@ def _restore(run: Reconstruction, spec: ModelSpec, command: dict[str, Any], path
         raise CheckpointError(f"{path} was edited or damaged: it holds no state of a reconstruction.") from error
 
 
-def _is_worse(one: Agreement, other: Agreement) -> bool:
-    if one.same_class is None or other.same_class is None:
-        return one.cosine < other.cosine
-    return (one.same_class, one.cosine) < (other.same_class, other.cosine)
+def _is_worse(first: Agreement, second: Agreement) -> bool:
+    if first.same_class is None or second.same_class is None:
+        return first.cosine < second.cosine
+    return (first.same_class, first.cosine) < (second.same_class, second.cosine)
 
 
 def _metrics(measured: Agreement) -> dict[str, float]:

@@ -29,12 +29,17 @@ def write_quantization_report(path: Path, result: Mapping[str, Any]) -> None:
     weights, activations = result["bits"]
     others = ", ".join(f"{name} {'/'.join(map(str, pair))}" for name, pair in result["overrides"].items())
     measured: Mapping[str, Mapping[str, Any]] = result["agreement"]
-    classifies = all(one["same_class"] is not None for one in measured.values())
+    classifies = all(figures["same_class"] is not None for figures in measured.values())
     apart = "held out: no step saw them" if result["apart"] else "the only one there was, which the model was made with"
     columns = ["model", *(["same class (%)"] if classifies else []), "cosine of outputs", "largest block error"]
     rows = [
-        [name, *([one["same_class"]] if classifies else []), f"{one['cosine']:.4f}", max(one["blocks"].values())]
-        for name, one in measured.items()
+        [
+            name,
+            *([figures["same_class"]] if classifies else []),
+            f"{figures['cosine']:.4f}",
+            max(figures["blocks"].values()),
+        ]
+        for name, figures in measured.items()
     ]
     agreement = Section(
         "Agreement with the float model",
@@ -54,7 +59,7 @@ def write_quantization_report(path: Path, result: Mapping[str, Any]) -> None:
         ],
         [
             Figure(
-                svg(block_errors({name: one["blocks"] for name, one in measured.items()})),
+                svg(block_errors({name: figures["blocks"] for name, figures in measured.items()})),
                 "Error of each block's output, all blocks before it quantized too. A block whose bar stands out is "
                 "one to give more bits (--override 'NAME.*=8').",
                 "Bars of the relative squared error of every block's output, before and after reconstruction",
@@ -67,7 +72,7 @@ def write_quantization_report(path: Path, result: Mapping[str, Any]) -> None:
             Table(
                 ["block", *measured],
                 [
-                    [name, *(f"{one['blocks'][name]:.4f}" for one in measured.values())]
+                    [name, *(f"{figures['blocks'][name]:.4f}" for figures in measured.values())]
                     for name in next(iter(measured.values()))["blocks"]
                 ],
                 "The errors of the figure.",

@@ -59,8 +59,10 @@ def open_subjects(paths: Sequence[Path]) -> list[Subject]:
         if whole in absolute[: len(subjects)]:
             raise ConfigError(f"{path} is given twice.")
         for what in ("name", "model_args", "classes", "preprocessing"):
-            one, other = (getattr(each, what) for each in (subjects[0].spec if subjects else spec, spec))
-            if one != other:
+            expected, present = (
+                getattr(described, what) for described in (subjects[0].spec if subjects else spec, spec)
+            )
+            if expected != present:
                 raise ConfigError(
                     f"{path} and {paths[0]} differ in their {what.replace('_', ' ')}: analyze models of one "
                     "architecture together, on images that are prepared in one way."

@@ -77,7 +77,7 @@ def fit(
     options: Options,
     console: Console,
 ) -> tuple[VisionTransformer, list[dict[str, float]]]:
-    """Train ``model``; return it with the weights last evaluated, and a record an epoch, as ``metrics.jsonl`` has them.
+    """Train ``model``; return it with the weights last evaluated, and a record per epoch, as in ``metrics.jsonl``.
 
     A run that was killed goes on from ``last.pt`` as it would have without that: what an epoch shows is a function of
     the seed (see :mod:`qvit.data.order`), and everything else is in the checkpoint (see :mod:`qvit.train.run`).

@@ -1,4 +1,4 @@
-"""What is measured at every step: in this process part by part, and summed over the processes once a step."""
+"""What is measured at every step: in this process part by part, and summed over the processes once per step."""
 
 from __future__ import annotations
 

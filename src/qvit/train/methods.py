@@ -93,7 +93,7 @@ class Result:
         model: the trained model, with its last weights, or their average if the recipe has an ``ema_decay``.
         spec: what it is.
         accuracy: on the validation images, of these weights.
-        history: one record an epoch; empty for post-training quantization.
+        history: one record per epoch; empty for post-training quantization.
     """
 
     model: VisionTransformer
@@ -321,7 +321,7 @@ def training_batches(
     Args:
         images: of :class:`ImageSets`.
         spec: whose preprocessing is used.
-        batch_size: images an optimizer step, over all processes.
+        batch_size: images per optimizer step, over all processes.
         options: seed, workers and device.
         augmentation: of the recipe; ``None`` to prepare the images as for evaluation.
         repeats: see :func:`make_loader`.

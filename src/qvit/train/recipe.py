@@ -67,7 +67,7 @@ class Hyperparameters:
 
     Args:
         epochs: passes over the training images.
-        batch_size: images an optimizer step, over all processes and accumulated parts.
+        batch_size: images per optimizer step, over all processes and accumulated parts.
         lr: learning rate at the start of the cosine decay to 0, after ``warmup_epochs`` of linear warm-up.
         optimizer: a name that :func:`timm.optim.create_optimizer_v2` knows.
         optimizer_args: further arguments of that optimizer (``eps``, ``betas``).
@@ -75,7 +75,7 @@ class Hyperparameters:
         warmup_epochs: may be a fraction.
         label_smoothing: of the plain cross-entropy; distillation does not use it.
         augmentation: entries of the recipe's augmentation that are others in this training.
-        repeated_augmentation: copies of an image a batch (Hoffer et al., 2020); 0 for none.
+        repeated_augmentation: copies of an image per batch (Hoffer et al., 2020); 0 for none.
         scale_lr: learning rate of scales, offsets, gamma and beta, as a multiple of ``lr``.
         distillation: from a teacher, ``"hard"`` (labels and the classes that it chooses) or ``"soft"`` (its
             probabilities alone); see :class:`qvit.DistillationLoss`.

@@ -78,7 +78,7 @@ class Progress:
         unreadable: images that could not be read in the running one.
         sums: measurements of the running epoch, times images.
         seconds: time that the running epoch's training has taken.
-        history: a record an epoch, as ``metrics.jsonl`` holds them.
+        history: a record per epoch, as ``metrics.jsonl`` holds them.
     """
 
     epoch: int = 0
