@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
+import re
+import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 from PIL import Image
 
+import qvit
 from commands import run, sentence
+from conftest import TINY, make_vit
+from members import images_for, student_of
+from qvit.cli.app import TOGETHER, app
+from qvit.cli.ending import less_memory
+from qvit.models.checkpoint import save_checkpoint
+from qvit.models.spec import describe
 from qvit.runtime import info
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A quantized checkpoint."""
+    arguments = {name: value for name, value in TINY.items() if name != "num_classes"}
+    config = qvit.QuantConfig(2, 2)
+    spec = describe("vit_tiny_patch16_224", arguments, [f"class {n}" for n in range(10)], {})
+    path = tmp_path_factory.mktemp("student") / "q.pt"
+    model = student_of(make_vit(), images_for(3, (16, 16)), config)
+    save_checkpoint(path, dataclasses.replace(spec, quant_config=config.to_dict()), model)
+    return path
 
 
 def caused(error: Exception, cause: Exception) -> Exception:
@@ -46,7 +70,87 @@ def test_a_want_of_memory_is_one_sentence(error: Exception, monkeypatch: pytest.
     said = sentence(run("info", "m.safetensors"))
     assert said.startswith("qvit: There is not enough memory: ")
     assert "advice" not in said
-    assert said.endswith("fewer --workers or --threads).")
+    assert said.endswith("Free some or raise the limit.")
+
+
+@pytest.mark.parametrize("command", app.registered_commands, ids=lambda command: command.callback.__name__)
+def test_less_memory_is_asked_for_by_options_that_the_command_has(command: typer.models.CommandInfo) -> None:
+    assert command.callback is not None
+    name = command.callback.__name__.replace("_", "-")
+    options = re.findall(r"--[\w-]+", less_memory(command.callback))
+    assert bool(options) == (name not in ("export", "push", "info", "complexity", "demo", "report-env"))
+    assert set(options) <= set(re.findall(r"--[\w-]+", run(name, "--help").out))
+
+
+def test_no_command_is_a_mistake_that_shows_the_help() -> None:
+    done = run()
+    assert done.status == 2
+    assert not done.out
+    assert "Commands:" in done.err
+
+
+@pytest.mark.parametrize("command", app.registered_commands, ids=lambda command: command.callback.__name__)
+def test_processes_of_torchrun_never_write_the_same_files(
+    command: typer.models.CommandInfo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert command.callback is not None
+    name = command.callback.__name__.replace("_", "-")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        done = run(name, "--no-such-option")
+        assert done.status == 2
+        if name in TOGETHER:
+            assert "No such option" in done.err
+        elif rank == 0:
+            assert f"qvit {name} runs in one process: start it without torchrun" in sentence(done)
+        else:
+            assert not done.err
+
+
+SIGNALLED = {
+    "bench": ("qvit.bench.compare._rounds", ["--batch", "1", "--threads", "1", "--peers", "none"]),
+    "compare": ("qvit.study.comparison.interleaved", ["{student}", "--images", "{images}"]),
+    "complexity": ("qvit.study.complexity.compare", ["--measure"]),
+    "export": ("qvit.exporting.onnx_file.export_onnx", ["{out}/m.onnx"]),
+    "push": ("huggingface_hub.HfApi.create_repo", ["me/model"]),
+}
+"""By commands that work in a temporary folder: what is called while it is there, and what follows the model."""
+
+
+@pytest.mark.parametrize("command", SIGNALLED)
+def test_sigterm_leaves_no_temporary_folder(
+    command: str, student: Path, packed_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, temporary = tmp_path / "images", tmp_path / "temporary"
+    temporary.mkdir()
+    images.mkdir()
+    Image.new("RGB", (16, 16)).save(images / "a.png")
+    found: list[Path] = []
+
+    def terminate(*_: object, **__: object) -> None:
+        found.extend(temporary.iterdir())
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("the signal was to end this")
+
+    name, arguments = SIGNALLED[command]
+    monkeypatch.setattr(name, terminate)
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    model = packed_file if command in ("bench", "complexity") else student
+    more = [argument.format(student=student, images=images, out=tmp_path) for argument in arguments]
+    before = signal.getsignal(signal.SIGTERM)
+    assert sentence(run(command, model, *more), 143) == "qvit: Stopped by SIGTERM."
+    assert found
+    assert not list(temporary.iterdir())
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_every_temporary_folder_is_one_that_sigterm_removes() -> None:
+    source = Path(qvit.__file__).parent
+    users = [
+        path for path in source.rglob("*.py") if re.search(r"TemporaryDirectory|mkdtemp|mkstemp", path.read_text())
+    ]
+    assert len(users) == len(SIGNALLED)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("The size of tensor a (3) must match"), ImportError("no such name")])

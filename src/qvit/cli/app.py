@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import os
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -12,17 +13,18 @@ import typer
 
 from qvit._version import __version__
 from qvit.cli import analyze, compare, environment, packed, quantize, search, train
-from qvit.cli.ending import ends_in_a_sentence
+from qvit.cli.ending import REFUSED, STOPPED, Terminated, end, ended_by_sigterm, ends_in_a_sentence
 from qvit.files import printable
 
 # Markup would take "[default: 4]" in a help text for a colour.
 app = typer.Typer(
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
+TOGETHER = ("train", "eval", "ablate")
+"""Commands that several processes run together; of every other one each process would write the same files."""
 _ClickException: Any = typer.BadParameter.__mro__[2]  # click's, or that of the copy of click in a later typer
 
 
@@ -33,13 +35,20 @@ def print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def common(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """Vision transformers at 4, 3 and 2 bits: train them with Q-ViT, fully quantized, and measure them."""
+    name = context.invoked_subcommand
+    if name is None:  # click prints the help too, and in its older versions ends with status 0
+        print(context.get_help(), file=sys.stderr)
+        raise typer.Exit(REFUSED)
+    if name not in TOGETHER and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        end(f"qvit {name} runs in one process: start it without torchrun or accelerate launch.", REFUSED)
 
 
 def help_text(command: Callable[..., None]) -> str:
@@ -73,7 +82,10 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):  # a terminal may lack a character that a file name or a class has
             stream.reconfigure(errors="backslashreplace")
     try:
-        status = app(standalone_mode=False)
+        with ended_by_sigterm():
+            status = app(standalone_mode=False)
+    except Terminated:
+        end("Stopped by SIGTERM.", STOPPED)
     except _ClickException as error:  # its message repeats what was typed, or what the shell found for a *
         shown = io.StringIO()
         error.show(file=shown)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
+import inspect
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import NoReturn, TypeVar
 
 from qvit.errors import CorruptImageError, QvitError, TrainingStopped
@@ -42,13 +47,50 @@ _SIGNS = (
     "can't start new thread",
     "out of memory",  # CUDA
 )
-_LESS_MEMORY = "Raise the limit, or ask for less at once (a smaller batch, --accumulate, fewer --workers or --threads)."
+_LESS_MEMORY = {
+    "batch": "a smaller --batch",
+    "batch_size": "a smaller --batch-size",
+    "accumulate": "--accumulate",
+    "pictures": "fewer --pictures",
+    "study_images": "fewer --study-images",
+    "workers": "fewer --workers",
+    "threads": "fewer --threads",
+}
+"""What takes less memory, by the parameter of a command that it is asked for with."""
 _Command = TypeVar("_Command", bound=Callable[..., None])
+
+
+class Terminated(BaseException):
+    """SIGTERM came. As Ctrl-C it is no error, so that nothing takes it for one and goes on."""
+
+
+@contextlib.contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the block by :class:`Terminated`, so that temporary folders are removed; a second one at once."""
+
+    def end_the_block(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # Python delivers signals to that one alone
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end_the_block)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def rank() -> int:
     """Return which process this is under torchrun or accelerate launch; the others stay silent."""
     return int(os.environ.get("RANK", "0"))
+
+
+def less_memory(command: Callable[..., None]) -> str:
+    """Return what may help where a command lacks memory: of its options those that ask for less."""
+    ways = [way for name, way in _LESS_MEMORY.items() if name in inspect.signature(command).parameters]
+    return "Free some or raise the limit" + (f", or ask for less at once ({', '.join(ways)})." if ways else ".")
 
 
 def ends_in_a_sentence(command: _Command) -> _Command:
@@ -75,7 +117,7 @@ def ends_in_a_sentence(command: _Command) -> _Command:
             _end_if_a_worker_was_killed(error)
             shortage = memory_shortage(error)
             if shortage is not None:
-                end(f"There is not enough memory: {shortage} {_LESS_MEMORY}", REFUSED, everywhere=True)
+                end(f"There is not enough memory: {shortage} {less_memory(command)}", REFUSED, everywhere=True)
             if not isinstance(error, OSError):
                 raise
             end(f"{error.strerror or first_line(error)}: {error.filename or 'the output'}.", REFUSED, everywhere=True)
