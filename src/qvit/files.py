@@ -5,11 +5,16 @@ No PyTorch here.
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeGuard
 
 from qvit.errors import OutputError
+
+BytesLike = bytes | bytearray | memoryview | mmap.mmap
+"""What people hold the content of a file in; :func:`has_buffer` knows the others too."""
 
 
 def write_atomically(path: Path, write: Callable[[Path], object], previous: Path | None = None) -> None:
@@ -37,6 +42,17 @@ def write_atomically(path: Path, write: Callable[[Path], object], previous: Path
         raise OutputError(f"Cannot write {path}: {first_line(error)} What was there before is untouched.") from error
     finally:
         _discard(temporary)
+
+
+def has_buffer(source: object) -> TypeGuard[BytesLike]:
+    """Return whether ``bytes(source)`` are the bytes of a buffer; they may be closed to reading by now."""
+    try:
+        memoryview(source).release()  # type: ignore[arg-type]
+    except TypeError:
+        return False
+    except (BufferError, ValueError):
+        return True
+    return True
 
 
 def write_text(path: Path, text: str) -> None:

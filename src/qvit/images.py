@@ -21,11 +21,10 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from qvit.errors import ConfigError, CorruptImageError
-from qvit.files import cut, first_line
+from qvit.files import BytesLike, cut, first_line, has_buffer
 
 Mode = Literal["RGB", "L"]
-ImageSource = str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | NDArray[np.uint8] | Image.Image
-_BYTES_LIKE = (bytes, bytearray, memoryview)
+ImageSource = str | os.PathLike[str] | BytesLike | IO[bytes] | NDArray[np.uint8] | Image.Image
 
 MEMORY = 2**30
 """Bytes that decoding one image may take; what is larger is refused by its number of pixels before it is decoded."""
@@ -38,7 +37,13 @@ _COMMON = ("JPEG", "PNG", "GIF", "BMP", "PPM")
 """The formats whose decoders Pillow loads at once; the others are tried after them."""
 _NOT_PIXELS = ("EPS", "MPEG")
 """What Pillow opens and does not decode itself: for EPS it would start Ghostscript."""
-_WARNING_FILTERS = threading.Lock()  # warnings.catch_warnings changes them for the whole process
+_WARNING_FILTERS = threading.RLock()  # warnings.catch_warnings changes them for the whole process
+if hasattr(os, "register_at_fork"):  # else a child would begin with the filters, and the lock, of another thread's call
+    os.register_at_fork(
+        before=_WARNING_FILTERS.acquire,
+        after_in_parent=_WARNING_FILTERS.release,
+        after_in_child=_WARNING_FILTERS.release,
+    )
 
 
 class Turn(NamedTuple):
@@ -152,9 +157,9 @@ def open_picture(source: ImageSource, mode: Mode = "RGB", name: str | None = Non
     """Decode an image; safe to call from several threads at once.
 
     Args:
-        source: a path, a file's bytes, a file open in binary mode (it is read from its start and stays open), a uint8
-            array ``(H, W)`` or ``(H, W, C)`` of 1 (grey), 3 (RGB) or 4 (RGBA) channels, or an image of Pillow. Where
-            it has an EXIF orientation, that is followed.
+        source: a path, a file's bytes in any buffer, a file open in binary mode (it is read from its start and stays
+            open), a uint8 array ``(H, W)`` or ``(H, W, C)`` of 1 (grey), 3 (RGB) or 4 (RGBA) channels, or an image of
+            Pillow. Where it has an EXIF orientation, that is followed.
         mode: in which the model takes it, see :func:`mode_of`.
         name: what an error calls it; by default its path or its type.
 
@@ -181,7 +186,8 @@ def name_of(source: ImageSource, name: str) -> str:
 
 def is_one(source: object) -> bool:
     """Return whether ``source`` is one image in one of the forms that :func:`open_picture` takes, and not several."""
-    return isinstance(source, (*_BYTES_LIKE, str, os.PathLike, np.ndarray, Image.Image)) or hasattr(source, "read")
+    known = isinstance(source, (str, os.PathLike, np.ndarray, Image.Image)) or hasattr(source, "read")
+    return known or has_buffer(source)
 
 
 def mode_of(channels: int) -> Mode:
@@ -235,16 +241,16 @@ def _decoded(source: ImageSource) -> Image.Image:
 
 
 @contextlib.contextmanager
-def _stream(source: str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes]) -> Iterator[IO[bytes]]:
+def _stream(source: str | os.PathLike[str] | BytesLike | IO[bytes]) -> Iterator[IO[bytes]]:
     if isinstance(source, (str, os.PathLike)):
         with open(source, "rb") as file:
             yield file
-    elif isinstance(source, _BYTES_LIKE):
-        yield io.BytesIO(source)
+    elif has_buffer(source):
+        yield io.BytesIO(bytes(source))
     elif isinstance(source, io.TextIOBase):
         raise ValueError("open the file in binary mode ('rb')")
     elif hasattr(source, "read"):
-        yield _from_the_start(source)
+        yield _from_the_start(source)  # type: ignore[arg-type]
     else:
         raise ValueError("give a path, bytes, a file open in binary mode, a uint8 array (H, W, C) or a Pillow image")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import array
 import io
+import mmap
 import tarfile
 import tempfile
 from pathlib import Path
@@ -98,8 +100,10 @@ def test_all_routes_give_the_same_pixels(mode: Mode, file: File) -> None:
         path = folder / "val" / "a" / f"x{file.suffix}"
         loaded = Image.open(io.BytesIO(file.content))
         loaded.load()
-        with path.open("rb") as opened:
-            sources = [path, file.content, io.BytesIO(file.content), opened, Image.open(path), loaded]
+        buffers = [bytearray(file.content), memoryview(file.content), array.array("B", file.content)]
+        with path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            sources = [path, file.content, io.BytesIO(file.content), opened, Image.open(path), loaded, wanted]
+            sources += [*buffers, mapped, mapped]
             # What predict sees and what training, evaluation and --decode-once do.
             inputs = [preprocess(source, preprocessing(mode)) for source in sources]
         sets = open_data(str(folder), mode=mode)

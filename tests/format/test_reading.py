@@ -5,17 +5,22 @@ from __future__ import annotations
 import array
 import gzip
 import io
+import mmap
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from packed_models import make_packed
 from qvit.errors import PackedFileError
 from qvit.format.packed import read_packed, write_packed
 from qvit.runtime.engine import load
+
+IMAGES = np.random.default_rng(0).standard_normal((2, 3, 8, 8)).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +65,25 @@ def fails(*args: Any) -> bytes:
     raise RuntimeError("the peer\nhung up " + "x" * 5000)
 
 
+def mapped(path: Path) -> mmap.mmap:
+    with path.open("rb") as file:
+        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    mapping.seek(5)  # a map is a buffer, whole wherever it stands
+    return mapping
+
+
+def closed_map(path: Path) -> mmap.mmap:
+    mapping = mapped(path)
+    mapping.close()
+    return mapping
+
+
+def released(path: Path) -> memoryview:
+    view = memoryview(path.read_bytes())
+    view.release()
+    return view
+
+
 READ: dict[str, Callable[[Path], Any]] = {
     "path": lambda path: path,
     "text of a path": str,
@@ -68,6 +92,10 @@ READ: dict[str, Callable[[Path], Any]] = {
     "bytearray": lambda path: bytearray(path.read_bytes()),
     "memoryview": lambda path: memoryview(path.read_bytes()),
     "memoryview of another item": lambda path: memoryview(path.read_bytes()[:0] + path.read_bytes()).cast("B"),
+    "memoryview of every second byte": lambda path: memoryview(np.repeat(np.fromfile(path, np.uint8), 2))[::2],
+    "array": lambda path: np.fromfile(path, np.uint8),
+    "other array": lambda path: array.array("B", path.read_bytes()),
+    "map": mapped,
     "bytes in memory": lambda path: io.BytesIO(path.read_bytes()),
     "from where it stands": started,
     "file": lambda path: path.open("rb"),
@@ -80,12 +108,14 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "None": (lambda path: None, KINDS + "NoneType"),
     "number": (lambda path: 5, KINDS + "int"),
     "list": (lambda path: [path], KINDS + "list"),
-    "array": (lambda path: np.frombuffer(path.read_bytes(), np.uint8), KINDS + "ndarray"),
-    "other array": (lambda path: array.array("B", path.read_bytes()), KINDS + "array"),
+    "array of numbers": (lambda path: np.ones(9), "it is cut short, damaged or no safetensors file"),
+    "array of dates": (lambda path: np.zeros(9, "datetime64[s]"), "cannot be read: "),
     "text": (lambda path: path.open(), "is open as text: open it with mode 'rb'"),
     "text of another code": (lambda path: path.open(encoding="latin-1"), "is open as text: open it with mode 'rb'"),
     "text in memory": (lambda path: io.StringIO("text"), "is open as text: open it with mode 'rb'"),
     "closed": (closed, "cannot be read: .*closed"),
+    "closed map": (closed_map, "cannot be read: .*closed"),
+    "memoryview that was released": (released, "cannot be read: .*released"),
     "open for writing": (lambda path: (path.parent / "other").open("wb"), "cannot be read: read"),
     "nothing ready": (lambda path: Reader(lambda: None), "its read() gives no bytes but NoneType"),
     "reader of text": (lambda path: Reader(lambda: "text"), "its read() gives no bytes but str"),
@@ -104,13 +134,19 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def logits(path: Path) -> NDArray[np.float32]:
+    return load(path, threads=1)(IMAGES)
+
+
 @pytest.mark.parametrize("kind", READ)
-def test_source_is_read(path: Path, kind: str) -> None:
+def test_source_is_read(path: Path, logits: NDArray[np.float32], kind: str) -> None:
     source = READ[kind](path)
-    engine = load(source)
-    assert engine.program.name == "tiny"
+    engine = load(source, threads=1)
+    np.testing.assert_array_equal(engine(IMAGES), logits)
     if hasattr(source, "close"):
         source.close()
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(engine))(IMAGES), logits)
 
 
 @pytest.mark.parametrize("kind", REFUSED)

@@ -263,6 +263,39 @@ if children[0]:
 
 
 @forks
+def test_fork_while_another_thread_opens_an_image(path: Path) -> None:
+    """The child waits for no thread that it does not have, and its filters of warnings are its parent's."""
+    run(
+        FORKING
+        + """
+import io, signal, threading
+from PIL import Image
+engine = qvit.load(sys.argv[1], threads=1)
+file = io.BytesIO()
+Image.new("RGB", (20, 20)).save(file, "PNG")
+inside, forking = threading.Event(), threading.Event()
+class Slow(io.BytesIO):
+    def read(self, *size):
+        inside.set()
+        forking.wait()
+        return super().read(*size)
+before = list(warnings.filters)
+thread = threading.Thread(target=engine.predict, args=(Slow(file.getvalue()),))
+thread.start()
+inside.wait()
+os.register_at_fork(before=forking.set)
+pid = os.fork()
+if not pid:
+    signal.alarm(60)
+    os._exit(engine.predict(file) != engine.predict(file.getvalue()) or warnings.filters != before)
+assert os.waitpid(pid, 0)[1] == 0
+thread.join()
+""",
+        path,
+    )
+
+
+@forks
 def test_parent_and_child_come_to_their_ends(path: Path) -> None:
     run(
         FORKING

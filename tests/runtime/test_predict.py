@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import array
 import io
 import json
+import mmap
 import re
 import subprocess
 import sys
@@ -139,8 +141,9 @@ def test_every_form_of_an_image_gets_the_same_prediction(packed_file: Path, tmp_
     engine = load(packed_file)
     upright = np.asarray(ImageOps.exif_transpose(Image.open(path)))
     content = path.read_bytes()
-    with path.open("rb") as file:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         forms = [path, str(path), content, bytearray(content), io.BytesIO(content), file, Image.open(path), upright]
+        forms += [memoryview(content), array.array("B", content), mapped]
         together = engine.predict(forms)
         alone = [engine.predict(form) for form in forms]
     assert together == [together[0]] * len(forms)

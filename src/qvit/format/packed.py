@@ -25,7 +25,7 @@ import numpy as np
 
 from qvit.config import Bits
 from qvit.errors import PackedFileError
-from qvit.files import first_line, write_atomically
+from qvit.files import BytesLike, first_line, has_buffer, write_atomically
 from qvit.format.codes import unpack_codes
 from qvit.format.fields import MAX_TEXT, shown
 from qvit.format.header import VERSION, check_header, parse
@@ -36,8 +36,10 @@ MAX_HEADER = 2**22
 """Bytes of the longest header that is read; 20 000 class names and 100 blocks take less than half of it."""
 _DTYPES: dict[str, np.dtype] = {"U8": np.dtype(np.uint8), "F32": np.dtype("<f4")}
 _NO_CHECKSUM = "0" * 8
+_UNNAMED = "The packed model"
+"""What errors call one that has no path."""
 
-Source = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO
+Source = str | os.PathLike[str] | BytesLike | BinaryIO
 
 
 class PackedLayer(NamedTuple):
@@ -77,6 +79,7 @@ class PackedModel:
         classes: class names in the order of the logits.
         origin: how the model was made, for people: plain JSON data.
         tensors: arrays by entry name, owned by the model: who needs the memory may take them out one by one.
+        checksum: of the file that was read, as it states it; empty for a model that no file holds yet.
     """
 
     program: Program
@@ -84,6 +87,7 @@ class PackedModel:
     classes: list[str]
     origin: dict[str, Any]
     tensors: dict[str, np.ndarray]
+    checksum: str = ""
 
     def layer(self, layer: Layer) -> PackedLayer:
         """Return what the file holds of a linear layer of the program."""
@@ -155,29 +159,40 @@ def read_packed(source: Source) -> PackedModel:
     """Read and check a packed file. Holds no more than the tensors themselves in memory.
 
     Args:
-        source: a path, the file's bytes, or a binary file that is open for reading, from where it stands to its end.
+        source: a path, the file's bytes in any buffer, or a binary file that is open for reading, from where it stands
+            to its end.
 
     Raises:
         PackedFileError: naming the file, the entry and what is wrong with it.
     """
     if isinstance(source, (str, os.PathLike)):
         return _read_path(source)
-    what = "The packed model"
-    given = isinstance(source, (bytes, bytearray, memoryview))
-    if not given and not callable(getattr(source, "read", None)):
-        raise PackedFileError(f"{what} must be a path, bytes or an open binary file, not {type(source).__name__}.")
-    if isinstance(source, io.TextIOBase):
-        raise PackedFileError(f"{what} is open as text: open it with mode 'rb'.")
+    data = content_of(source)
     try:
-        data = bytes(source) if given else source.read()  # type: ignore[arg-type, union-attr]
-    except Exception as error:  # whatever the file may be
-        raise PackedFileError(f"{what} cannot be read: {first_line(error)}") from error
-    try:
-        if not isinstance(data, (bytes, bytearray)):
-            raise PackedFileError(f"its read() gives no bytes but {type(data).__name__}.")
         return _read(io.BytesIO(data), len(data))
     except PackedFileError as error:
-        raise PackedFileError(f"{what}: {error}") from error
+        raise PackedFileError(f"{_UNNAMED}: {error}") from error
+
+
+def content_of(source: BytesLike | BinaryIO) -> bytes:
+    """Return the bytes of a buffer, or of a binary file that is open for reading, from where it stands to its end.
+
+    Raises:
+        PackedFileError: if it is neither, or cannot be read.
+    """
+    buffer = has_buffer(source)
+    if not buffer and not callable(getattr(source, "read", None)):
+        kind = type(source).__name__
+        raise PackedFileError(f"{_UNNAMED} must be a path, bytes or an open binary file, not {kind}.")
+    if isinstance(source, io.TextIOBase):
+        raise PackedFileError(f"{_UNNAMED} is open as text: open it with mode 'rb'.")
+    try:
+        data: object = source if buffer else source.read()  # type: ignore[union-attr]
+        if not has_buffer(data):
+            raise ValueError(f"its read() gives no bytes but {type(data).__name__}.")
+        return bytes(data)
+    except Exception as error:  # whatever the file may be
+        raise PackedFileError(f"{_UNNAMED} cannot be read: {first_line(error)}") from error
 
 
 def _read_path(path: str | os.PathLike[str]) -> PackedModel:
@@ -253,7 +268,8 @@ def _read(file: BinaryIO, size: int) -> PackedModel:
         raise PackedFileError(
             f"checksum is {header['checksum']}, the content gives {checksum:08x}: the file was damaged or edited."
         )
-    return PackedModel(program, header["preprocessing"], header["classes"], header["origin"], tensors)
+    preprocessing, classes, origin = header["preprocessing"], header["classes"], header["origin"]
+    return PackedModel(program, preprocessing, classes, origin, tensors, header["checksum"])
 
 
 def _read_index(raw: bytes) -> tuple[str, dict[str, _Stored]]:

@@ -136,7 +136,10 @@ class Matrix {
 }  // namespace
 
 NB_MODULE(_kernels, m) {
-    Calls::all();                  // made before there is a thread that could fork meanwhile
+    // Made before there is a thread that could fork meanwhile: a child would wait for it for ever.
+    Calls::all();
+    size_t count;
+    available_isas(&count);
     nb::set_leak_warnings(false);  // daemon threads may keep models to the end
     m.doc() = "qvit's kernels: a packed vision transformer on codes, in integer arithmetic.";
     m.def("instruction_sets", [] {

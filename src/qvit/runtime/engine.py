@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qvit import _kernels
-from qvit.errors import ConfigError, DataError
-from qvit.format.packed import PackedModel, Source, read_packed
+from qvit.errors import ConfigError, DataError, PackedFileError
+from qvit.files import cut
+from qvit.format.fields import shown
+from qvit.format.packed import PackedModel, Source, content_of, read_packed
 from qvit.images import ImageSource, is_one
 from qvit.runtime.parts import program_parts
 from qvit.runtime.preprocess import preprocess_batch
@@ -26,8 +29,10 @@ T = TypeVar("T")
 def load(source: Source, *, threads: int | None = None, instruction_set: str | None = None) -> Engine:
     """Return an engine that runs a packed file.
 
+    The engine can be pickled: then the path goes along, or else the bytes, which the engine keeps for that.
+
     Args:
-        source: what ``qvit export`` wrote: a path, its bytes, or a binary file that is open for reading.
+        source: what ``qvit export`` wrote: a path, its bytes in any buffer, or a binary file that is open for reading.
         threads: of the engine's own pool; by default as many as this process may use, its container's share included.
         instruction_set: one of :func:`instruction_sets`, the best one by default.
 
@@ -36,14 +41,36 @@ def load(source: Source, *, threads: int | None = None, instruction_set: str | N
         ConfigError: for a number of threads below 1 or above 1024, or an instruction set that this machine does not
             have.
     """
+    given = source if isinstance(source, (str, os.PathLike)) else content_of(source)
+    packed = read_packed(given)
     engine = Engine.__new__(Engine)
-    engine._build(read_packed(source), threads, instruction_set)
+    engine._build(packed, threads, instruction_set)
+    kept = given if isinstance(given, bytes) else os.path.abspath(given)
+    engine._loaded = _Loaded(kept, packed.checksum, threads, instruction_set)
     return engine
 
 
 def instruction_sets() -> list[str]:
     """Return the instruction sets that this machine can run, best first; the last is always ``portable``."""
     return _kernels.instruction_sets()
+
+
+class _Loaded(NamedTuple):
+    """What :func:`load` was given, for an engine of another process; and the checksum of what it found."""
+
+    source: str | bytes
+    checksum: str
+    threads: int | None
+    instruction_set: str | None
+
+
+def _load_again(source: str | bytes, checksum: str, threads: int | None, instruction_set: str | None) -> Engine:
+    engine = load(source, threads=threads, instruction_set=instruction_set)
+    if engine._loaded != _Loaded(source, checksum, threads, instruction_set):  # a path may hold another file by now
+        raise PackedFileError(
+            f"{cut(str(source))} holds another model than when the engine was pickled: put that one back."
+        )
+    return engine
 
 
 class Engine:
@@ -62,8 +89,23 @@ class Engine:
         ConfigError: see :func:`load`.
     """
 
+    _loaded: _Loaded | None = None
+
     def __init__(self, packed: PackedModel, *, threads: int | None = None, instruction_set: str | None = None) -> None:
         self._build(dataclasses.replace(packed, tensors=dict(packed.tensors)), threads, instruction_set)
+
+    def __repr__(self) -> str:
+        kind = f"{len(self.classes)} classes" if self.program.classifies else f"vectors of {self.program.output}"
+        size = " x ".join(map(str, self.program.input))
+        return (
+            f"<qvit.Engine of {shown(self.program.name)}: {size}, {kind}, threads={self.threads}, "
+            f"instruction_set={self.instruction_set!r}>"
+        )
+
+    def __reduce__(self) -> tuple[Callable[..., Engine], _Loaded]:
+        if self._loaded is None:
+            raise ConfigError("An engine of a model in memory cannot be pickled: write the model and load the file.")
+        return _load_again, self._loaded
 
     def _build(self, packed: PackedModel, threads: int | None, instruction_set: str | None) -> None:
         """Take the tensors out of ``packed`` one by one: where it is nobody else's, their memory is free at once."""
@@ -99,8 +141,8 @@ class Engine:
         """Return the ``top_k`` classes of each image with their probabilities, the most probable first.
 
         Args:
-            images: one image or several: paths, bytes of files, files open in binary mode, uint8 arrays ``(H, W, C)``
-                or Pillow images; see :func:`qvit.images.open_picture`.
+            images: one image or several: paths, bytes of files in any buffer, files open in binary mode, uint8 arrays
+                ``(H, W, C)`` or Pillow images; see :func:`qvit.images.open_picture`.
             top_k: at most this many classes an image.
 
         Raises:
