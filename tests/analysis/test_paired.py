@@ -49,7 +49,7 @@ def samples(count: int, classes: int = 3) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("count", [1, 60])
-def test_counts_and_errors_are_those_of_the_definition(count: int) -> None:
+def test_counts_are_those_of_the_definition(count: int) -> None:
     images, labels = samples(count)
     found = compared(images, labels)
     first, second = (images[:, n] == labels for n in range(2))
@@ -60,15 +60,39 @@ def test_counts_and_errors_are_those_of_the_definition(count: int) -> None:
         (~first & ~second).sum(),
     )
     assert (found.images, found.same) == (count, (images[:, 0] == images[:, 1]).sum())
-    for share, values in zip((*found.top1, found.gain), (first, second, second * 1.0 - first), strict=True):
-        assert share.percent == pytest.approx(100 * values.mean())
-        assert share.error == pytest.approx(100 * values.std() / math.sqrt(count))
+    for estimate, values in zip((*found.top1, found.gain), (first, second, second * 1.0 - first), strict=True):
+        assert estimate.percent == pytest.approx(100 * values.mean())
     for kind, expected in enumerate((first & ~second, ~first & second, ~first & ~second)):
         for difference in found.differences[kind]:
             assert expected[difference.image]
             assert difference.classes == tuple(images[difference.image])
             assert difference.classes[0] != difference.classes[1]
             assert difference.label == labels[difference.image]
+
+
+def test_one_image_proves_nothing() -> None:
+    found = Paired(1, 0, 1, Right(1, 0, 0, 0), [])
+    assert str(found.agreement) == "100.00 (20.65 to 100.00)"
+    assert list(map(str, found.top1)) == ["100.00 (20.65 to 100.00)"] * 2
+    assert str(found.gain) == "0.00 (-92.39 to 92.39)"
+    assert str(Paired(10, 0, 0, None, []).agreement) == "0.00 (0.00 to 27.75)"
+
+
+@given(both=st.integers(0, 300), first=st.integers(0, 300), second=st.integers(0, 300), neither=st.integers(1, 300))
+def test_intervals_hold_their_estimate_and_are_never_empty(both: int, first: int, second: int, neither: int) -> None:
+    found = Paired(both + first + second + neither, 0, 0, Right(both, first, second, neither), [])
+    for estimate, least in ((found.gain, -100.0), *((top1, 0.0) for top1 in found.top1)):
+        assert least <= estimate.low <= estimate.percent + 1e-9
+        assert estimate.percent - 1e-9 <= estimate.high <= 100
+        assert estimate.low < estimate.high
+
+
+@pytest.mark.parametrize("chances", [(0.1, 0.2), (0.02, 0.02), (0.3, 0.05)])
+def test_interval_of_a_gain_holds_the_truth_in_95_of_100_cases(chances: tuple[float, float]) -> None:
+    counts = np.random.default_rng(0).multinomial(80, [*chances, 1 - sum(chances)], 1000).tolist()
+    gains = [Paired(80, 0, 0, Right(0, *rest), []).gain for rest in counts]
+    held = [gain.low <= 100 * (chances[1] - chances[0]) <= gain.high for gain in gains]
+    assert 0.93 < np.mean(held) <= 1
 
 
 @given(first=st.integers(0, 40), second=st.integers(0, 40))
@@ -86,7 +110,6 @@ def test_without_labels_there_is_agreement_alone() -> None:
     (kind,) = found.differences
     assert len(kind) == KEPT
     assert all(difference.label is None for difference in kind)
-    assert str(found.agreement) == f"{found.agreement.percent:.2f} ± {found.agreement.error:.2f}"
 
 
 def test_many_images_take_no_more_memory_than_few() -> None:

@@ -84,12 +84,12 @@ def test_each_model_has_its_own_accuracy_by_its_own_preprocessing(tmp_path: Path
         done = run("compare", *pair, "--data", pictures, "--report", report, "--batch-size", "10")
         assert done.status == 0, done.err
         told = json.loads((report / "report.json").read_text())
-        assert [share["percent"] for share in told["top1"]] == pytest.approx([alone(path, pictures) for path in pair])
+        assert [top1["percent"] for top1 in told["top1"]] == pytest.approx([alone(path, pictures) for path in pair])
         assert told["images"] == 48
         assert sum(told["right"].values()) == 48
         assert [model["file"] for model in told["models"]] == list(map(str, pair))
         assert all(model["seconds"] > 0 for model in told["models"])
-        assert f"{told['top1'][0]['percent']:.2f} ± " in done.out
+        assert f"{told['top1'][0]['percent']:.2f} (" in done.out
         assert f"p = {told['p_value']:.3g} (McNemar" in done.out
         page = check_page((report / "report.html").read_text())
         kinds = {"A alone is right", "B alone is right", "Neither is right"}

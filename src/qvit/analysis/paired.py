@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-from scipy.stats import binomtest
+from scipy.stats import binomtest, norm
 from torch import Tensor, nn
 
 from qvit.data.loader import Batch
@@ -18,16 +18,21 @@ from qvit.nn.modes import evaluating
 
 KEPT = 12
 """Images of each kind of difference that are kept."""
+_CONFIDENCE = 0.95
 
 
-class Share(NamedTuple):
-    """A share of some images in percent, and its standard error."""
+class Estimate(NamedTuple):
+    """What some images say of all images alike, in percent, and where that lies with a probability of 95 %.
+
+    An interval and no standard error: that of 0 or 100 % would be 0, as if one image could prove something.
+    """
 
     percent: float
-    error: float
+    low: float
+    high: float
 
     def __str__(self) -> str:
-        return f"{self.percent:.2f} ± {self.error:.2f}"
+        return f"{self.percent:.2f} ({self.low:.2f} to {self.high:.2f})"
 
 
 class Difference(NamedTuple):
@@ -74,26 +79,31 @@ class Paired:
     differences: list[list[Difference]]
 
     @property
-    def agreement(self) -> Share:
-        """Share of the images to which both models give the same class."""
-        return _share(self.same, self.images)
+    def agreement(self) -> Estimate:
+        """Percentage of images to which both models give the same class."""
+        return _proportion(self.same, self.images)
 
     @property
-    def top1(self) -> tuple[Share, Share] | None:
+    def top1(self) -> tuple[Estimate, Estimate] | None:
         """Accuracy of either model; ``None`` without labels."""
         if self.right is None:
             return None
-        alone = self.right.first, self.right.second
-        return _share(self.right.both + alone[0], self.images), _share(self.right.both + alone[1], self.images)
+        both, first, second, _ = self.right
+        return _proportion(both + first, self.images), _proportion(both + second, self.images)
 
     @property
-    def gain(self) -> Share | None:
-        """The second model's accuracy less the first's; its error is that of a difference on the same images."""
+    def gain(self) -> Estimate | None:
+        """The second model's accuracy less the first's, on the same images; ``None`` without labels.
+
+        The interval is that of Bonett and Price (2012): Wald's, with one image more that each model alone has right.
+        """
         if self.right is None:
             return None
-        first, second = self.right.first, self.right.second
-        mean = (second - first) / self.images
-        return Share(100 * mean, 100 * math.sqrt(max((first + second) / self.images - mean**2, 0.0) / self.images))
+        first, second = ((alone + 1) / (self.images + 2) for alone in (self.right.first, self.right.second))
+        middle = second - first
+        reach = float(norm.ppf((1 + _CONFIDENCE) / 2)) * math.sqrt((first + second - middle**2) / (self.images + 2))
+        gain = (self.right.second - self.right.first) / self.images
+        return Estimate(100 * gain, 100 * max(middle - reach, -1.0), 100 * min(middle + reach, 1.0))
 
     @property
     def p_value(self) -> float | None:
@@ -157,9 +167,10 @@ def _classes(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
     return classes
 
 
-def _share(count: int, images: int) -> Share:
-    share = count / images
-    return Share(100 * share, 100 * math.sqrt(share * (1 - share) / images))
+def _proportion(count: int, images: int) -> Estimate:
+    """Return ``count`` of ``images`` with Wilson's interval (1927)."""
+    interval = binomtest(count, images).proportion_ci(_CONFIDENCE, method="wilson")
+    return Estimate(100 * count / images, 100 * float(interval.low), 100 * float(interval.high))
 
 
 class _Sample:

@@ -135,7 +135,7 @@ class Comparison:
             "same": paired.same,
             "right": None if paired.right is None else paired.right._asdict(),
             "agreement": paired.agreement._asdict(),
-            "top1": None if paired.top1 is None else [share._asdict() for share in paired.top1],
+            "top1": None if paired.top1 is None else [top1._asdict() for top1 in paired.top1],
             "gain": None if paired.gain is None else paired.gain._asdict(),
             "p_value": paired.p_value,
         }

@@ -47,7 +47,9 @@ def sentences(comparison: Comparison) -> list[str]:
     """Return which models they are and what the numbers say: agreement, and with labels the difference and its test."""
     paired = comparison.paired
     said = [f"{title}: {side.path}, {side.spec.name}." for title, side in zip(TITLES, comparison.sides, strict=True)]
-    said += [f"Both give the same class to {paired.agreement} % of {paired.images} images."]
+    said += [
+        f"Both give the same class to {paired.agreement} % of {paired.images} images; in brackets is a 95 % interval."
+    ]
     if paired.right is not None:
         alone = paired.right.first + paired.right.second
         said.append(
@@ -97,7 +99,7 @@ def _sections(comparison: Comparison) -> list[Section]:
     caption = (
         "bits: of a packed file, those of most layers. MB: of a packed file, or of a checkpoint's model with its codes "
         f"at their width. ms: median of one image on {comparison.threads} thread(s), both models by turns; a quantized "
-        "checkpoint is timed as the packed file that it becomes. ± is one standard error."
+        "checkpoint is timed as the packed file that it becomes. What is in brackets is a 95 % interval."
     )
     tables = [ReportTable(_columns(comparison), _rows(comparison), caption)]
     if right is not None:
