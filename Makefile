@@ -18,8 +18,8 @@ $(INSTALLED): pyproject.toml CMakeLists.txt $(wildcard src/qvit/kernels/* src/qv
 	test -x $(BIN)/python || python3 -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv || true
 	if $(BIN)/python -m uv --version >/dev/null 2>&1; \
-	then $(BIN)/python -m uv pip install --python $(BIN)/python $(STRICT) --editable '.[train,dev]'; \
-	else $(BIN)/python -m pip install $(STRICT) --editable '.[train,dev]'; fi
+	then $(BIN)/python -m uv pip install --python $(BIN)/python $(STRICT) --editable '.[train,dev,examples]'; \
+	else $(BIN)/python -m pip install $(STRICT) --editable '.[train,dev,examples]'; fi
 	touch $@
 
 # The kernels as modules of WebAssembly. Zig's first run takes a minute: it compiles its C++ library.
@@ -66,7 +66,7 @@ LOWEST_PYTHON ?= 3.10
 test-lowest: install
 	$(BIN)/python -m uv venv --clear --python $(LOWEST_PYTHON) $(LOWEST)
 	$(BIN)/python -m uv pip install --python $(LOWEST)/bin/python --resolution lowest-direct \
-	-r pyproject.toml --extra train --extra hub --extra dev
+	-r pyproject.toml --extra train --extra hub --extra examples --extra dev
 	$(BIN)/python -m uv pip install --python $(LOWEST)/bin/python --no-deps --no-build-isolation \
 	--config-setting build-dir=$(LOWEST)/kernels --editable .
 	$(LOWEST)/bin/python -m pytest -n 2 --dist worksteal

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import re
@@ -18,10 +19,11 @@ from qvit.cli import app as cli
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
+EXAMPLES = [path for path in sorted((ROOT / "examples").glob("*.py")) if "__main__" in path.read_text(encoding="utf-8")]
 PAGES = [*sorted(ROOT.glob("*.md")), *DOCS]
 SOURCES = sorted(
     path
-    for folder in ("src", "tests", "benchmarks")
+    for folder in ("src", "tests", "benchmarks", "examples")
     for path in (ROOT / folder).rglob("*")
     if path.suffix in (".py", ".pyi", ".h", ".cpp", ".yaml", ".sh") and path != Path(__file__)
 )
@@ -90,7 +92,7 @@ def test_every_relative_link_leads_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_file_of_the_repository_that_is_named_is_there(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    for name in re.findall(r"(?<![\w/.-])((?:src|tests|benchmarks|docs)/[\w./-]*\w/?)", text):
+    for name in re.findall(r"(?<![\w/.-])((?:src|tests|benchmarks|examples|docs)/[\w./-]*\w/?)", text):
         assert (ROOT / name).exists(), f"{page.name}: {name}"
     # A path in the page's own words for src/qvit's, such as `nn/quantizer.py`.
     for name in re.findall(r"`((?:\w+/)+[\w.]+\.(?:py|cpp|h))`", text):
@@ -127,9 +129,9 @@ def command_lines(page: Path) -> Iterator[tuple[list[str], bool]]:
     for line, is_block in [*((block, True) for block in blocks), *((code, False) for code in inline)]:
         with_options = re.sub(r"\[(--[^\]]+)\]", r"\1", line.split(" # ")[0])  # that may be left out
         for part in re.split(r" && | \| |; ", with_options):
-            plain = re.sub(
-                r"^(?:[A-Z_]+=\S+ )*(?:torchrun .*-m qvit\.cli(?= ))?", lambda m: "qvit" * ("-m" in m[0]), part
-            )
+            plain = re.sub(r"^(?:[A-Z_]+=\S+ )*", "", part)
+            plain = re.sub(r"^torchrun .*-m qvit\.cli(?= )", "qvit", plain)
+            plain = re.sub(r"^torchrun .*(?=examples/)", "python ", plain)
             if re.match(r"(?:qvit|python|make)\s", plain):
                 yield shlex.split(plain), is_block
 
@@ -139,7 +141,7 @@ def check_command(program: str, arguments: list[str], whole: bool) -> None:
     if program == "make":
         assert set(arguments) <= TARGETS
     elif program == "python":
-        if arguments[0].startswith("benchmarks/"):
+        if arguments[0].startswith(("benchmarks/", "examples/")):
             code = (ROOT / arguments[0]).read_text(encoding="utf-8")
             for option in (word for word in arguments[1:] if word.startswith("--")):
                 assert f'"{option}"' in code, option
@@ -170,16 +172,28 @@ def test_the_examples_of_every_command_can_be_typed(name: str) -> None:
         check_command("qvit", shlex.split(example), whole=True)
 
 
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_an_example_says_how_it_is_run_and_stands_on_the_page(path: Path) -> None:
+    assert f"examples/{path.name}" in (ROOT / "docs" / "examples.md").read_text(encoding="utf-8")
+    said = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    commands = re.findall(r"^  (?:python|torchrun .*) (examples/.*)$", said, re.MULTILINE)
+    assert commands
+    for program, *arguments in map(shlex.split, commands):
+        assert program == f"examples/{path.name}"
+        check_command("python", [program, *arguments], whole=True)
+
+
 def test_commands_are_found_and_what_is_wrong_with_them_is_seen(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(
         "    qvit eval x.pt\n        --data digits [--workers 2] && A=1 qvit info m\n"
-        "    B=2 torchrun -x 8 -m qvit.cli train m\n`make\ntest`\n"
+        "    B=2 torchrun -x 8 -m qvit.cli train m\n    torchrun -x 8 examples/a.py --b\n`make\ntest`\n"
     )
     assert list(command_lines(page)) == [
         (["qvit", "eval", "x.pt", "--data", "digits", "--workers", "2"], True),
         (["qvit", "info", "m"], True),
         (["qvit", "train", "m"], True),
+        (["python", "examples/a.py", "--b"], True),
         (["make", "test"], False),
     ]
 

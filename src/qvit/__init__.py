@@ -14,6 +14,7 @@ from qvit.config import QuantConfig
 from qvit.errors import QvitError
 
 if TYPE_CHECKING:
+    from qvit.analysis.agreement import agreement
     from qvit.exporting.packed import export
     from qvit.quantization.calibrate import calibrate
     from qvit.quantization.convert import quantize
@@ -28,6 +29,7 @@ __all__ = [
     "QuantConfig",
     "QvitError",
     "__version__",
+    "agreement",
     "calibrate",
     "errors",
     "export",
@@ -43,6 +45,7 @@ _HOMES = {
     "quantize": "quantization.convert",
     "calibrate": "quantization.calibrate",
     "reconstruct": "quantization.reconstruct",
+    "agreement": "analysis.agreement",
     "export": "exporting.packed",
     "search_bits": "search.find",
     "DistillationLoss": "quantization.distill",

@@ -28,7 +28,7 @@ from members import (
     preprocessing,
     student_of,
 )
-from qvit import QuantConfig, quantize
+from qvit import QuantConfig, export, quantize
 from qvit.errors import CheckpointError, ConfigError, PackedFileError, UncalibratedError, UnsupportedModelError
 from qvit.exporting.packed import export_checkpoint
 from qvit.format.branches import Residual
@@ -135,6 +135,13 @@ def test_training_mode_exports_the_model_of_evaluation(vit: nn.Module, tmp_path:
     packed(student.train(), tmp_path / "train.safetensors", images)
     assert student.training
     assert (tmp_path / "eval.safetensors").read_bytes() == (tmp_path / "train.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("classes", [10, 0])
+def test_classes_that_nobody_names_have_their_number(make_model, tmp_path: Path, images: Tensor, classes: int) -> None:
+    student = student_of(make_model(num_classes=classes, global_pool="avg"), images, QuantConfig())
+    export(student, tmp_path / "m.safetensors", preprocessing=preprocessing())
+    assert read_packed(tmp_path / "m.safetensors").classes == [f"LABEL_{number}" for number in range(classes)]
 
 
 def test_header_says_what_was_given(vit: nn.Module, tmp_path: Path, images: Tensor) -> None:

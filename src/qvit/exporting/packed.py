@@ -16,7 +16,7 @@ from qvit.format.packed import PackedModel, write_packed
 from qvit.models.checkpoint import load_checkpoint
 from qvit.models.families import lower
 from qvit.models.lowering import refuse
-from qvit.models.spec import ModelSpec
+from qvit.models.spec import ModelSpec, unnamed_classes
 from qvit.nn.quantizer import Quantizer
 
 
@@ -25,7 +25,7 @@ def export(
     path: str | Path,
     *,
     preprocessing: Mapping[str, Any],
-    classes: Sequence[str],
+    classes: Sequence[str] | None = None,
     origin: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a quantized model as a packed file, which runs without PyTorch.
@@ -38,7 +38,8 @@ def export(
         path: file to write; ``.safetensors`` is the usual suffix.
         preprocessing: input_size (channels, height, width), mean, std, crop_pct, crop_mode and interpolation, as
             ``timm.data.resolve_model_data_config`` gives them.
-        classes: class names in the order of the logits.
+        classes: class names in the order of the logits; by default ``LABEL_0``, ``LABEL_1``, ... of a classifier. A
+            feature extractor has none.
         origin: how the model was made, for people; plain JSON data.
 
     Raises:
@@ -54,6 +55,8 @@ def export(
     if not isinstance(size, list) or len(size) != 3 or not all(type(side) is int for side in size):
         raise ConfigError(f"preprocessing.input_size must be channels, height and width, not {size!r}.")
     program, lowering = lower(student, (size[1], size[2]))
+    if classes is None:
+        classes = unnamed_classes(program.output) if program.classifies else []
     try:
         check_classes(list(classes), program)
         check_preprocessing(settings, program.input)

@@ -94,11 +94,10 @@ class Matrix {
         depth_ = round_up(k_, kChannels);
         channels_ = round_up(n_, product_->group);
         packed_ = Buffer<uint8_t>(product_->weight_bytes(channels_, depth_));
-        constexpr int kLow = 128;
-        std::vector<uint8_t> row(depth_, kLow);
+        std::vector<int8_t> row(depth_);
         for (size_t channel = 0; channel < n_; ++channel) {
-            for (size_t i = 0; i < k_; ++i) row[i] = static_cast<uint8_t>(codes.data()[channel * k_ + i] + kLow);
-            product_->pack_channel(packed_.data(), depth_, channel, row.data(), kLow);
+            std::copy_n(codes.data() + channel * k_, k_, row.data());
+            product_->pack_channel(packed_.data(), depth_, channel, row.data());
         }
     }
 

@@ -18,7 +18,7 @@ from qvit.models.families import family_of
 from qvit.models.fetch import CHECKPOINT, PREFIX, fetch
 from qvit.models.foreign import Report, adapted, count_classes
 from qvit.models.reading import INDEX, WEIGHTS, find_weights, read_file, read_json
-from qvit.models.spec import ModelSpec, describe, same_architecture, shape_of
+from qvit.models.spec import ModelSpec, describe, same_architecture, shape_of, unnamed_classes
 from qvit.models.transformers_vit import class_names, is_transformers_config, load_transformers
 from qvit.models.weights import fitting
 
@@ -233,7 +233,7 @@ def _classes(named: list[str] | None, count: int, expected: ModelSpec | None) ->
     subset = timm.data.infer_imagenet_subset({"num_classes": count})
     if not named and subset:
         named = timm.data.ImageNetInfo(subset).label_names()
-    unnamed = {"id2label": {str(i): f"LABEL_{i}" for i in range(count)}}
+    unnamed = {"id2label": dict(enumerate(unnamed_classes(count)))}
     return [str(name) for name in named] if named else class_names(unnamed, expected.classes if expected else [])
 
 

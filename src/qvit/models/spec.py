@@ -172,6 +172,11 @@ def describe(
     return spec
 
 
+def unnamed_classes(count: int) -> list[str]:
+    """Return what classes are called of which nothing but their number is known, as transformers calls them."""
+    return [f"LABEL_{number}" for number in range(count)]
+
+
 def check_class_name(name: str) -> None:
     """Refuse a class whose name no packed file can hold.
 

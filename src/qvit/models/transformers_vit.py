@@ -21,7 +21,7 @@ from qvit.format.fields import is_whole
 from qvit.models.arguments import MAX_CHANNELS, MAX_SIDE
 from qvit.models.checkpoint import build
 from qvit.models.reading import find_weights, read_file, read_json
-from qvit.models.spec import ModelSpec, describe, same_architecture
+from qvit.models.spec import ModelSpec, describe, same_architecture, unnamed_classes
 from qvit.models.transformers_families import CONVERSIONS, Weights, activation
 
 # What a transformers configuration means where it says nothing.
@@ -96,7 +96,7 @@ def load_transformers(folder: Path, source: str, expected: ModelSpec | None) -> 
         else:
             name, arguments, weights = conversion.convert(config, stored)
         head = weights.get("head.weight", weights.get("head.fc.weight"))
-        unnamed = {str(index): f"LABEL_{index}" for index in range(0 if head is None else len(head))}
+        unnamed = dict(enumerate(unnamed_classes(0 if head is None else len(head))))
         classes = (
             [] if head is None else class_names({"id2label": unnamed, **config}, expected.classes if expected else [])
         )

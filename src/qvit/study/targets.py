@@ -1,12 +1,11 @@
-"""The files that a command writes: nothing that was there is replaced, and no half of them is left behind."""
+"""The files that a quantization writes: nothing that was there is replaced, and no other command writes them."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import os
-import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -117,20 +116,3 @@ def check_new(paths: Iterable[Path]) -> None:
             raise ConfigError(f"{path} is there already: give another name, or move it away.")
         write_atomically(path, lambda temporary: temporary.write_bytes(b""))
         path.unlink()
-
-
-@contextmanager
-def all_or_none(paths: Sequence[Path]) -> Iterator[None]:
-    """Remove these files and folders if the block that writes them fails, so that the command can be repeated.
-
-    For paths that :func:`check_new` has seen to be new.
-    """
-    try:
-        yield
-    except BaseException:
-        for path in paths:
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
-        raise

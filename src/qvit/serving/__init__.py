@@ -1,1 +1,0 @@
-"""Packed models behind HTTP: one process, several engines. Needs the extra ``serve``, and no PyTorch."""
