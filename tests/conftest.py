@@ -34,10 +34,11 @@ torch.set_num_threads(1)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-FAST = ("format", "nn", "runtime")
+FAST = ("format", "nn", "runtime", "serving")
 """Folders whose tests neither train nor start processes; with the tests beside this file they are the fast part."""
 SLOW = ("test_hooks.py", "test_hub.py", "test_import.py", "test_readme.py", "test_recompute.py", "test_rectify.py")
-SLOW += ("test_faults.py", "test_programs.py", "test_image_memory.py", "test_examples.py")
+SLOW += ("test_faults.py", "test_programs.py", "test_image_memory.py")
+SLOW += ("test_serving_process.py", "test_examples.py")
 """Files of these that do, or that take long."""
 
 

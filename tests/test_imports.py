@@ -15,6 +15,7 @@ LEVELS = (
     ("qvit.images",),
     ("qvit.format",),
     ("qvit.runtime", "qvit._kernels"),
+    ("qvit.serving",),
     ("qvit.nn",),
     ("qvit.models.lowering", "qvit.models.attention", "qvit.models.parts"),
     ("qvit.models.vit", "qvit.models.swin", "qvit.models.swinv2", "qvit.models.swinv2_cr"),
@@ -33,7 +34,7 @@ LEVELS = (
 )
 """From the ground up. A module's level is that of its longest prefix; modules of one level may import one another."""
 NO_TORCH = ("qvit.errors", "qvit._version", "qvit.config", "qvit.files", "qvit.images", "qvit.format", "qvit.runtime")
-NO_TORCH += ("qvit.exporting.onnx", "qvit.exporting.web")
+NO_TORCH += ("qvit.exporting.onnx", "qvit.exporting.web", "qvit.serving")
 TRAINING = ("torch", "timm", "torchvision", "accelerate")
 MODULES = {
     "qvit." + ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): path

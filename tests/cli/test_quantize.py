@@ -21,7 +21,7 @@ from conftest import MODEL, make_vit, save_float
 from edits import NONSENSE, edited, places
 from qvit import load
 from qvit.data.pictures import open_pictures
-from qvit.errors import NonFiniteLossError
+from qvit.errors import NonFiniteLossError, OutputError
 from qvit.models.checkpoint import load_checkpoint, weights_checksum
 from qvit.quantization.reconstruct import Reconstruction
 
@@ -205,6 +205,19 @@ def test_what_goes_wrong_after_the_last_step_loses_nothing(
     assert done.status == 0, done.err
     assert quantize("--out", tmp_path / "whole.safetensors").status == 0
     assert checksum(tmp_path / "model.pt") == checksum(tmp_path / "whole.pt")
+
+
+@pytest.mark.usefixtures("kept")
+def test_a_packed_file_that_cannot_be_written_leaves_no_checkpoint_in_the_way(
+    quantize: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OutputError("Cannot write it.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("qvit.study.quantization.export", fail)
+        assert sentence(quantize()) == "qvit: Cannot write it."
+    assert quantize("--resume").status == 0
 
 
 def test_two_commands_do_not_write_one_file(

@@ -20,7 +20,7 @@ from pages import check_page
 from qvit import QuantConfig, export, quantize
 from qvit import calibrate as calibrate_student
 from qvit.cli.options import parse_overrides
-from qvit.errors import ConfigError
+from qvit.errors import ConfigError, OutputError
 from qvit.format.packed import read_packed
 from qvit.models.checkpoint import save_checkpoint
 from qvit.models.spec import describe
@@ -45,7 +45,7 @@ def search(float_file: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(timing, "ROUNDS", 1)
     monkeypatch.setattr("qvit.bench.compare.PAUSE", 0.0)
     monkeypatch.setattr(find, "_FRONTIER", 3)
-    monkeypatch.setattr(calibrate, "_SHARES", (1.0, 0.7))  # of the ranges that are tried; quick
+    monkeypatch.setattr(calibrate, "_FRACTIONS", (1.0, 0.7))  # of the ranges that are tried; quick
 
     def command(*arguments: str | Path, source: str | Path = float_file) -> Done:
         given = ["--images", pictures, "--out", tmp_path / "bits.txt", "--threads", "1", "--cpu", *arguments]
@@ -126,6 +126,17 @@ def test_the_least_that_a_refusal_tells_is_enough_for_one_picture_too_and_nothin
     # Layers and operands of two blocks; rounding up left room for nothing.
     assert list(parse_overrides([f"@{tmp_path / 'bits.txt'}"]).values()) == [2] * 16
     assert "is there already" in sentence(search("--budget-ops", least, *folder))
+
+
+def test_a_search_that_cannot_be_written_leaves_nothing_in_the_way(
+    search: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OutputError("Cannot write it.")
+
+    monkeypatch.setattr("qvit.search.run.write_text", fail)  # after the page
+    assert sentence(search("--budget-mb", "1", "--report", tmp_path / "report")) == "qvit: Cannot write it."
+    assert not list((tmp_path / "report").iterdir())
 
 
 def test_a_link_that_leads_nowhere_is_not_replaced(search: Callable[..., Done], tmp_path: Path) -> None:

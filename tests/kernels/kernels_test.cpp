@@ -87,10 +87,10 @@ void check_product(const char* isa, const Product& product, int left_bits, int r
         }
     };
     std::memset(packed.data(), 0xa5, packed.size());  // what was there before must not matter
-    std::vector<int8_t> channel(k);
+    std::vector<uint8_t> channel(k, static_cast<uint8_t>(low));
     for (size_t c = 0; c < size.channels; ++c) {
-        for (size_t i = 0; i < size.depth; ++i) channel[i] = static_cast<int8_t>(w[c * size.depth + i]);
-        product.pack_channel(packed.data(), k, c, channel.data());
+        for (size_t i = 0; i < size.depth; ++i) channel[i] = static_cast<uint8_t>(w[c * size.depth + i] + low);
+        product.pack_channel(packed.data(), k, c, channel.data(), low);
     }
     run_and_compare();
     if (product.pack_columns == nullptr) return;

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qvit import DistillationLoss, QuantConfig, calibrate, quantize
-from qvit.errors import ConfigError, TeacherMismatchError
+from qvit.errors import ConfigError, TeacherMismatchError, UnsupportedModelError
 from qvit.models.queries import attention_layers, run_with_queries
 from qvit.quantization.distill import check_guidance, guided_distance
 
@@ -336,6 +337,58 @@ def test_queries_and_keys_are_what_enters_the_product(vit: nn.Module, images: Te
             assert torch.equal(got, expected)
 
 
+def kept_bytes(loss_fn: DistillationLoss, student: nn.Module, images: Tensor, labels: Tensor) -> int:
+    """Return the bytes of all that a step keeps for the backward pass, weights apart, each piece of memory once."""
+    weights = {p.untyped_storage().data_ptr() for p in student.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss_fn(student, images, labels)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("rectifier", [None, "head", "token"])
+@pytest.mark.parametrize("layers", [None, [-1]])
+def test_guidance_keeps_the_guided_layers_queries_and_keys_of_the_teacher_alone(
+    vit: nn.Module, images: Tensor, labels: Tensor, rectifier: Literal["head", "token"] | None, layers: list[int] | None
+) -> None:
+    student = calibrated(vit, images, QuantConfig(rectifier=rectifier)).train()
+    guided, plain = (
+        kept_bytes(DistillationLoss(vit, guided=guided, guided_layers=layers), student, images, labels)
+        for guided in (True, False)
+    )
+    _, queries, keys = run_with_queries(vit, images)
+    teachers = sum(4 * x.numel() for x in queries + keys) // (1 if layers is None else len(queries))
+    assert guided - plain == pytest.approx(teachers, abs=200)  # of scalars
+
+
+def test_models_are_looked_through_once(
+    vit: nn.Module, images: Tensor, labels: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, another = (calibrated(vit, images).train() for _ in range(2))
+    loss_fn = DistillationLoss(vit)
+    loss_fn(student, images, labels)
+    walks, named_modules = [], nn.Module.named_modules
+
+    def counted(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        walks.append(self)
+        return named_modules(self, *args, **kwargs)
+
+    monkeypatch.setattr(nn.Module, "named_modules", counted)
+    loss_fn(student, images, labels).backward()
+    assert not walks
+    another.head = nn.Linear(24, 10)
+    with pytest.raises(UnsupportedModelError, match="head"):
+        loss_fn(another, images, labels)
+    assert walks
+
+
 BACKEND = "aot_eager"  # traces as inductor does, without the minute of C++ compilation
 
 
@@ -354,6 +407,25 @@ def test_compiled_teacher_and_student_neither_break_nor_recompile(vit: nn.Module
             loss.backward()
     assert loss.item() == pytest.approx(expected, rel=1e-4)
     assert loss_fn.last_parts["guided"].item() == pytest.approx(guided, rel=1e-3)
+
+
+def test_no_query_leaves_a_compiled_student(make_model, images: Tensor, labels: Tensor) -> None:
+    vit = make_model(depth=1)
+    student = calibrated(vit, images).train()
+    left: list[Tensor] = []
+
+    def look(graph: Any, example_inputs: list[Any]) -> Any:
+        def run(*args: Any) -> Any:
+            outputs = graph(*args)
+            left.extend(outputs)
+            return outputs
+
+        return run
+
+    torch.compiler.reset()
+    student.compile(fullgraph=True, backend=look)
+    DistillationLoss(vit)(student, images, labels)
+    assert sorted(x.ndim for x in left) == [0, 0, 2]  # distances of queries and keys, logits
 
 
 def test_compiled_models_are_guided_after_they_have_run_alone(make_model, images, labels) -> None:
@@ -432,7 +504,7 @@ def test_only_the_chosen_layers_are_guided(vit: nn.Module, images: Tensor) -> No
         queries_and_keys(vit, images), queries_and_keys(student, images), strict=True
     )]  # fmt: skip
     depth = len(every) // 2
-    for chosen, layers in (([0], [0]), ([-1], [depth - 1]), ([0, -1], [0, depth - 1])):
+    for chosen, layers in (([0], [0]), ([-1], [depth - 1]), ([-1, 0], [0, depth - 1])):
         loss_fn = DistillationLoss(vit, guided_layers=chosen)
         loss_fn(student, images, labels)
         expected = torch.stack([every[layer + offset] for offset in (0, depth) for layer in layers]).mean()

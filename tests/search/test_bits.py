@@ -34,7 +34,7 @@ EVERY = pytest.mark.parametrize("kind", ["vit", *KINDS])
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Try few ranges where a scale is fitted: how good they are is not asked here."""
-    monkeypatch.setattr("qvit.quantization.calibrate._SHARES", (1.0, 0.7))
+    monkeypatch.setattr("qvit.quantization.calibrate._FRACTIONS", (1.0, 0.7))
     monkeypatch.setattr("qvit.quantization.calibrate._FINE_SHARES", (1.0, 0.7))
 
 

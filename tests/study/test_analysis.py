@@ -15,6 +15,7 @@ from members import student_of, vary
 from pages import check_page
 from qvit.analysis.bottleneck import PARTS
 from qvit.analysis.examination import Examination
+from qvit.errors import OutputError
 from qvit.files import printable
 from qvit.models.checkpoint import load_checkpoint, save_checkpoint
 from qvit.models.spec import create_model, describe
@@ -83,7 +84,20 @@ def test_hostile_names_are_text_in_everything_that_is_written(checkpoints, image
     assert f"{second['top1']:.2f}" in done.out
 
     again = run("analyze", *checkpoints(), "--data", data, "--out", out, "--cpu")
-    assert "report.html is there already: give another --out, or move it away." in sentence(again)
+    assert "report.html is there already: give another name, or move it away." in sentence(again)
+
+
+def test_an_analysis_that_cannot_be_written_can_be_repeated(checkpoints, image_folder, tmp_path, undrawn, monkeypatch):
+    def fail(*_):
+        raise OutputError("Cannot write it.")
+
+    data, out = image_folder(classes=tuple(sorted(HOSTILE))), tmp_path / "out"
+    command = ["analyze", checkpoints()[1], "--data", data, "--out", out, "--cpu"]
+    with monkeypatch.context() as patch:
+        patch.setattr(analysis_report, "write_report", fail)
+        assert sentence(run(*command)) == "qvit: Cannot write it."
+    done = run(*command)
+    assert done.status == 0, done
 
 
 def test_pictures_without_labels_at_any_depth_and_a_teacher(checkpoints, tmp_path, undrawn):

@@ -19,6 +19,7 @@ from commands import run, sentence
 from pages import HOSTILE, check_page
 from qvit.data.loader import make_loader, make_transform
 from qvit.data.sources import open_validation
+from qvit.errors import OutputError
 from qvit.exporting.packed import export_checkpoint
 from qvit.files import printable
 from qvit.models.checkpoint import save_checkpoint
@@ -74,7 +75,9 @@ def alone(path: Path, data: Path) -> float:
     return evaluate(model, loader, torch.device("cpu")).top1
 
 
-def test_each_model_has_its_own_accuracy_by_its_own_preprocessing(tmp_path: Path, pictures: Path) -> None:
+def test_each_model_has_its_own_accuracy_by_its_own_preprocessing(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     grey = {"mean": [0.4], "std": [0.2], "crop_pct": 1.0}
     quantized = checkpoint(tmp_path / "q.pt", bits=2, seed=1, **grey)
     export_checkpoint(quantized, packed := tmp_path / "q.safetensors")
@@ -102,6 +105,15 @@ def test_each_model_has_its_own_accuracy_by_its_own_preprocessing(tmp_path: Path
     done = run("compare", *pair, "--data", pictures, "--report", packed)
     assert "Cannot write" in sentence(done)
     assert not done.out  # before the work
+
+    def fail(*_: object) -> None:
+        raise OutputError("Cannot write it.")
+
+    monkeypatch.setattr("qvit.study.comparison_report.write_report", fail)  # after the record
+    assert (
+        sentence(run("compare", *pair, "--data", pictures, "--report", tmp_path / "half")) == "qvit: Cannot write it."
+    )
+    assert not list((tmp_path / "half").iterdir())
 
 
 def test_pictures_without_labels_give_agreement_alone(tmp_path: Path, pictures: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from qvit._version import __version__
-from qvit.cli import analyze, compare, environment, packed, quantize, search, train
+from qvit.cli import analyze, compare, environment, packed, quantize, search, serve, train
 from qvit.cli.ending import REFUSED, STOPPED, Terminated, end, ended_by_sigterm, ends_in_a_sentence
 from qvit.files import printable
 
@@ -62,6 +62,7 @@ for command in (
     train.train,
     train.eval,
     packed.predict,
+    serve.serve,
     packed.bench,
     packed.export,
     packed.push,

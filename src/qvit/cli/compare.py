@@ -98,7 +98,7 @@ def compare(
     """
     from qvit.study.comparison import Request, run_comparison
     from qvit.study.comparison_report import comparison_table, pages, sentences, write_comparison_report
-    from qvit.study.targets import check_new
+    from qvit.study.targets import all_or_none, check_new
 
     if data == "" or images == "":  # an unset variable of a script; the empty path would be this folder
         raise ConfigError("--data or --images is empty: give a folder.")
@@ -112,5 +112,6 @@ def compare(
     for sentence in sentences(comparison):
         console().print(printable(sentence), soft_wrap=True)
     if report is not None:
-        page = write_comparison_report(report, comparison)
+        with all_or_none(pages(report)):
+            page = write_comparison_report(report, comparison)
         console().print(printable(f"Report: {page}"), soft_wrap=True)

@@ -37,7 +37,12 @@ TRAINING_PACKAGES = (
     "jinja2",
     "huggingface_hub",
 )
-EXTRAS = {**dict.fromkeys(TRAINING_PACKAGES, "train"), "onnx": "onnx"}
+SERVING_PACKAGES = ("uvicorn", "starlette", "anyio", "async_batcher", "starlette_exporter", "prometheus_client")
+EXTRAS = {
+    **dict.fromkeys(TRAINING_PACKAGES, "train"),
+    **dict.fromkeys(SERVING_PACKAGES, "serve"),
+    "onnx": "onnx",
+}
 """What brings a package, by its name."""
 _SIGNS = (
     "can't allocate memory",  # PyTorch's allocator

@@ -1,7 +1,8 @@
 // AVX-512 with VNNI, and with VBMI for 2 bits.
 #include "simd_avx512.h"
 
-#include "products.h"
+#include "kept.h"
+#include "lookup.h"
 #include "row_ops.h"
 
 namespace {
@@ -52,12 +53,12 @@ constexpr size_t kPair = 2 * kChannels;
 
 size_t nibble_weight_bytes(size_t n, size_t k) { return n * k / 2; }
 
-void nibble_pack_channel(uint8_t* packed, size_t k, size_t channel, const int8_t* codes) {
+void nibble_pack_channel(uint8_t* packed, size_t k, size_t channel, const uint8_t* codes, int low) {
     const size_t base = channel / kPair * kChannels * k, lane = channel % kChannels * kDepth;
     const int high = channel % kPair / kChannels * 4;
     for (size_t at = 0; at < k; ++at) {
         uint8_t& byte = packed[base + at / kDepth * kChannels * kDepth + lane + at % kDepth];
-        byte = static_cast<uint8_t>((byte & (0xF0 >> high)) | (codes[at] + 8) << high);
+        byte = static_cast<uint8_t>((byte & (0xF0 >> high)) | (codes[at] - low + 8) << high);
     }
 }
 
@@ -101,66 +102,86 @@ void run_nibbles(const uint8_t* rows, size_t stride, size_t count, const uint8_t
 
 // 2 bits x 2 bits: three codes of a channel are 6 bits, and so are three codes of a row. So a row's triple chooses one
 // of 64 constant tables of 64 bytes, in which vpermb looks up 64 channels' triples at once: 192 multiply-adds by one
-// vpermb and one vpaddb. A table holds a . w + 18 (0..27), so that nine of them fit into an unsigned byte.
+// vpermb and one vpaddb.
 //
-// Layout: [n / 64 groups][k / 3 triples][64 channels], a byte a triple w0 + 4 w1 + 16 w2 of the codes modulo 4. A
-// triple is (i, i + T, i + 2 T) with T = ceil(k / 3), so that a row is packed by whole vectors. Byte 2 i of a group is
-// channel i, byte 2 i + 1 channel 32 + i: even and odd bytes then widen into vectors in order.
+// Layout: [n / 64 groups][64 starts, k / 3 triples][64 channels], a byte a triple w0 + 4 w1 + 16 w2 of the codes modulo
+// 4. A triple is (i, i + T, i + 2 T) with T = ceil(k / 3), so that a row is packed by whole vectors.
 constexpr size_t kGroup = 64, kTriple = 3;
-constexpr int kShift = 18;
-constexpr size_t kBeforeWidening = 9;
-constexpr size_t kTriplesAtOnce = 65535 / 27;  // what a 16-bit sum holds
+constexpr size_t kBeforeWidening = 255 / (kTermRange * kTriple);
+constexpr size_t kTriplesAtOnce = 65535 / (kTermRange * kTriple);  // what a 16-bit sum holds
 
 struct Tables {
     alignas(64) uint8_t bytes[64][64];
     Tables() {
-        for (int a = 0; a < 64; ++a)
-            for (int w = 0; w < 64; ++w) {
-                int sum = kShift;
-                for (int i = 0; i < 3; ++i) {
-                    const int code = (w >> (2 * i)) & 3;
-                    sum += ((a >> (2 * i)) & 3) * (code < 2 ? code : code - 4);
-                }
-                bytes[a][w] = static_cast<uint8_t>(sum);
-            }
+        for (int row = 0; row < 64; ++row)
+            for (int channel = 0; channel < 64; ++channel) bytes[row][channel] = lookup_entry<kTriple>(row, channel);
     }
 };
 const Tables kTables;
 
 size_t triples(size_t k) { return (k + kTriple - 1) / kTriple; }
 
-size_t lookup_weight_bytes(size_t n, size_t k) { return n * triples(k); }
+size_t lookup_weight_bytes(size_t n, size_t k) { return n / kGroup * (kStarts<kGroup> + triples(k) * kGroup); }
 
-size_t lookup_lane(size_t channel) { return 2 * (channel % 32) + channel % kGroup / 32; }
+// The first `count` bytes of a vector, or all.
+inline __mmask64 first_bytes(size_t count) { return count < 64 ? (uint64_t{1} << count) - 1 : ~uint64_t{0}; }
 
-void lookup_pack_channel(uint8_t* packed, size_t k, size_t channel, const int8_t* codes) {
-    const size_t count = triples(k), whole = k - 2 * count;
-    uint8_t* at = packed + channel / kGroup * count * kGroup + lookup_lane(channel);
-    for (size_t i = 0; i < count; ++i) {
-        const int third = i < whole ? codes[i + 2 * count] & 3 : 0;
-        at[i * kGroup] = static_cast<uint8_t>((codes[i] & 3) | (codes[i + count] & 3) << 2 | third << 4);
+void lookup_pack_channel(uint8_t* packed, size_t k, size_t channel, const uint8_t* codes, int low) {
+    const size_t count = triples(k);
+    uint8_t* group = packed + channel / kGroup * lookup_weight_bytes(kGroup, k);
+    uint8_t* to = group + kStarts<kGroup> + lookup_lane<kGroup>(channel);
+    const __m512i shift = _mm512_set1_epi8(static_cast<char>(low)), two_bits = _mm512_set1_epi8(3);
+    __m512i totals = _mm512_setzero_si512();
+    for (size_t at = 0; at < count; at += 64) {
+        const size_t some = std::min<size_t>(count - at, 64);
+        __m512i triple = _mm512_setzero_si512();
+        for (size_t part = kTriple; part-- > 0;) {
+            const size_t first = at + part * count;
+            const __mmask64 mask = first_bytes(std::min(some, first < k ? k - first : 0));
+            const __m512i code = _mm512_maskz_loadu_epi8(mask, codes + first);
+            totals = _mm512_add_epi64(totals, _mm512_sad_epu8(code, _mm512_setzero_si512()));
+            triple = _mm512_or_si512(_mm512_slli_epi16(triple, 2),
+                                     _mm512_and_si512(_mm512_maskz_sub_epi8(mask, code, shift), two_bits));
+        }
+        alignas(64) uint8_t bytes[64];
+        _mm512_store_si512(bytes, triple);
+        for (size_t i = 0; i < some; ++i) to[(at + i) * kGroup] = bytes[i];
     }
+    const int total = static_cast<int>(_mm512_reduce_add_epi64(totals));
+    store_start(group, channel % kGroup, total - low * static_cast<int>(k), kTriple * count);
 }
 
 void lookup_pack_columns(const uint8_t* codes, size_t stride, size_t k, size_t width, int low, uint8_t* packed) {
+    alignas(64) uint8_t order[kGroup];  // the channel of each lane
+    for (size_t channel = 0; channel < kGroup; ++channel)
+        order[lookup_lane<kGroup>(channel)] = static_cast<uint8_t>(channel);
+    const __m512i lanes = _mm512_load_si512(order), shift = _mm512_set1_epi8(static_cast<char>(low));
     const size_t count = triples(k);
-    static const uint8_t nothing[kGroup] = {};  // what is beyond k: multiplied by zeros, whatever it is
-    for (size_t channel = 0; channel < width; channel += kGroup)
+    for (size_t channel = 0; channel < width; channel += kGroup) {
+        uint8_t* group = packed + channel / kGroup * lookup_weight_bytes(kGroup, k);
+        const __mmask64 some = first_bytes(width - channel);
+        __m512i starts[4];
+        for (__m512i& start : starts) start = _mm512_set1_epi32(-kTermLowest * static_cast<int>(kTriple * count));
         for (size_t i = 0; i < count; ++i) {
-            const size_t some = std::min(kGroup, width - channel);
-            const uint8_t* parts[kTriple];
-            for (size_t part = 0; part < kTriple; ++part)
-                parts[part] = i + part * count < k ? codes + (i + part * count) * stride + channel : nothing;
-            alignas(64) uint8_t triple[kGroup] = {};
-            for (size_t c = 0; c < some; ++c)
-                triple[c] = static_cast<uint8_t>(((parts[0][c] - low) & 3) | ((parts[1][c] - low) & 3) << 2 |
-                                                 ((parts[2][c] - low) & 3) << 4);
-            uint8_t* to = packed + (channel * count) + i * kGroup;
-            for (size_t c = 0; c < 32; ++c) {
-                to[2 * c] = triple[c];
-                to[2 * c + 1] = triple[c + 32];
+            __m512i triple = _mm512_setzero_si512(), total = triple;
+            for (size_t part = kTriple; part-- > 0;) {
+                const size_t row = i + part * count;
+                triple = _mm512_slli_epi16(triple, 2);
+                if (row >= k) continue;
+                const __m512i code =
+                    _mm512_sub_epi8(_mm512_maskz_loadu_epi8(some, codes + row * stride + channel), shift);
+                triple = _mm512_or_si512(triple, _mm512_and_si512(code, _mm512_set1_epi8(3)));
+                total = _mm512_add_epi8(total, code);
             }
+            _mm512_storeu_si512(group + kStarts<kGroup> + i * kGroup, _mm512_permutexvar_epi8(lanes, triple));
+            total = _mm512_permutexvar_epi8(lanes, total);
+            unrolled<4>([&](auto part) {
+                const __m512i own = _mm512_set1_epi32(1 << 8 * (part / 2 + part % 2 * 2));
+                starts[part] = _mm512_dpbusd_epi32(starts[part], own, total);
+            });
         }
+        for (size_t part = 0; part < 4; ++part) _mm512_storeu_si512(group + part * 64, starts[part]);
+    }
 }
 
 size_t lookup_row_bytes(size_t k) { return round_up(triples(k), 64); }
@@ -177,47 +198,54 @@ void lookup_pack_rows(const uint8_t* codes, size_t stride, size_t rows, size_t k
 }
 
 template <int Rows, int Groups>
-void lookup_tile(const uint8_t* a, size_t stride, const uint8_t* w, size_t group_bytes, size_t count, bool first,
-                 int32_t* out, size_t out_stride) {
+void lookup_tile(const uint8_t* a, size_t stride, const uint8_t* w, size_t group_bytes, size_t count,
+                 const uint8_t* starts, int32_t* out, size_t out_stride) {
     // Sums of the 16-bit words as they are, and of their high bytes: the low bytes' sum is the difference.
     __m512i words[Rows][Groups], highs[Rows][Groups];
     each_sum<Rows, Groups>([&](auto r, auto g) { words[r][g] = highs[r][g] = _mm512_setzero_si512(); });
     for (size_t at = 0; at < count;) {
         __m512i bytes[Rows][Groups];
-        each_sum<Rows, Groups>([&](auto r, auto g) { bytes[r][g] = _mm512_setzero_si512(); });
+        each_sum<Rows, Groups>([&](auto r, auto g) { bytes[r][g] = kept(_mm512_setzero_si512()); });
         const size_t until = std::min(at + kBeforeWidening, count);
-        for (; at < until; ++at) {
+        const auto step = [&](size_t i) {
             __m512i channels[Groups];
-            unrolled<Groups>([&](auto g) { channels[g] = _mm512_loadu_si512(w + g * group_bytes + at * kGroup); });
+            unrolled<Groups>([&](auto g) { channels[g] = kept(_mm512_loadu_si512(w + g * group_bytes + i * kGroup)); });
             unrolled<Rows>([&](auto r) {
-                const __m512i table = _mm512_load_si512(kTables.bytes[a[r * stride + at]]);
+                const __m512i table = kept(_mm512_load_si512(kTables.bytes[a[r * stride + i]]));
                 unrolled<Groups>([&](auto g) {
-                    bytes[r][g] = _mm512_add_epi8(bytes[r][g], _mm512_permutexvar_epi8(channels[g], table));
+                    bytes[r][g] = kept(_mm512_add_epi8(bytes[r][g], _mm512_permutexvar_epi8(channels[g], table)));
                 });
             });
+        };
+        for (; at + 2 <= until; at += 2) {
+            step(at);
+            step(at + 1);
         }
+        if (at < until) step(at++);
         each_sum<Rows, Groups>([&](auto r, auto g) {
             words[r][g] = _mm512_add_epi16(words[r][g], bytes[r][g]);
             highs[r][g] = _mm512_add_epi16(highs[r][g], _mm512_srli_epi16(bytes[r][g], 8));
         });
     }
-    const __m512i shift = _mm512_set1_epi32(static_cast<int>(kShift * count));
+    const __m512i low = _mm512_set1_epi32(0xFFFF);
     each_sum<Rows, Groups>([&](auto r, auto g) {
         const __m512i lows = _mm512_sub_epi16(words[r][g], _mm512_slli_epi16(highs[r][g], 8));
-        const __m256i parts[4] = {_mm512_castsi512_si256(lows), _mm512_extracti64x4_epi64(lows, 1),
-                                  _mm512_castsi512_si256(highs[r][g]), _mm512_extracti64x4_epi64(highs[r][g], 1)};
-        for (int p = 0; p < 4; ++p) {
-            int32_t* to = out + r * out_stride + g * kGroup + p * 16;
-            __m512i sum = _mm512_sub_epi32(_mm512_cvtepu16_epi32(parts[p]), shift);
-            if (!first) sum = _mm512_add_epi32(sum, _mm512_loadu_si512(to));
-            _mm512_storeu_si512(to, sum);
-        }
+        const __m512i parts[4] = {_mm512_and_si512(lows, low), _mm512_srli_epi32(lows, 16),
+                                  _mm512_and_si512(highs[r][g], low), _mm512_srli_epi32(highs[r][g], 16)};
+        int32_t* to = out + r * out_stride + g * kGroup;
+        const void* from = starts == nullptr ? static_cast<const void*>(to) : starts + g * group_bytes;
+        unrolled<4>([&](auto p) {
+            const __m512i start = _mm512_loadu_si512(static_cast<const int32_t*>(from) + p * 16);
+            _mm512_storeu_si512(to + p * 16, _mm512_add_epi32(start, parts[p]));
+        });
     });
 }
 
-template <int Groups>
-constexpr LookupTile kLookups[kLookupRows] = {lookup_tile<1, Groups>, lookup_tile<2, Groups>, lookup_tile<3, Groups>};
-constexpr const LookupTile* kLookupTiles[] = {kLookups<1>, kLookups<2>, kLookups<3>};
+constexpr LookupTile kLookupTiles[][4] = {
+    {lookup_tile<1, 1>, lookup_tile<2, 1>, lookup_tile<3, 1>, lookup_tile<4, 1>},
+    {lookup_tile<1, 2>, lookup_tile<2, 2>, lookup_tile<3, 2>, lookup_tile<4, 2>},
+    {lookup_tile<1, 3>, lookup_tile<2, 3>, lookup_tile<3, 3>, lookup_tile<4, 3>},
+};
 
 void run_lookup(const uint8_t* rows, size_t stride, size_t count, const uint8_t* packed, size_t, size_t k, size_t first,
                 size_t last, int32_t* out, size_t out_stride) {

@@ -94,10 +94,11 @@ class Matrix {
         depth_ = round_up(k_, kChannels);
         channels_ = round_up(n_, product_->group);
         packed_ = Buffer<uint8_t>(product_->weight_bytes(channels_, depth_));
-        std::vector<int8_t> row(depth_);
+        constexpr int kLow = 128;
+        std::vector<uint8_t> row(depth_, kLow);
         for (size_t channel = 0; channel < n_; ++channel) {
-            std::copy_n(codes.data() + channel * k_, k_, row.data());
-            product_->pack_channel(packed_.data(), depth_, channel, row.data());
+            for (size_t i = 0; i < k_; ++i) row[i] = static_cast<uint8_t>(codes.data()[channel * k_ + i] + kLow);
+            product_->pack_channel(packed_.data(), depth_, channel, row.data(), kLow);
         }
     }
 

@@ -33,8 +33,9 @@ struct Product {
     size_t tile;
     // Bytes of `n` packed channels of reduction length `k`, both padded.
     size_t (*weight_bytes)(size_t n, size_t k);
-    // Put the k codes of one channel into packed memory; other channels' stay.
-    void (*pack_channel)(uint8_t* packed, size_t k, size_t channel, const int8_t* codes);
+    // Put the k codes of one channel into packed memory, given as unsigned ones, the signed ones plus `low`; other
+    // channels' stay.
+    void (*pack_channel)(uint8_t* packed, size_t k, size_t channel, const uint8_t* codes, int low);
     // Bytes of one left-hand row in the form that `run` reads.
     size_t (*row_bytes)(size_t k);
     // Bring rows of k codes, one byte each, into that form; null if it is the bytes themselves.
@@ -42,7 +43,7 @@ struct Product {
     // Sums of `rows` left-hand rows with channels [first, last), multiples of `group`: out[row][channel - first].
     void (*run)(const uint8_t* rows, size_t stride, size_t count, const uint8_t* packed, size_t n, size_t k,
                 size_t first, size_t last, int32_t* out, size_t out_stride);
-    // Pack a right-hand side given the other way round: k rows of `width` unsigned codes, the signed ones plus `low`.
+    // Pack a right-hand side given the other way round: k rows of `width` unsigned codes, as above.
     // Null where the layout is the dense one.
     void (*pack_columns)(const uint8_t* codes, size_t stride, size_t k, size_t width, int low,
                          uint8_t* packed) = nullptr;

@@ -7,9 +7,8 @@ namespace qvit {
 
 namespace {
 
-// One channel's codes from its row of bits.
-void unpack(const uint8_t* row, int bits, size_t count, int8_t* codes) {
-    const int low = 1 << (bits - 1);
+// One channel's unsigned codes from its row of bits.
+void unpack(const uint8_t* row, int bits, size_t count, uint8_t* codes) {
     const unsigned mask = (1u << bits) - 1;
     unsigned held = 0;
     int available = 0;
@@ -18,7 +17,7 @@ void unpack(const uint8_t* row, int bits, size_t count, int8_t* codes) {
             held |= static_cast<unsigned>(*row++) << available;
             available += 8;
         }
-        codes[i] = static_cast<int8_t>(static_cast<int>(held & mask) - low);
+        codes[i] = static_cast<uint8_t>(held & mask);
         held >>= bits;
         available -= bits;
     }
@@ -35,15 +34,16 @@ Linear::Linear(const Isa& isa, const LinearSpec& spec, Parts out, Parts in)
       weights(product->weight_bytes(outputs, inputs)),
       scale(outputs),
       shift(outputs) {
-    std::vector<int8_t> codes(in.count * in.size), padded(inputs);
+    const int low = 1 << (spec.weight_bits - 1);
+    std::vector<uint8_t> codes(in.count * in.size), padded(inputs, static_cast<uint8_t>(low));
     for (size_t channel = 0; channel < out.count * out.size; ++channel) {
         unpack(spec.codes + channel * spec.row_bytes, spec.weight_bits, codes.size(), codes.data());
         int64_t total = 0;
-        for (const int8_t code : codes) total += code;
+        for (const uint8_t code : codes) total += code - low;
         for (size_t part = 0; part < in.count; ++part)
             std::copy_n(codes.data() + part * in.size, in.size, padded.data() + part * in.padded());
         const size_t at = out.at(channel);
-        product->pack_channel(weights.data(), inputs, at, padded.data());
+        product->pack_channel(weights.data(), inputs, at, padded.data(), low);
         const double step = static_cast<double>(spec.scale[channel]);
         scale[at] = static_cast<float>(input.scale * step);
         shift[at] = static_cast<float>(input.start * step * static_cast<double>(total) + spec.bias[channel]);

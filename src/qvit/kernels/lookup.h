@@ -1,76 +1,70 @@
-// The lookup for 2 bits x 2 bits that the vectors of 128 and 256 bits share: its tables and its layouts.
+// Products by lookup, for codes of 2 bits: what all vector widths share.
 //
-// Two codes of a channel are 4 bits, and so are two codes of a row. So a row's pair chooses one of 16 constant tables
-// of 16 bytes, in which one instruction looks up the pairs of as many channels as a vector has bytes. A table holds a .
-// w + 12 (0..18), so that fourteen of them fit into an unsigned byte.
-//
-// Layout: [n / Group groups][k / 4][Group channels], a byte two pairs, each w0 + 4 w1 of the codes modulo 4. Pair i is
-// (i, i + k / 2), so that a row is packed by whole vectors; byte j of a channel holds pairs 2 j and 2 j + 1. Byte 2 i
-// of a group is channel i, byte 2 i + 1 channel Group / 2 + i: even and odd bytes then widen into vectors in order. A
-// row's pair is held times 16, the distance of its table.
+// A byte of a row, made of some of its codes a, chooses one of some constant tables, and a byte of a channel, made of
+// as many of its codes w, an entry of that table. An entry is the sum of (a - 1) w, which takes fewer values than the
+// sum of a w, so that more of them can be added up in bytes, and kTermLowest more for each, so that it is not negative.
+// What is constant for a channel in all this is what its sums start from, and stands before the codes of its group: the
+// sum of w, less kTermLowest for each.
 #pragma once
 
 #include "products.h"
 
 namespace {
 
-constexpr int kShift = 12;
-constexpr size_t kBeforeWidening = 7;            // bytes of two pairs
-constexpr size_t kBytesAtOnce = 65535 / 18 / 2;  // what a 16-bit sum holds
+constexpr int kTermLowest = 4, kTermRange = 6;
 
-struct Tables {
-    alignas(64) uint8_t bytes[16][16];
-    constexpr Tables() : bytes() {
-        for (int a = 0; a < 16; ++a)
-            for (int w = 0; w < 16; ++w) {
-                int sum = kShift;
-                for (int i = 0; i < 4; i += 2) {
-                    const int code = (w >> i) & 3;
-                    sum += ((a >> i) & 3) * (code < 2 ? code : code - 4);
-                }
-                bytes[a][w] = static_cast<uint8_t>(sum);
-            }
+// An entry of a table for `Codes` codes on both sides, 2 bits each.
+template <int Codes>
+constexpr uint8_t lookup_entry(int row, int channel) {
+    int sum = kTermLowest * Codes;
+    for (int i = 0; i < 2 * Codes; i += 2) {
+        const int code = channel >> i & 3;
+        sum += ((row >> i & 3) - 1) * (code < 2 ? code : code - 4);
     }
-};
-constexpr Tables kTables;
-
-size_t lookup_weight_bytes(size_t n, size_t k) { return n * k / 4; }
-
-template <size_t Group>
-void lookup_pack_channel(uint8_t* packed, size_t k, size_t channel, const int8_t* codes) {
-    const size_t lane = channel % Group, half = k / 2;
-    uint8_t* at = packed + channel / Group * Group * (k / 4) + 2 * (lane % (Group / 2)) + lane / (Group / 2);
-    const auto pair = [&](size_t i) { return (codes[i] & 3) | (codes[i + half] & 3) << 2; };
-    for (size_t i = 0; i < half; i += 2) at[i / 2 * Group] = static_cast<uint8_t>(pair(i) | pair(i + 1) << 4);
+    return static_cast<uint8_t>(sum);
 }
 
+// What the codes of some groups of channels lie behind: the starts, an int32 each.
 template <size_t Group>
-void lookup_pack_columns(const uint8_t* codes, size_t stride, size_t k, size_t width, int low, uint8_t* packed) {
-    const size_t half = k / 2;
-    for (size_t channel = 0; channel < width; channel += Group)
-        for (size_t i = 0; i < half; i += 2) {
-            const uint8_t* rows = codes + i * stride + channel;
-            uint8_t bytes[Group] = {};
-            for (size_t c = 0; c < std::min(Group, width - channel); ++c) {
-                const auto code = [&](size_t row) { return (rows[row * stride + c] - low) & 3; };
-                bytes[c] = static_cast<uint8_t>(code(0) | code(half) << 2 | code(1) << 4 | code(half + 1) << 6);
-            }
-            uint8_t* to = packed + channel * (k / 4) + i / 2 * Group;
-            for (size_t c = 0; c < Group / 2; ++c) {
-                to[2 * c] = bytes[c];
-                to[2 * c + 1] = bytes[c + Group / 2];
+constexpr size_t kStarts = Group * sizeof(int32_t);
+
+// Where in its group's bytes a channel is. Byte 4 i + p is channel i of a quarter of the group, the even bytes of the
+// first two quarters: they then widen into vectors of 32-bit sums in order.
+template <size_t Group>
+constexpr size_t lookup_lane(size_t channel) {
+    const size_t quarter = channel % Group / (Group / 4);
+    return 4 * (channel % (Group / 4)) + 2 * (quarter % 2) + quarter / 2;
+}
+
+// The start of one channel of a group, whose codes have that total and are packed into `terms` of them, zeros beyond.
+inline void store_start(uint8_t* group, size_t channel, int total, size_t terms) {
+    const int32_t start = total - kTermLowest * static_cast<int32_t>(terms);
+    std::memcpy(group + channel * sizeof start, &start, sizeof start);
+}
+
+// Sums of some rows with some groups of channels and some steps of k; of the first ones from `starts`, of the others
+// from what is there. Groups lie `group_bytes` apart.
+using LookupTile = void (*)(const uint8_t* rows, size_t stride, const uint8_t* packed, size_t group_bytes, size_t steps,
+                            const uint8_t* starts, int32_t* out, size_t out_stride);
+
+// All rows with channels first to last, in tiles[groups - 1][rows - 1]: AtOnce steps of k after one another, as many as
+// their narrow sums hold. A step is StepBytes of a row and a byte of each channel.
+template <size_t Group, size_t AtOnce, size_t StepBytes, size_t Groups, size_t Rows>
+void run_lookup_tiles(const LookupTile (&tiles)[Groups][Rows], const uint8_t* rows, size_t stride, size_t count,
+                      const uint8_t* packed, size_t steps, size_t first, size_t last, int32_t* out, size_t out_stride) {
+    const size_t group_bytes = kStarts<Group> + steps * Group;
+    for (size_t start = 0; start < steps; start += AtOnce) {
+        const size_t some = std::min(AtOnce, steps - start);
+        for (size_t channel = first; channel < last; channel += Groups * Group) {
+            const size_t groups = std::min(Groups, (last - channel) / Group);
+            const uint8_t* from = packed + channel / Group * group_bytes;
+            for (size_t r = 0; r < count; r += Rows) {
+                const size_t height = std::min(Rows, count - r);
+                tiles[groups - 1][height - 1](
+                    rows + r * stride + StepBytes * start, stride, from + kStarts<Group> + start * Group, group_bytes,
+                    some, start == 0 ? from : nullptr, out + r * out_stride + channel - first, out_stride);
             }
         }
-}
-
-size_t lookup_row_bytes(size_t k) { return k / 2; }
-
-void lookup_pack_rows(const uint8_t* codes, size_t stride, size_t rows, size_t k, uint8_t* out, size_t out_stride) {
-    const size_t half = k / 2;
-    for (size_t r = 0; r < rows; ++r) {
-        const uint8_t* a = codes + r * stride;
-        uint8_t* to = out + r * out_stride;
-        for (size_t i = 0; i < half; ++i) to[i] = static_cast<uint8_t>(a[i] << 4 | a[i + half] << 6);
     }
 }
 

@@ -44,7 +44,6 @@ struct Scratch {
           hidden(plan.largest_task * plan.largest_row),
           map(kAttentionRows * plan.largest_group),
           values(round_up(plan.largest_head, kLargestGroup) * plan.largest_group),
-          key(plan.largest_head),
           sums(std::max(plan.largest_task * kLargestTile, kAttentionRows * round_up(plan.largest_head, kLargestGroup))),
           scores(kAttentionRows * round_up(plan.largest_group, kLargestGroup)),
           first(plan.largest_task * plan.largest_row),
@@ -56,7 +55,6 @@ struct Scratch {
           windows(plan.largest_window_codes, plan.largest_window_keys, plan.largest_window_bias) {}
 
     Buffer<uint8_t> codes, packed, hidden, map, values;
-    Buffer<int8_t> key;
     Buffer<int32_t> sums, scores;
     Buffer<float> first, second, normed, totals, shifts;
     Buffer<float> stream;  // rows of whole windows, side by side

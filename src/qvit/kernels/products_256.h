@@ -5,18 +5,13 @@
 
 #include <utility>
 
-#include "lookup.h"
+#include "kept.h"
+#include "lookup_pairs.h"
 
 namespace {
 
 inline __m256i load_vector(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 inline void store_vector(void* p, __m256i x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
-
-// Keep a value in its register: GCC would rather read it from memory again for every use.
-inline __m256i kept(__m256i x) {
-    asm("" : "+x"(x));
-    return x;
-}
 
 constexpr size_t kLanes = 8;                  // sums in a vector
 constexpr int kVectors = kChannels / kLanes;  // vectors in a panel
@@ -55,19 +50,19 @@ constexpr size_t kGroup = 32;
 
 inline __m256i table_of(uint8_t pair) {
     const uint8_t* table = &kTables.bytes[0][0] + pair;
-    return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
+    return kept(_mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table))));
 }
 
 template <int Rows, int Groups>
-void lookup_tile(const uint8_t* a, size_t stride, const uint8_t* w, size_t group_bytes, size_t count, bool first,
-                 int32_t* out, size_t out_stride) {
+void lookup_tile(const uint8_t* a, size_t stride, const uint8_t* w, size_t group_bytes, size_t count,
+                 const uint8_t* starts, int32_t* out, size_t out_stride) {
     // Sums of the 16-bit words as they are, and of their high bytes: the low bytes' sum is the difference.
     __m256i words[Rows][Groups], highs[Rows][Groups];
     each_sum<Rows, Groups>([&](auto r, auto g) { words[r][g] = highs[r][g] = _mm256_setzero_si256(); });
     const __m256i low = _mm256_set1_epi8(15);
     for (size_t at = 0; at < count;) {
         __m256i bytes[Rows][Groups];
-        each_sum<Rows, Groups>([&](auto r, auto g) { bytes[r][g] = _mm256_setzero_si256(); });
+        each_sum<Rows, Groups>([&](auto r, auto g) { bytes[r][g] = kept(_mm256_setzero_si256()); });
         const size_t until = std::min(at + kBeforeWidening, count);
         for (; at < until; ++at)
             unrolled<2>([&](auto pair) {
@@ -79,7 +74,7 @@ void lookup_tile(const uint8_t* a, size_t stride, const uint8_t* w, size_t group
                 unrolled<Rows>([&](auto r) {
                     const __m256i table = table_of(a[r * stride + 2 * at + pair]);
                     unrolled<Groups>([&](auto g) {
-                        bytes[r][g] = _mm256_add_epi8(bytes[r][g], _mm256_shuffle_epi8(table, channels[g]));
+                        bytes[r][g] = kept(_mm256_add_epi8(bytes[r][g], _mm256_shuffle_epi8(table, channels[g])));
                     });
                 });
             });
@@ -88,23 +83,24 @@ void lookup_tile(const uint8_t* a, size_t stride, const uint8_t* w, size_t group
             highs[r][g] = _mm256_add_epi16(highs[r][g], _mm256_srli_epi16(bytes[r][g], 8));
         });
     }
-    const __m256i shift = _mm256_set1_epi32(static_cast<int>(2 * kShift * count));
+    const __m256i low_word = _mm256_set1_epi32(0xFFFF);
     each_sum<Rows, Groups>([&](auto r, auto g) {
         const __m256i lows = _mm256_sub_epi16(words[r][g], _mm256_slli_epi16(highs[r][g], 8));
-        const __m128i parts[4] = {_mm256_castsi256_si128(lows), _mm256_extracti128_si256(lows, 1),
-                                  _mm256_castsi256_si128(highs[r][g]), _mm256_extracti128_si256(highs[r][g], 1)};
-        for (int p = 0; p < 4; ++p) {
-            int32_t* to = out + r * out_stride + g * kGroup + p * kLanes;
-            __m256i sum = _mm256_sub_epi32(_mm256_cvtepu16_epi32(parts[p]), shift);
-            if (!first) sum = _mm256_add_epi32(sum, load_vector(to));
-            store_vector(to, sum);
-        }
+        const __m256i parts[4] = {_mm256_and_si256(lows, low_word), _mm256_srli_epi32(lows, 16),
+                                  _mm256_and_si256(highs[r][g], low_word), _mm256_srli_epi32(highs[r][g], 16)};
+        int32_t* to = out + r * out_stride + g * kGroup;
+        const void* from = starts == nullptr ? static_cast<const void*>(to) : starts + g * group_bytes;
+        unrolled<4>([&](auto p) {
+            const __m256i start = load_vector(static_cast<const int32_t*>(from) + p * kLanes);
+            store_vector(to + p * kLanes, _mm256_add_epi32(start, parts[p]));
+        });
     });
 }
 
-template <int Groups>
-constexpr LookupTile kLookups[kLookupRows] = {lookup_tile<1, Groups>, lookup_tile<2, Groups>, lookup_tile<3, Groups>};
-constexpr const LookupTile* kLookupTiles[] = {kLookups<1>, kLookups<2>};
+constexpr LookupTile kLookupTiles[][4] = {
+    {lookup_tile<1, 1>, lookup_tile<2, 1>, lookup_tile<3, 1>, lookup_tile<4, 1>},
+    {lookup_tile<1, 2>, lookup_tile<2, 2>, lookup_tile<3, 2>, lookup_tile<4, 2>},
+};
 
 void run_lookup(const uint8_t* rows, size_t stride, size_t count, const uint8_t* packed, size_t, size_t k, size_t first,
                 size_t last, int32_t* out, size_t out_stride) {
@@ -117,7 +113,7 @@ constexpr Product kLookup = {"lookup",
                              2,
                              kGroup,
                              64,
-                             lookup_weight_bytes,
+                             lookup_weight_bytes<kGroup>,
                              lookup_pack_channel<kGroup>,
                              lookup_row_bytes,
                              lookup_pack_rows,

@@ -1,7 +1,7 @@
 // WebAssembly with vectors of 128 bits; compiled once more with relaxed SIMD for the engines that have it.
 #include "simd_wasm.h"
 
-#include "lookup.h"
+#include "lookup_pairs.h"
 #include "row_ops.h"
 
 namespace {
@@ -145,8 +145,8 @@ inline v128_t look_up(v128_t table, v128_t index) { return wasm_i8x16_swizzle(ta
 constexpr size_t kGroup = 16;
 
 template <int Rows, int Groups>
-void lookup_tile(const uint8_t* a, size_t stride, const uint8_t* w, size_t group_bytes, size_t count, bool first,
-                 int32_t* out, size_t out_stride) {
+void lookup_tile(const uint8_t* a, size_t stride, const uint8_t* w, size_t group_bytes, size_t count,
+                 const uint8_t* starts, int32_t* out, size_t out_stride) {
     // Sums of the 16-bit words as they are, and of their high bytes: the low bytes' sum is the difference.
     v128_t words[Rows][Groups], highs[Rows][Groups];
     each_sum<Rows, Groups>([&](auto r, auto g) { words[r][g] = highs[r][g] = wasm_i32x4_splat(0); });
@@ -173,23 +173,24 @@ void lookup_tile(const uint8_t* a, size_t stride, const uint8_t* w, size_t group
             highs[r][g] = wasm_i16x8_add(highs[r][g], wasm_u16x8_shr(bytes[r][g], 8));
         });
     }
-    const v128_t shift = wasm_i32x4_splat(static_cast<int>(2 * kShift * count));
+    const v128_t low_word = wasm_i32x4_splat(0xffff);
     each_sum<Rows, Groups>([&](auto r, auto g) {
         const v128_t high = highs[r][g], lows = wasm_i16x8_sub(words[r][g], wasm_i16x8_shl(high, 8));
-        const v128_t parts[4] = {wasm_u32x4_extend_low_u16x8(lows), wasm_u32x4_extend_high_u16x8(lows),
-                                 wasm_u32x4_extend_low_u16x8(high), wasm_u32x4_extend_high_u16x8(high)};
+        const v128_t parts[4] = {wasm_v128_and(lows, low_word), wasm_u32x4_shr(lows, 16), wasm_v128_and(high, low_word),
+                                 wasm_u32x4_shr(high, 16)};
+        int32_t* to = out + r * out_stride + g * kGroup;
+        const void* from = starts == nullptr ? static_cast<const void*>(to) : starts + g * group_bytes;
         for (size_t p = 0; p < 4; ++p) {
-            int32_t* to = out + r * out_stride + g * kGroup + p * kLanes;
-            v128_t sum = wasm_i32x4_sub(parts[p], shift);
-            if (!first) sum = wasm_i32x4_add(sum, wasm_v128_load(to));
-            wasm_v128_store(to, sum);
+            const v128_t start = wasm_v128_load(static_cast<const int32_t*>(from) + p * kLanes);
+            wasm_v128_store(to + p * kLanes, wasm_i32x4_add(start, parts[p]));
         }
     });
 }
 
-template <int Groups>
-constexpr LookupTile kLookups[kLookupRows] = {lookup_tile<1, Groups>, lookup_tile<2, Groups>, lookup_tile<3, Groups>};
-constexpr const LookupTile* kLookupTiles[] = {kLookups<1>, kLookups<2>};
+constexpr LookupTile kLookupTiles[][3] = {
+    {lookup_tile<1, 1>, lookup_tile<2, 1>, lookup_tile<3, 1>},
+    {lookup_tile<1, 2>, lookup_tile<2, 2>, lookup_tile<3, 2>},
+};
 
 void run_lookup(const uint8_t* rows, size_t stride, size_t count, const uint8_t* packed, size_t, size_t k, size_t first,
                 size_t last, int32_t* out, size_t out_stride) {
@@ -198,8 +199,8 @@ void run_lookup(const uint8_t* rows, size_t stride, size_t count, const uint8_t*
 }
 
 constexpr Product kProducts[] = {
-    {"lookup", 2, 2, kGroup, 64, lookup_weight_bytes, lookup_pack_channel<kGroup>, lookup_row_bytes, lookup_pack_rows,
-     run_lookup, lookup_pack_columns<kGroup>},
+    {"lookup", 2, 2, kGroup, 64, lookup_weight_bytes<kGroup>, lookup_pack_channel<kGroup>, lookup_row_bytes,
+     lookup_pack_rows, run_lookup, lookup_pack_columns<kGroup>},
 #if defined(__wasm_relaxed_simd__)
     dense_product<Narrow<4, 4>>("relaxed-4", 4, 4),
     dense_product<Dot>("relaxed-7", 7, 8),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -11,9 +13,28 @@ from qvit.nn.attention import QuantAttention
 from qvit.nn.pool import QuantAttentionPool
 
 
+class Place(NamedTuple):
+    """Where a module is: in which other one, and by what name."""
+
+    parent: nn.Module
+    name: str
+
+    @property
+    def module(self) -> Any:
+        """The module that is there now."""
+        return getattr(self.parent, self.name)
+
+
 def attention_layers(model: nn.Module) -> list[Any]:
     """Return the self-attention modules of a float or quantized model, in the order they run; not the poolings."""
-    return [module for module in model.modules() if _is_layer(module)]
+    return [place.module for place in attention_places(model)]
+
+
+def attention_places(model: nn.Module) -> list[Place]:
+    """Return where the modules of :func:`attention_layers` are."""
+    return [
+        Place(parent, name) for parent in model.modules() for name, child in parent.named_children() if _is_layer(child)
+    ]
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -34,7 +55,8 @@ def run_with_queries(model: nn.Module, images: Tensor) -> tuple[Any, list[Tensor
     """
     queries: list[Tensor] = []
     keys: list[Tensor] = []
-    return _run(model, images, {"query_rectifier": queries, "key_rectifier": keys}), queries, keys
+    watched = {"query_rectifier": recording(queries), "key_rectifier": recording(keys)}
+    return run_watched(model, images, watched, attention_places(model)), queries, keys
 
 
 def run_with_maps(model: nn.Module, images: Tensor) -> tuple[Any, list[Tensor]]:
@@ -43,7 +65,8 @@ def run_with_maps(model: nn.Module, images: Tensor) -> tuple[Any, list[Tensor]]:
     Arguments and B as for :func:`run_with_queries`.
     """
     maps: list[Tensor] = []
-    return _run(model, images, {"attention_quantizer": maps}), maps
+    watched = {"attention_quantizer": recording(maps, output=False)}
+    return run_watched(model, images, watched, attention_places(model)), maps
 
 
 class Attended(NamedTuple):
@@ -60,16 +83,35 @@ def run_with_attention(model: nn.Module, images: Tensor) -> Attended:
     queries: list[Tensor] = []
     keys: list[Tensor] = []
     maps: list[Tensor] = []
-    watched = {"query_rectifier": queries, "key_rectifier": keys, "attention_quantizer": maps}
-    return Attended(_run(model, images, watched), queries, keys, maps)
+    watched = {
+        "query_rectifier": recording(queries),
+        "key_rectifier": recording(keys),
+        "attention_quantizer": recording(maps, output=False),
+    }
+    return Attended(run_watched(model, images, watched, attention_places(model)), queries, keys, maps)
 
 
-def _run(model: nn.Module, images: Tensor, watched: dict[str, list[Tensor]]) -> Any:
-    """Run a model and keep what its attention layers' modules called ``watched`` see.
+Watcher = Callable[[nn.Module], nn.Module]
+"""Makes the module that stands in the place of another one while a model runs."""
 
-    While the model runs, other modules stand in the place of those, and in the place of a float attention one that
-    computes the same through such modules; nothing of it is left afterwards. Hooks would do the same in eager mode, but
-    compiled code does not notice that hooks were added to a module, and does notice that a module is of another class.
+
+def recording(values: list[Tensor], *, output: bool = True) -> Watcher:
+    """Return a watcher that appends what modules give, or what they get if not ``output``, to ``values``."""
+    return partial(_Recorded, values=values, output=output)
+
+
+def run_watched(model: nn.Module, images: Tensor, watched: Mapping[str, Watcher], places: Sequence[Place]) -> Any:
+    """Return ``model(images)`` while watchers stand in the place of modules of its attention layers.
+
+    In the place of a float attention stands one that computes the same through such modules; nothing of it is left
+    afterwards. Hooks would do the same in eager mode, but compiled code does not notice that hooks were added to a
+    module, and does notice that a module is of another class.
+
+    Args:
+        model: as of :func:`run_with_queries`.
+        images: likewise.
+        watched: watchers by the name of an attention's module, each called once per layer, in the order they run.
+        places: :func:`attention_places` of the model.
     """
     replaced: list[tuple[nn.Module, str, nn.Module]] = []
 
@@ -78,15 +120,13 @@ def _run(model: nn.Module, images: Tensor, watched: dict[str, list[Tensor]]) -> 
         setattr(parent, name, module)
 
     try:
-        for parent in list(model.modules()):
-            for name, child in list(parent.named_children()):
-                if not _is_layer(child):
-                    continue
-                if type(child) in ATTENTIONS:
-                    child = ATTENTIONS[type(child)](child, None, name)
-                    put(parent, name, child)
-                for part, values in watched.items():
-                    put(child, part, _Recorded(getattr(child, part), values, output=part != "attention_quantizer"))
+        for place in places:
+            layer = place.module
+            if type(layer) in ATTENTIONS:
+                layer = ATTENTIONS[type(layer)](layer, None, place.name)
+                put(*place, layer)
+            for part, watcher in watched.items():
+                put(layer, part, watcher(getattr(layer, part)))
         return model(images)
     finally:
         for parent, name, module in reversed(replaced):

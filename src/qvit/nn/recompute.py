@@ -30,11 +30,11 @@ def recomputed(function: Callable[..., Tensor], *inputs: Tensor | None, random: 
     return _checkpoint(function, *inputs, preserve_rng_state=random)
 
 
-def recomputed_when_compiled(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Return ``function(x)``, which a compiler is told to compute again in the backward pass rather than to keep."""
+def recomputed_when_compiled(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """Return ``function(*inputs)``, which a compiler is told to compute again in the backward pass, not to keep."""
     if torch.compiler.is_compiling() and torch.is_grad_enabled():
-        return _checkpoint(function, x, preserve_rng_state=False)
-    return function(x)
+        return _checkpoint(function, *inputs, preserve_rng_state=False)
+    return function(*inputs)
 
 
 def in_backward_pass() -> bool:

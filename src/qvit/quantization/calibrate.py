@@ -23,7 +23,7 @@ WeightInit = Literal["minimum_error", "lsq"]
 SAMPLES = 2**17
 """Values kept a quantizer (all its groups and batches together); the fit's error falls with their square root."""
 RECTIFIER_IMAGES = 256
-_SHARES = tuple(0.84**k for k in range(13))
+_FRACTIONS = tuple(0.84**k for k in range(13))
 _FINE_FRACTIONS = tuple(0.95**k for k in range(44))
 """How much of the data's range the fit tries to cover: each side of the mean, or both sides of zero."""
 _ROUNDS = 12
@@ -150,7 +150,7 @@ def minimum_error_scale(
     if with_offset:
         starts = [
             (x_mean - below * (x_mean - smallest), x_mean + above * (largest - x_mean))
-            for below, above in itertools.product(_SHARES, _SHARES)
+            for below, above in itertools.product(_FRACTIONS, _FRACTIONS)
         ]
     else:
         step = torch.maximum(largest / max(high, 1), smallest / min(low, -1))

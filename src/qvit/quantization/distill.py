@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qvit.errors import ConfigError, ModeError, TeacherMismatchError
-from qvit.models.queries import attention_layers, run_with_queries
+from qvit.models.queries import Place, attention_layers, attention_places, recording, run_watched
+from qvit.nn.recompute import recomputed, recomputed_when_compiled
 from qvit.nn.rectifier import EPS, TokenRectifier
 from qvit.quantization.convert import check_quantized
 from qvit.quantization.outputs import output_distance
@@ -116,11 +118,13 @@ class DistillationLoss(nn.Module):
         self.teacher = teacher.eval()
         self.soft = soft
         self.guided, self.guided_weight, self.guided_decay = guided, guided_weight, guided_decay
-        self.guided_layers = None if guided_layers is None else list(guided_layers)
-        depth = len(attention_layers(teacher))
-        for layer in self.guided_layers or ():
+        self._teacher_places = attention_places(teacher)
+        depth = len(self._teacher_places)
+        for layer in guided_layers or ():
             if not -depth <= layer < depth:
                 raise ConfigError(f"There is no attention layer {layer} to guide: the teacher has {depth}.")
+        self.guided_layers = set(range(depth)) if guided_layers is None else {layer % depth for layer in guided_layers}
+        self._student: _Student | None = None
         self.progress = 0.0
         """Share of the training that is done, for ``guided_decay``."""
         self.last_parts: dict[str, Tensor] = {}
@@ -135,21 +139,22 @@ class DistillationLoss(nn.Module):
         Raises:
             TeacherMismatchError: if classes, layers or heads of teacher and student differ.
             ConfigError: if the guided distance has no gradient where the other term has one.
-            UnsupportedModelError: if a float layer was put into a quantized student, and gradients are on.
+            UnsupportedModelError: if a float layer was put into a quantized student before it is first given.
             ModeError: if the student is in evaluation mode while gradients are on, or the teacher in training mode.
         """
-        if torch.is_grad_enabled() and not _is_training(student):
+        known = self._student
+        if known is None or known.model is not student or known.guided != self.guided:
+            self._student = known = _Student(student, self.teacher, guided=self.guided)
+        if torch.is_grad_enabled() and not known.is_training:
             raise ModeError(
                 "The student is in evaluation mode, where the statistics of its rectifiers do not move: call "
                 "student.train() before training it, or use torch.no_grad() to measure the loss alone."
             )
-        if torch.is_grad_enabled():
-            check_quantized(student)
         if self.teacher.training:
             raise ModeError("The teacher is in training mode: call teacher.eval(), it is not what is trained.")
         with torch.no_grad():  # not inference mode: the student's gradients are products with the teacher's queries
-            teacher_logits, teacher_queries, teacher_keys = self._run(self.teacher, images)
-        logits, queries, keys = self._run(student, images)
+            teacher_logits, queries, keys = self._run_teacher(images)
+        logits, distances = self._run_student(known, images, queries, keys)
         class_logits, distillation_logits = logits if isinstance(logits, tuple) else (logits, logits)
         if teacher_logits.shape[-1] != class_logits.shape[-1]:
             raise TeacherMismatchError(
@@ -166,13 +171,7 @@ class DistillationLoss(nn.Module):
             )
         self.last_parts = {"logits": class_logits.detach(), "distillation": loss.detach()}
         if self.guided:
-            check_guidance(self.teacher, student)
-            chosen = self.guided_layers or range(len(queries))
-            guided = self._guided(
-                student,
-                [operands[layer] for operands in (teacher_queries, teacher_keys) for layer in chosen],
-                [operands[layer] for operands in (queries, keys) for layer in chosen],
-            )
+            guided = torch.stack(distances).mean()
             if loss.requires_grad and not guided.requires_grad:
                 raise ConfigError(
                     "The guided distance reaches no weight of the student: its query and key weights are frozen, or "
@@ -188,23 +187,85 @@ class DistillationLoss(nn.Module):
         decay = 0.5 * (1 + math.cos(math.pi * self.progress)) if self.guided_decay else 1.0
         return self.guided_weight * decay
 
-    def _guided(self, student: nn.Module, teacher_qk: list[Tensor], student_qk: list[Tensor]) -> Tensor:
-        if any(isinstance(module, TokenRectifier) for module in student.modules()):
-            # Every row of q~ then has nearly the same norm: compare with the teacher's rows normalised alike.
-            teacher_qk = [F.layer_norm(x.float(), x.shape[-1:], eps=EPS) for x in teacher_qk]
-        distances = [guided_distance(t, s).mean() for t, s in zip(teacher_qk, student_qk, strict=True)]
-        return torch.stack(distances).mean()
+    def _run_teacher(self, images: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Return the teacher's logits, and queries and keys of the guided layers, with nothing else kept alive."""
+        queries: list[Tensor] = []
+        keys: list[Tensor] = []
+        places = self._guided(self._teacher_places)
+        watched = {"query_rectifier": recording(queries), "key_rectifier": recording(keys)}
+        logits = run_watched(self.teacher, images, watched, places)
+        # Heads lie between one another in memory, and values between them: copies, which the distance would make.
+        return logits, [x.contiguous() for x in queries], [x.contiguous() for x in keys]
 
-    def _run(self, model: nn.Module, images: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        if not self.guided:
-            return model(images), [], []
-        return run_with_queries(model, images)
+    def _run_student(
+        self, student: _Student, images: Tensor, queries: list[Tensor], keys: list[Tensor]
+    ) -> tuple[Any, list[Tensor]]:
+        """Return the student's logits, and its mean distances to the teacher's queries, then to its keys."""
+        of_queries: list[_Distance] = []
+        of_keys: list[_Distance] = []
+        normalised = student.normalised
+        watched = {
+            "query_rectifier": partial(_Guided, guides=iter(queries), normalised=normalised, distances=of_queries),
+            "key_rectifier": partial(_Guided, guides=iter(keys), normalised=normalised, distances=of_keys),
+        }
+        logits = run_watched(student.model, images, watched, self._guided(student.places))
+        return logits, [x if isinstance(x, Tensor) else x() for x in of_queries + of_keys]
+
+    def _guided(self, places: list[Place]) -> list[Place]:
+        return [place for layer, place in enumerate(places) if self.guided and layer in self.guided_layers]
 
 
-def _is_training(student: nn.Module) -> bool:
-    """Return whether a student is in training mode, whatever the mode of a wrapper around it."""
-    layers = attention_layers(student)
-    return student.training and (not layers or any(layer.training for layer in layers))
+_Distance = Tensor | Callable[[], Tensor]
+
+
+class _Student:
+    """What the loss has found out about a student, which it looks through once and not at every step.
+
+    Raises:
+        UnsupportedModelError: if a float layer was put into a quantized student.
+        TeacherMismatchError: see :func:`check_guidance`.
+    """
+
+    def __init__(self, model: nn.Module, teacher: nn.Module, *, guided: bool) -> None:
+        check_quantized(model)
+        if guided:
+            check_guidance(teacher, model)
+        self.model, self.guided = model, guided
+        self.places = attention_places(model)
+        self.normalised = any(isinstance(module, TokenRectifier) for module in model.modules())
+
+    @property
+    def is_training(self) -> bool:
+        """Whether the student is in training mode, whatever the mode of a wrapper around it."""
+        return self.model.training and (not self.places or any(place.module.training for place in self.places))
+
+
+class _Guided(nn.Module):
+    """A student's rectifier, whose outputs are compared with the teacher's queries or keys."""
+
+    def __init__(
+        self, source: nn.Module, guides: Iterator[Tensor], *, normalised: bool, distances: list[_Distance]
+    ) -> None:
+        super().__init__()
+        self.source, self.guide, self.normalised, self.distances = source, next(guides), normalised, distances
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.source(x)
+        distance = partial(_mean_distance, normalised=self.normalised)
+        if torch.compiler.is_compiling():
+            # As part of the student's code: no query has to leave it, and none of their gradients waits for it.
+            self.distances.append(recomputed_when_compiled(distance, self.guide, output))
+        else:
+            # After the student has run: checkpointed blocks run again in the backward pass, without this module.
+            self.distances.append(partial(recomputed, distance, self.guide, output))
+        return output
+
+
+def _mean_distance(teacher: Tensor, student: Tensor, *, normalised: bool) -> Tensor:
+    if normalised:
+        # Every row of q~ has nearly the same norm: compare with the teacher's rows normalised alike.
+        teacher = F.layer_norm(teacher.float(), teacher.shape[-1:], eps=EPS)
+    return guided_distance(teacher, student).mean()
 
 
 def check_guidance(teacher: nn.Module, student: nn.Module) -> None:

@@ -154,8 +154,12 @@ class Engine:
                 f"{self.program.name} is a feature extractor and has no classes: engine.embed(images) gives its "
                 "vectors."
             )
-        logits = self._of_pictures(images).astype(np.float64)
-        powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+        return self.most_probable(self._of_pictures(images), top_k)
+
+    def most_probable(self, logits: NDArray[np.float32], top_k: int = 5) -> list[list[tuple[str, float]]]:
+        """Return the ``top_k`` classes of each row of ``logits`` ``(B, classes)`` as :meth:`predict` does."""
+        scaled = logits.astype(np.float64)
+        powers = np.exp(scaled - scaled.max(axis=1, keepdims=True))
         probabilities = powers / powers.sum(axis=1, keepdims=True)
         ranked = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]
         return [

@@ -21,7 +21,7 @@ from qvit.files import printable, write_text
 from qvit.search.find import Found, Report, check_budgets, search_bits
 from qvit.search.report import RULES, columns, rows, write_search_report
 from qvit.study.inputs import decoded, float_model
-from qvit.study.targets import check_new
+from qvit.study.targets import all_or_none, check_new
 from qvit.train.display import progress_bar
 from qvit.train.options import Options, make_accelerator
 
@@ -89,16 +89,17 @@ def run_search(request: Request, options: Options, console: Console) -> Found:
     settings |= {} if request.threads is None else {"--threads": request.threads}
     given = [str(word) for setting in settings.items() for word in setting]
     command = shlex.join(["qvit", "search-bits", *_inputs(request), *budgets, *given])
-    if request.report is not None:
-        about = {
-            "command": command,
-            "model": spec.name,
-            "pictures": sum(map(len, used)),
-            "held_out": sum(map(len, held_out)),
-        }
-        write_search_report(page, found, about)
-        write_text(record, json.dumps({**about, "seed": options.seed, **dataclasses.asdict(found)}, indent=1))
-    write_text(options.out, overrides_text(found, command))
+    with all_or_none(outputs):
+        if request.report is not None:
+            about = {
+                "command": command,
+                "model": spec.name,
+                "pictures": sum(map(len, used)),
+                "held_out": sum(map(len, held_out)),
+            }
+            write_search_report(page, found, about)
+            write_text(record, json.dumps({**about, "seed": options.seed, **dataclasses.asdict(found)}, indent=1))
+        write_text(options.out, overrides_text(found, command))
     return found
 
 

@@ -34,6 +34,7 @@ from qvit.quantization.convert import quantize
 from qvit.study.analysis_report import write_analysis
 from qvit.study.analysis_sections import Drawn
 from qvit.study.subjects import CALIBRATION_IMAGES, Material, Subject
+from qvit.study.targets import all_or_none, check_new
 from qvit.train.display import progress_bar
 from qvit.train.lock import alone_in
 from qvit.train.methods import FloatModel, train_quantized
@@ -91,9 +92,10 @@ def run_analysis(request: Request, options: Options, console: Console) -> dict[s
         KeyboardInterrupt: after Ctrl-C, saying what is left of the work.
     """
     accelerator = make_accelerator(options)
-    _check_out(options.out)
+    outputs = [options.out / name for name in ("report.html", "analysis.json", "figures")]
+    check_new(outputs)
     with alone_in(options.out, accelerator):
-        _check_out(options.out)  # another command may have filled it since
+        check_new(outputs)  # another command may have filled it since
         try:
             result, drawn = _analysed(request, options, console, accelerator.device)
             if request.recipe is not None:
@@ -104,14 +106,9 @@ def run_analysis(request: Request, options: Options, console: Console) -> dict[s
                 f"the same command goes on with the trainings in {trained}" if trained.exists() else "nothing is kept"
             )
             raise KeyboardInterrupt(f"Interrupted; {left}.") from None
-        write_analysis(options.out, result, drawn)
+        with all_or_none(outputs):
+            write_analysis(options.out, result, drawn)
     return result
-
-
-def _check_out(out: Path) -> None:
-    for name in ("report.html", "analysis.json", "figures"):
-        if (out / name).exists():
-            raise ConfigError(f"{out / name} is there already: give another --out, or move it away.")
 
 
 def _analysed(

@@ -28,7 +28,7 @@ from qvit.quantization.convert import quantize
 from qvit.quantization.reconstruct import Progress, Reconstruction, Settings
 from qvit.study.inputs import BATCH, decoded, float_model, timed_task
 from qvit.study.quantization_report import write_quantization_report
-from qvit.study.targets import Targets
+from qvit.study.targets import Targets, all_or_none
 from qvit.train.display import progress_bar
 from qvit.train.options import Options, make_accelerator
 from qvit.train.preemption import Interrupts
@@ -91,8 +91,9 @@ def run_quantization(request: Request, options: Options, console: Console) -> Re
         targets.begin(resume=options.resume)
         result = _quantized(request, options, console, targets, began)
         if request.report is not None:
-            write_quantization_report(targets.page, result)
-            write_text(targets.record, json.dumps(result, indent=1))
+            with all_or_none([targets.page, targets.record]):
+                write_quantization_report(targets.page, result)
+                write_text(targets.record, json.dumps(result, indent=1))
     return result
 
 
@@ -143,8 +144,9 @@ def _quantized(request: Request, options: Options, console: Console, targets: Ta
     kept = measured[told["kept"]]
     spec.method, spec.metrics = _METHODS[told["kept"]], _metrics(kept)
     targets.check()  # something may have come there meanwhile
-    save_checkpoint(targets.checkpoint, spec, student)
-    export(student, targets.packed, preprocessing=spec.preprocessing, classes=spec.classes, origin=origin_of(spec))
+    with all_or_none([targets.checkpoint, targets.packed]):
+        save_checkpoint(targets.checkpoint, spec, student)
+        export(student, targets.packed, preprocessing=spec.preprocessing, classes=spec.classes, origin=origin_of(spec))
     targets.partial.unlink(missing_ok=True)
     return Result(
         source=request.source,

@@ -1,11 +1,12 @@
-"""The files that a quantization writes: nothing that was there is replaced, and no other command writes them."""
+"""The files that a command writes: nothing that was there is replaced, and no half of them is left behind."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -116,3 +117,20 @@ def check_new(paths: Iterable[Path]) -> None:
             raise ConfigError(f"{path} is there already: give another name, or move it away.")
         write_atomically(path, lambda temporary: temporary.write_bytes(b""))
         path.unlink()
+
+
+@contextmanager
+def all_or_none(paths: Sequence[Path]) -> Iterator[None]:
+    """Remove these files and folders if the block that writes them fails, so that the command can be repeated.
+
+    For paths that :func:`check_new` has seen to be new.
+    """
+    try:
+        yield
+    except BaseException:
+        for path in paths:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        raise

@@ -54,21 +54,19 @@ void encode(const Plan& plan, const Task& task, const Attention& a, const Operan
 
 // Put a segment's codes where the attention reads them.
 void keep(const Attention& a, const Segment& segment, size_t head, KeyValues::Head memory, Span<uint8_t> q,
-          Span<uint8_t> k, Span<uint8_t> v, Buffer<int8_t>& buffer) {
+          Span<uint8_t> k, Span<uint8_t> v) {
     const size_t padded = a.heads.padded(), size = a.heads.size;
     const int low = 1 << (a.key.quantizers[0].bits - 1);
     uint8_t* keys = memory.key.get(1, a.key_bytes());
     float* bias = memory.bias.get(1, a.padded_group);
-    int8_t* key = buffer.rows(1, padded).get(1, padded);
     for (size_t r = 0; r < segment.count; ++r) {
         const size_t token = segment.token + r;
         if (!a.pools) std::memcpy(memory.query.row(token, padded), q.row(r, padded), padded);
         std::memcpy(memory.value.row(token, padded), v.row(r, padded), padded);
-        const uint8_t* from = k.row(r, padded);
-        for (size_t i = 0; i < padded; ++i) key[i] = static_cast<int8_t>(from[i] - low);
-        int total = 0;
+        const uint8_t* key = k.row(r, padded);
+        int total = -low * static_cast<int>(size);
         for (size_t i = 0; i < size; ++i) total += key[i];
-        a.query_key->pack_channel(keys, padded, token, key);
+        a.query_key->pack_channel(keys, padded, token, key, low);
         bias[token] = a.key_bias[head] * static_cast<float>(total);
     }
     if (segment.token + segment.count < a.group) return;
@@ -141,7 +139,7 @@ void project(const Plan& plan, Pass& pass, Scratch& s, const Task& task, const A
                 if (!a.pools) see_operand("query", q);
                 see_operand("key", k);
                 see_operand("value", v);
-                keep(a, segment, head, memory.head(attentions, a, segment.slot, head), q, k, v, s.key);
+                keep(a, segment, head, memory.head(attentions, a, segment.slot, head), q, k, v);
             }
         });
         clock.lap(kRest);

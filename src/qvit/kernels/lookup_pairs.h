@@ -1,0 +1,103 @@
+// The lookup for 2 bits x 2 bits that the vectors of 128 and 256 bits share: its tables and its layouts.
+//
+// Two codes of a channel are 4 bits, and so are two codes of a row. So a row's pair chooses one of 16 constant tables
+// of 16 bytes, in which one instruction looks up the pairs of as many channels as a vector has bytes.
+//
+// Layout: [n / Group groups][Group starts, k / 4][Group channels], a byte two pairs, each w0 + 4 w1 of the codes modulo
+// 4. Pair i is (i, i + k / 2), so that a row is packed by whole vectors; byte j of a channel holds pairs 2 j and 2 j +
+// 1. A row's pair is held times 16, the distance of its table.
+#pragma once
+
+#include "lookup.h"
+
+namespace {
+
+constexpr size_t kPair = 2;
+constexpr size_t kBeforeWidening = 255 / (kTermRange * 2 * kPair);  // bytes of two pairs
+constexpr size_t kBytesAtOnce = 65535 / (kTermRange * 2 * kPair);   // what a 16-bit sum holds
+
+struct Tables {
+    alignas(64) uint8_t bytes[16][16];
+    constexpr Tables() : bytes() {
+        for (int row = 0; row < 16; ++row)
+            for (int channel = 0; channel < 16; ++channel) bytes[row][channel] = lookup_entry<kPair>(row, channel);
+    }
+};
+constexpr Tables kTables;
+
+template <size_t Group>
+size_t lookup_weight_bytes(size_t n, size_t k) {
+    return n / Group * (kStarts<Group> + k / 4 * Group);
+}
+
+// Eight codes at once, as the bytes of a word.
+template <size_t Group>
+void lookup_pack_channel(uint8_t* packed, size_t k, size_t channel, const uint8_t* codes, int low) {
+    constexpr uint64_t kOnes = 0x0101010101010101, kTwoBits = 3 * kOnes;
+    const size_t half = k / 2;
+    uint8_t* group = packed + channel / Group * lookup_weight_bytes<Group>(Group, k);
+    uint8_t* to = group + kStarts<Group> + lookup_lane<Group>(channel);
+    int total = 0;
+    const auto load = [&](size_t i) {
+        uint64_t eight;
+        std::memcpy(&eight, codes + i, sizeof eight);
+        return ((eight & kTwoBits) + static_cast<uint64_t>(-low & 3) * kOnes) & kTwoBits;
+    };
+    for (size_t i = 0; i < k; ++i) total += codes[i] - low;
+    for (size_t i = 0; i < half; i += 8) {
+        const uint64_t pairs = load(i) | load(i + half) << 2;
+        const uint64_t bytes = pairs | pairs >> 4;
+        for (size_t j = 0; j < 4; ++j) to[(i / 2 + j) * Group] = static_cast<uint8_t>(bytes >> 16 * j);
+    }
+    store_start(group, channel % Group, total, k);
+}
+
+// The bytes of a group's channels in their lanes, four at once.
+template <size_t Group>
+inline void store_lanes(const uint8_t (&channels)[Group], uint8_t* to) {
+    constexpr size_t kQuarter = Group / 4;
+    const uint8_t* quarters[] = {channels, channels + kQuarter, channels + 2 * kQuarter, channels + 3 * kQuarter};
+    uint32_t words[kQuarter];
+    for (size_t i = 0; i < kQuarter; ++i)
+        words[i] = quarters[0][i] | uint32_t{quarters[2][i]} << 8 | uint32_t{quarters[1][i]} << 16 |
+                   uint32_t{quarters[3][i]} << 24;
+    std::memcpy(to, words, sizeof words);
+}
+
+template <size_t Group>
+void lookup_pack_columns(const uint8_t* codes, size_t stride, size_t k, size_t width, int low, uint8_t* packed) {
+    const size_t half = k / 2;
+    for (size_t channel = 0; channel < width; channel += Group) {
+        uint8_t* group = packed + channel / Group * lookup_weight_bytes<Group>(Group, k);
+        const size_t some = std::min(Group, width - channel);
+        int32_t starts[Group];
+        std::fill_n(starts, Group, -(kTermLowest + low) * static_cast<int32_t>(k));
+        for (size_t i = 0; i < half; i += 2) {
+            const uint8_t* rows = codes + i * stride + channel;
+            uint8_t bytes[Group] = {};
+            for (size_t first = 0; first < some; first += kChannels)
+                for (size_t c = first; c < first + kChannels; ++c) {
+                    const uint8_t a = rows[c], b = rows[half * stride + c];
+                    const uint8_t d = rows[stride + c], e = rows[(half + 1) * stride + c];
+                    const auto code = [=](uint8_t x) { return (x - low) & 3; };
+                    bytes[c] = static_cast<uint8_t>(code(a) | code(b) << 2 | code(d) << 4 | code(e) << 6);
+                    starts[c] += static_cast<uint8_t>(a + b + d + e);
+                }
+            store_lanes(bytes, group + kStarts<Group> + i / 2 * Group);
+        }
+        std::memcpy(group, starts, sizeof starts);
+    }
+}
+
+size_t lookup_row_bytes(size_t k) { return k / 2; }
+
+void lookup_pack_rows(const uint8_t* codes, size_t stride, size_t rows, size_t k, uint8_t* out, size_t out_stride) {
+    const size_t half = k / 2;
+    for (size_t r = 0; r < rows; ++r) {
+        const uint8_t* a = codes + r * stride;
+        uint8_t* to = out + r * out_stride;
+        for (size_t i = 0; i < half; ++i) to[i] = static_cast<uint8_t>(a[i] << 4 | a[i + half] << 6);
+    }
+}
+
+}  // namespace

@@ -1,0 +1,84 @@
+"""Pictures that wait, computed together: async-batcher collects them, and each batch goes to one of several engines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+from async_batcher.batcher import AsyncBatcher
+from numpy.typing import NDArray
+from prometheus_client import Histogram
+
+from qvit.errors import CorruptImageError
+from qvit.runtime.engine import Engine
+from qvit.runtime.preprocess import preprocess
+
+LARGEST_BATCH = 2
+"""Pictures of a batch; engines are as fast with more of them, and the first one would wait for the last."""
+Answer = dict[str, Any]
+_SIZES = Histogram("qvit_batch_pictures", "Pictures that were computed together", buckets=range(1, LARGEST_BATCH + 1))
+
+
+class Batcher(AsyncBatcher[bytes, Answer]):
+    """Answers pictures: as many batches at once as there are engines, and a queue of those that wait.
+
+    No picture waits for others to come: an engine that is free takes what is there.
+
+    Args:
+        engines: of one model.
+        top_k: classes of a picture.
+        waiting: pictures that may wait; :meth:`process` raises ``QueueFullException`` beyond them.
+    """
+
+    def __init__(self, engines: Sequence[Engine], *, top_k: int, waiting: int) -> None:
+        super().__init__(
+            max_batch_size=LARGEST_BATCH,
+            max_queue_time=0,
+            max_queue_size=waiting,
+            concurrency=len(engines),
+            executor=ThreadPoolExecutor(len(engines), "engine"),
+        )
+        self.program = engines[0].program
+        self._top_k = top_k
+        self._idle: SimpleQueue[Engine] = SimpleQueue()
+        for engine in engines:
+            self._idle.put(engine)
+
+    def process_batch(self, batch: list[bytes]) -> list[Answer | CorruptImageError]:
+        """Return what each picture shows; of one that cannot be read, the error. Called in the executor's threads."""
+        _SIZES.observe(len(batch))
+        engine = self._idle.get()  # there is one: no more batches run at once than there are engines
+        try:
+            return answers(engine, batch, self._top_k)
+        finally:
+            self._idle.put(engine)
+
+
+def answers(engine: Engine, pictures: Sequence[bytes], top_k: int) -> list[Answer | CorruptImageError]:
+    """Return the answer to each picture, as JSON takes it, or the error of one that cannot be read.
+
+    Of a classifier ``{"classes": [{"name": ..., "probability": ...}, ...]}``, the ``top_k`` most probable first; of a
+    feature extractor ``{"embedding": [...]}``.
+    """
+    prepared = [_prepared(engine, picture) for picture in pictures]
+    readable = [each for each in prepared if not isinstance(each, CorruptImageError)]
+    told = _told(engine, engine(np.stack(readable)), top_k) if readable else iter(())
+    return [each if isinstance(each, CorruptImageError) else next(told) for each in prepared]
+
+
+def _prepared(engine: Engine, picture: bytes) -> NDArray[np.float32] | CorruptImageError:
+    try:
+        return preprocess(picture, engine.preprocessing, "The picture")
+    except CorruptImageError as error:
+        return error
+
+
+def _told(engine: Engine, outputs: NDArray[np.float32], top_k: int) -> Iterator[Answer]:
+    if not engine.program.classifies:
+        yield from ({"embedding": vector} for vector in outputs.tolist())
+        return
+    for best in engine.most_probable(outputs, top_k):
+        yield {"classes": [{"name": name, "probability": probability} for name, probability in best]}
