@@ -35,7 +35,7 @@ EVERY = pytest.mark.parametrize("kind", ["vit", *KINDS])
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Try few ranges where a scale is fitted: how good they are is not asked here."""
     monkeypatch.setattr("qvit.quantization.calibrate._FRACTIONS", (1.0, 0.7))
-    monkeypatch.setattr("qvit.quantization.calibrate._FINE_SHARES", (1.0, 0.7))
+    monkeypatch.setattr("qvit.quantization.calibrate._FINE_FRACTIONS", (1.0, 0.7))
 
 
 @functools.cache
@@ -114,7 +114,7 @@ def test_costs_are_those_of_the_file_that_the_overrides_make(kind: str, tmp_path
         chosen = [CANDIDATES.index(bits[product.name]) for product in products]
         model = read_packed(tmp_path / "m")
         assert costs["mb"].of(chosen) == sum(array.nbytes for array in model.tensors.values())
-        assert costs["ops"].of(chosen) == sum(
+        assert costs["bops"].of(chosen) == sum(
             product.macs * product.bits.weight * product.bits.activation for product in model.program.products()
         )
 
