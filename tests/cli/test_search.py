@@ -58,7 +58,7 @@ def test_bits_are_found_within_the_budgets_and_taken_by_quantize(
     search: Callable[..., Done], float_file: Path, pictures: Path, tmp_path: Path
 ) -> None:
     found = tmp_path / "my bits.txt"
-    done = search("--budget-mb", "0.012", "--budget-ops", "0.005", "--report", tmp_path / "report", "--out", found)
+    done = search("--budget-mb", "0.012", "--budget-bops", "0.005", "--report", tmp_path / "report", "--out", found)
     assert done.status == 0, done.err
     assert f"@{found}" in shlex.split(done.out.splitlines()[-1])  # can be pasted
     record = json.loads((tmp_path / "report" / "report.json").read_text())
@@ -77,7 +77,7 @@ def test_bits_are_found_within_the_budgets_and_taken_by_quantize(
     operations = sum(
         product.macs * product.bits.weight * product.bits.activation for product in model.program.products()
     )
-    assert (size, operations) == (round(costs["mb"] * 1e6), round(costs["ops"] * 1e9))
+    assert (size, operations) == (round(costs["mb"] * 1e6), round(costs["bops"] * 1e9))
     assert size <= 12_000
     assert operations <= 5_000_000
 
@@ -85,7 +85,7 @@ def test_bits_are_found_within_the_budgets_and_taken_by_quantize(
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ([], "Give a budget: --budget-mb, --budget-ops or --budget-ms"),
+        ([], "Give a budget: --budget-mb, --budget-bops or --budget-ms"),
         (["--budget-mb", "0"], "--budget-mb must be a number above 0, not 0.0."),
         (["--budget-ms", "nan"], "--budget-ms must be a number above 0, not nan."),
         (["--budget-mb", "0.001"], "No bits keep --budget-mb 0.001: the least of a model is 0.0"),
@@ -120,12 +120,12 @@ def test_the_least_that_a_refusal_tells_is_enough_for_one_picture_too_and_nothin
 ) -> None:
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "0.png").write_bytes((pictures / "0.png").read_bytes())
-    least = sentence(search("--budget-ops", "1e-5")).split(" is ")[1].split()[0]
+    least = sentence(search("--budget-bops", "1e-5")).split(" is ")[1].split()[0]
     folder = "--images", tmp_path / "one"
-    assert search("--budget-ops", least, *folder).status == 0
+    assert search("--budget-bops", least, *folder).status == 0
     # Layers and operands of two blocks; rounding up left room for nothing.
     assert list(parse_overrides([f"@{tmp_path / 'bits.txt'}"]).values()) == [2] * 16
-    assert "is there already" in sentence(search("--budget-ops", least, *folder))
+    assert "is there already" in sentence(search("--budget-bops", least, *folder))
 
 
 def test_a_search_that_cannot_be_written_leaves_nothing_in_the_way(

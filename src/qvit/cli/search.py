@@ -28,9 +28,9 @@ def search_bits(
     out: Annotated[Path, typer.Option(help="File to write: lines PATTERN=BITS for --override @FILE.")],
     budget_ms: Annotated[float | None, typer.Option(help="Milliseconds of an image in the engine, here.")] = None,
     budget_mb: Annotated[float | None, typer.Option(help="Megabytes (10^6) of the file's codes and scales.")] = None,
-    budget_ops: Annotated[
+    budget_bops: Annotated[
         float | None,
-        typer.Option(help="10^9 operations of an image: multiply-adds, each times the bits of both its factors."),
+        typer.Option(help="10^9 bit operations of an image: multiply-adds, each times the bits of both its factors."),
     ] = None,
     threads: Annotated[int | None, typer.Option(help="Of the engine [default: all processors].", min=1)] = None,
     pictures: Annotated[int, typer.Option(help="To set scales with, at most.", min=1)] = 512,
@@ -50,14 +50,14 @@ def search_bits(
 
     Examples:
       qvit search-bits deit_small_patch16_224 --images photos --budget-ms 10 --out bits.txt
-      qvit search-bits runs/float/best.pt --images photos --budget-mb 8 --budget-ops 40 --out bits.txt --report report
+      qvit search-bits runs/float/best.pt --images photos --budget-mb 8 --budget-bops 40 --out bits.txt --report report
       qvit quantize runs/float/best.pt --images photos --override @bits.txt --out model.safetensors
     """
     from qvit.search.run import Request, run_search, summary
 
     check_given("--images", images, "a folder of pictures")
     options = options_of(out, seed, workers, "no", False, skip_corrupt, False, cpu, images)
-    given = {"mb": budget_mb, "ops": budget_ops, "ms": budget_ms}
+    given = {"mb": budget_mb, "bops": budget_bops, "ms": budget_ms}
     budgets = {name: limit for name, limit in given.items() if limit is not None}
     request = Request(source, Path(images), budgets, model, pictures, held_out, threads, report)
     found = run_search(request, options, console())

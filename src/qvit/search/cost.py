@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from qvit.analysis.size import Operations
 from qvit.config import Bits
 from qvit.format.ops import Layer, packed_bytes
 from qvit.format.program import Program
@@ -21,12 +22,12 @@ class Unit(NamedTuple):
     size: int
 
 
-UNITS = {"mb": Unit("MB", 10**6), "ops": Unit("G ops", 10**9), "ms": Unit("ms", 1)}
+UNITS = {"mb": Unit("MB", 10**6), "bops": Unit("G BOPs", 10**9), "ms": Unit("ms", 1)}
 """Of every budget, by the end of its option."""
 
 
 class Cost(NamedTuple):
-    """What a model costs, as a sum over its free products: milliseconds, bytes or operations.
+    """What a model costs, as a sum over its free products: milliseconds, bytes or bit operations.
 
     Attributes:
         fixed: what all the rest costs.
@@ -45,8 +46,7 @@ def counted_costs(program: Program, products: Sequence[FreeProduct]) -> dict[str
     """Return the costs that are counted, by the end of the option that limits them.
 
     - ``mb``: bytes of the packed file's tensors, codes, scales and all else; its header is not among them.
-    - ``ops``: operations of one image: each multiply-add is as many as the product of the bits of both its factors
-      (docs/method.md, section 6).
+    - ``bops``: bit operations of one image (:attr:`qvit.analysis.size.Operations.bit_operations`).
 
     Args:
         program: of the model, at any bits.
@@ -61,9 +61,10 @@ def counted_costs(program: Program, products: Sequence[FreeProduct]) -> dict[str
     code_bytes = sum(
         _codes_bytes(layers[product.name], layers[product.name].bits) for product in products if product.is_layer
     )
-    fixed = sum(_operations(product.macs, product.bits) for product in program.products() if product.name not in free)
-    operations = [[_operations(product.macs, bits) for bits in CANDIDATES] for product in products]
-    return {"mb": Cost(every_byte - code_bytes, codes), "ops": Cost(fixed, operations)}
+    rest = [product for product in program.products() if product.name not in free]
+    fixed = sum(_bit_operations(product.macs, product.bits) for product in rest)
+    bit_operations = [[_bit_operations(product.macs, bits) for bits in CANDIDATES] for product in products]
+    return {"mb": Cost(every_byte - code_bytes, codes), "bops": Cost(fixed, bit_operations)}
 
 
 def time_cost(products: Sequence[FreeProduct], times: Times) -> Cost:
@@ -77,5 +78,5 @@ def _codes_bytes(layer: Layer, bits: Bits) -> int:
     return layer.outputs * packed_bytes(layer.inputs, bits.weight)
 
 
-def _operations(macs: int, bits: Bits) -> int:
-    return macs * bits.weight * bits.activation
+def _bit_operations(macs: int, bits: Bits) -> int:
+    return Operations({bits: macs}).bit_operations

@@ -95,8 +95,8 @@ def search_bits(
         teacher: a float model of a family that qvit knows.
         batches: image tensors ``(B, C, H, W)``, or tuples that start with one, for the scales.
         budgets: all of which hold: ``"ms"``, milliseconds of one image in the engine on this machine; ``"mb"``, 10^6
-            bytes of the packed file's tensors; ``"ops"``, 10^9 operations of one image, where a multiply-add is as many
-            as the product of its factors' bits.
+            bytes of the packed file's tensors; ``"bops"``, 10^9 bit operations of one image, where a multiply-add is as
+            many as the product of its factors' bits.
         held_out: images to measure distances on; ``batches`` by default.
         threads: of the engine; as many as this process may use by default.
         report: called as it goes on.

@@ -18,8 +18,8 @@ from qvit.search.products import WIDTHS
 RULES = (
     "distance: of the outputs from the float model's, on pictures held out, calibrated and not trained; summed: the "
     "distances that each quantizer brings about alone, together. ms: of an image in the engine, the sum of what each "
-    "product takes; timed: the whole model. MB: the packed file's tensors. G ops: 10^9 multiply-adds of an image, each "
-    "times the bits of both its factors."
+    "product takes; timed: the whole model. MB: the packed file's tensors. G BOPs: 10^9 bit operations of an image, "
+    "multiply-adds each times the bits of both its factors."
 )
 """What the columns of a search's table are."""
 

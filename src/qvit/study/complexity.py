@@ -109,6 +109,7 @@ def model_tables(name: str, cost: Cost) -> list[Table | str]:
     about.add_row("multiply-adds of an image", f"{operations.total:,}")
     about.add_row("count as, of float32", f"{operations.float_equivalent:,.0f}")
     about.add_row("counting rule", RULE)
+    about.add_row("bit operations", f"{operations.bit_operations:,}")
     about.add_row("predicted time", f"{1e3 * cost.predicted:.2f} ms per image on one thread")
     about.add_row("predicted from", HOW)
     if cost.measured is not None:
