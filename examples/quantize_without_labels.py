@@ -30,8 +30,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("model.safetensors"))
     args = parser.parse_args()
 
-    own = {} if args.classes is None else {"num_classes": args.classes}
-    model = timm.create_model(args.model, pretrained=args.weights is None, checkpoint_path=args.weights, **own).eval()
+    head = {} if args.classes is None else {"num_classes": args.classes}
+    model = timm.create_model(args.model, pretrained=args.weights is None, checkpoint_path=args.weights, **head).eval()
     preprocessing = timm.data.resolve_model_data_config(model)
     transform = timm.data.create_transform(**preprocessing)
     paths = [path for path in args.pictures.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp")]

@@ -59,8 +59,8 @@ def weights_of(path: Path, classes: int) -> str:
 
 
 def test_a_model_of_ones_own_is_quantized_without_labels(photos: Path, tmp_path: Path, capfd: Capture) -> None:
-    own = ["--model", MODEL, "--weights", weights_of(tmp_path / "own.pth", 7), "--classes", "7"]
-    run("quantize_without_labels.py", "photos", *own, "--steps", "1")
+    arguments = ["--model", MODEL, "--weights", weights_of(tmp_path / "own.pth", 7), "--classes", "7"]
+    run("quantize_without_labels.py", "photos", *arguments, "--steps", "1")
     printed = capfd.readouterr().out
     assert re.search(r"^calibrated: same class as the float model for [\d.]+ %\nreconstructed: ", printed)
     assert re.search(r"^model.safetensors: 0\.\d+ MB$", printed, re.MULTILINE)
@@ -68,8 +68,8 @@ def test_a_model_of_ones_own_is_quantized_without_labels(photos: Path, tmp_path:
 
 
 def test_pictures_are_found_by_vectors_of_few_bits(photos: Path, tmp_path: Path, capfd: Capture) -> None:
-    own = ["--model", MODEL, "--weights", weights_of(tmp_path / "own.pth", 0)]
-    command = ["image_search.py", "photos", "photos/3.png", *own, "--steps", "1", "--count", "3"]
+    arguments = ["--model", MODEL, "--weights", weights_of(tmp_path / "own.pth", 0)]
+    command = ["image_search.py", "photos", "photos/3.png", *arguments, "--steps", "1", "--count", "3"]
     run(*command)
     first, *shown = capfd.readouterr().out.splitlines()
     assert re.fullmatch(r"test_vit, 4 bits: mean cosine [\d.]+ with the float model's vectors", first)

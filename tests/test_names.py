@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MODULES = sorted(path for folder in ("src", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
+FOLDERS = ("src", "tests", "benchmarks", "examples")
+MODULES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 PRONOUNS = {"each", "few", "its", "mine", "none", "one", "ours", "own", "some", "theirs", "these", "those", "which"}
 PER = re.compile(
     r"(?<!hich )\b([Oo]ne|[Oo]nce|scales?|values?|rows?|lines?|columns?|records?|[Ii]mages|batches|[Ss]teps|ms) an? "
@@ -29,7 +30,7 @@ def variables(path: Path) -> Iterator[tuple[int, str]]:
             yield node.lineno, node.attr
 
 
-@pytest.mark.parametrize("folder", ["src", "tests", "benchmarks"])
+@pytest.mark.parametrize("folder", FOLDERS)
 def test_variables_are_nouns_and_not_pronouns(folder: str) -> None:
     modules = [path for path in MODULES if path.is_relative_to(ROOT / folder)]
     assert modules

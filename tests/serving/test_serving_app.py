@@ -76,7 +76,7 @@ def test_answers_of_a_batch_are_those_of_its_pictures_alone(engine: Engine) -> N
     contents[1:1] = [b"none"]
     told = answers(engine, contents, 3)
     assert isinstance(told[1], CorruptImageError)
-    assert [each for each in told if isinstance(each, dict)] == [
+    assert [entry for entry in told if isinstance(entry, dict)] == [
         classes(engine, content) for content in contents if content != b"none"
     ]
 

@@ -85,7 +85,7 @@ def test_sigterm_ends_the_server_when_every_request_that_it_took_is_answered(pac
             client.finish()
         for client in clients:
             status, told, _ = client.answer()
-            assert (status, [(each["name"], each["probability"]) for each in told["classes"]]) == (200, expected)
+            assert (status, [(entry["name"], entry["probability"]) for entry in told["classes"]]) == (200, expected)
         out, err = served.communicate()
     assert (served.returncode, out, err) == (0, "", "")
 

@@ -64,9 +64,9 @@ def answers(engine: Engine, pictures: Sequence[bytes], top_k: int) -> list[Answe
     feature extractor ``{"embedding": [...]}``.
     """
     prepared = [_prepared(engine, picture) for picture in pictures]
-    readable = [each for each in prepared if not isinstance(each, CorruptImageError)]
+    readable = [image for image in prepared if not isinstance(image, CorruptImageError)]
     told = _told(engine, engine(np.stack(readable)), top_k) if readable else iter(())
-    return [each if isinstance(each, CorruptImageError) else next(told) for each in prepared]
+    return [image if isinstance(image, CorruptImageError) else next(told) for image in prepared]
 
 
 def _prepared(engine: Engine, picture: bytes) -> NDArray[np.float32] | CorruptImageError:
