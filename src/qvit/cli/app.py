@@ -65,6 +65,7 @@ for command in (
     serve.serve,
     packed.bench,
     packed.export,
+    packed.web,
     packed.push,
     packed.info,
     compare.compare,

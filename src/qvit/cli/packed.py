@@ -1,4 +1,4 @@
-"""Commands about packed files: export, predict, bench, info, push."""
+"""Commands about packed files: export, web, predict, bench, info, push."""
 
 from __future__ import annotations
 
@@ -133,6 +133,25 @@ def export(
         "its metadata says how images are prepared" if out.suffix == ".onnx" else f"qvit info {out} says what is in it"
     )
     console().print(printable(f"{out}: {size:.2f} MB; {more}."), soft_wrap=True)
+
+
+def web(
+    model: Packed,
+    out: Annotated[Path, typer.Option(help="Folder to write, for any web server; must not be there.")],
+) -> None:
+    """Write a web page that classifies pictures with a packed model, in the browser: nothing is sent anywhere.
+
+    The folder is also a module for JavaScript, qvit.js, in the browser and in Node. Needs no PyTorch.
+
+    Example:
+      qvit web model.safetensors --out site
+    """
+    from qvit.exporting.web_site import MODEL, write_site
+
+    write_site(model, out)
+    size = (out / MODEL).stat().st_size / 1e6
+    text = f"{out}: a page with a model of {size:.2f} MB; to see it, python -m http.server --directory {out}"
+    console().print(printable(text), soft_wrap=True)
 
 
 def push(

@@ -39,9 +39,28 @@ constexpr Product dense_product(const char* name, int left_bits, int right_bits)
             byte_row, nullptr,   run_dense<Kind>};
 }
 
+constexpr size_t kStep = sizeof(v128_t);  // codes of a row that are loaded at once
+
+// use(row, vector, codes, weights) for kStep codes of some rows and a panel: four of a row's codes in all lanes, and
+// four weights of a channel in each. Few rows, and constant distances: what V8 keeps in registers and adds to an
+// address.
+template <int Rows, class Use>
+[[gnu::always_inline]] inline void each_word(const uint8_t* a, size_t stride, const uint8_t* w, Use use) {
+    v128_t rows[Rows];
+    unrolled<Rows>([&](auto r) { rows[r] = wasm_v128_load(a + r * stride); });
+    unrolled<kStep / kDepth>([&](auto word) {
+        v128_t codes[Rows];
+        unrolled<Rows>([&](auto r) { codes[r] = wasm_i32x4_shuffle(rows[r], rows[r], word, word, word, word); });
+        unrolled<kVectors>([&](auto v) {
+            const v128_t weights = wasm_v128_load(w + (word * kVectors + v) * sizeof(v128_t));
+            unrolled<Rows>([&](auto r) { use(r, v, codes[r], weights); });
+        });
+    });
+}
+
 // Any 8 bits: even and odd bytes apart as 16-bit words, which one instruction multiplies and adds to 32 bits.
 struct Wide {
-    static constexpr int kRows = 3;
+    static constexpr int kRows = 2;
 
     template <int Rows>
     static void tile(const uint8_t* a, size_t stride, const uint8_t* w, size_t k, int32_t* out, size_t out_stride) {
@@ -77,9 +96,9 @@ struct Wide {
 // widened when another step could overflow them.
 template <int LeftBits, int RightBits>
 struct Narrow {
-    static constexpr int kRows = 3;
+    static constexpr int kRows = 2;
     static constexpr size_t kLargest = 2 * ((size_t{1} << LeftBits) - 1) * (size_t{1} << (RightBits - 1));
-    static constexpr size_t kBeforeWidening = 32767 / kLargest * kDepth;
+    static constexpr size_t kBeforeWidening = 32767 / kLargest * kDepth / kStep * kStep;
     static_assert(LeftBits <= 7 && kBeforeWidening > 0);
 
     template <int Rows>
@@ -89,17 +108,10 @@ struct Narrow {
             v128_t sums[Rows][kVectors];
             each_sum<Rows, kVectors>([&](auto r, auto v) { sums[r][v] = wasm_i32x4_splat(0); });
             const size_t until = std::min(at + kBeforeWidening, k);
-            for (; at < until; at += kDepth) {
-                v128_t weights[kVectors];
-                unrolled<kVectors>(
-                    [&](auto v) { weights[v] = wasm_v128_load(w + at * kChannels + v * sizeof(v128_t)); });
-                unrolled<Rows>([&](auto r) {
-                    const v128_t codes = wasm_v128_load32_splat(a + r * stride + at);
-                    unrolled<kVectors>([&](auto v) {
-                        sums[r][v] = wasm_i16x8_add(sums[r][v], wasm_i16x8_relaxed_dot_i8x16_i7x16(weights[v], codes));
-                    });
+            for (; at < until; at += kStep)
+                each_word<Rows>(a + at, stride, w + at * kChannels, [&](auto r, auto v, v128_t codes, v128_t weights) {
+                    sums[r][v] = wasm_i16x8_add(sums[r][v], wasm_i16x8_relaxed_dot_i8x16_i7x16(weights, codes));
                 });
-            }
             each_sum<Rows, kVectors>([&](auto r, auto v) {
                 int32_t* to = out + r * out_stride + v * kLanes;
                 v128_t sum = wasm_i32x4_extadd_pairwise_i16x8(sums[r][v]);
@@ -112,22 +124,16 @@ struct Narrow {
 
 // The same, added up in 32 bits at once: one instruction where the processor has a dot product of bytes.
 struct Dot {
-    static constexpr int kRows = 3;
+    static constexpr int kRows = 2;
 
     template <int Rows>
     static void tile(const uint8_t* a, size_t stride, const uint8_t* w, size_t k, int32_t* out, size_t out_stride) {
         v128_t sums[Rows][kVectors];
         each_sum<Rows, kVectors>([&](auto r, auto v) { sums[r][v] = wasm_i32x4_splat(0); });
-        for (size_t at = 0; at < k; at += kDepth) {
-            v128_t weights[kVectors];
-            unrolled<kVectors>([&](auto v) { weights[v] = wasm_v128_load(w + at * kChannels + v * sizeof(v128_t)); });
-            unrolled<Rows>([&](auto r) {
-                const v128_t codes = wasm_v128_load32_splat(a + r * stride + at);
-                unrolled<kVectors>([&](auto v) {
-                    sums[r][v] = wasm_i32x4_relaxed_dot_i8x16_i7x16_add(weights[v], codes, sums[r][v]);
-                });
+        for (size_t at = 0; at < k; at += kStep)
+            each_word<Rows>(a + at, stride, w + at * kChannels, [&](auto r, auto v, v128_t codes, v128_t weights) {
+                sums[r][v] = wasm_i32x4_relaxed_dot_i8x16_i7x16_add(weights, codes, sums[r][v]);
             });
-        }
         each_sum<Rows, kVectors>(
             [&](auto r, auto v) { wasm_v128_store(out + r * out_stride + v * kLanes, sums[r][v]); });
     }

@@ -68,8 +68,9 @@ export class Engine {
   /**
    * @param {WebAssembly.Module} module compiled from simd128.wasm or relaxed-simd.wasm
    * @param {Uint8Array} bytes of a file that qvit web wrote
+   * @param {boolean} slow whether it computes without vectors, which only tests do
    */
-  constructor(module, bytes) {
+  constructor(module, bytes, slow = false) {
     const { description, start } = readDescription(bytes);
     const { name, input, outputs, classes, preprocessing } = description;
     Object.assign(this, { name, input, outputs, classes, preprocessing });
@@ -83,7 +84,7 @@ export class Engine {
       this.#bytes(data, size).set(bytes.subarray(start));
       const checksum = (exports.checksum(data, size) >>> 0).toString(16).padStart(8, "0");
       need(checksum === description.checksum, "it was damaged or cut short on its way");
-      exports.create(...input);
+      exports.create(...input, slow);
       const read = { data, size };
       for (const part of description.parts) this.#hand(read, "", part);
       need(exports.outputs() === outputs, "its parts give other outputs than it says");
@@ -97,6 +98,30 @@ export class Engine {
    * @returns {Float32Array}
    */
   run(images) {
+    return this.#call(images, (data, batch, outputs) => this.#wasm.forward(data, batch, outputs));
+  }
+
+  /**
+   * The codes of every quantizer in a run, for tests: of which operation, branch and part, and (batch, rows, width).
+   * @param {Float32Array} images preprocessed, at most 8
+   */
+  codes(images) {
+    const found = [];
+    this.#call(images, (data, batch, outputs) => {
+      const count = this.#wasm.trace(data, batch, outputs);
+      const about = this.#wasm.allocate(5 * 4);
+      for (let index = 0; index < count; ++index) {
+        const start = this.#wasm.traced(index, about);
+        const [operation, branch, part, rows, width] = new Uint32Array(this.#memory.buffer, about, 5);
+        const values = this.#bytes(start, batch * rows * width).slice();
+        found.push({ operation, branch, part: this.#textAt(part), rows, width, values });
+      }
+      this.#wasm.release(about);
+    });
+    return found;
+  }
+
+  #call(images, forward) {
     const pixels = this.input[0] * this.input[1] * this.input[2];
     const batch = images.length / pixels;
     if (!(images instanceof Float32Array) || !isWhole(batch, 1, LARGEST_SIDE))
@@ -111,7 +136,7 @@ export class Engine {
       const { data } = this.#images;
       const outputs = data + 4 * batch * pixels;
       new Float32Array(this.#memory.buffer, data, images.length).set(images);
-      this.#wasm.forward(data, batch, outputs);
+      forward(data, batch, outputs);
       return new Float32Array(this.#memory.buffer, outputs, batch * this.outputs).slice();
     });
   }
@@ -133,12 +158,8 @@ export class Engine {
   }
 
   #imports() {
-    const text = (start) => {
-      const bytes = new Uint8Array(this.#memory.buffer, start);
-      return new TextDecoder().decode(bytes.slice(0, bytes.indexOf(0)));
-    };
     const fail = (what) => {
-      const reason = text(what);
+      const reason = this.#textAt(what);
       throw new QvitError(
         reason === "std::bad_alloc"
           ? `${this.name} needs more memory than there is.`
@@ -151,6 +172,11 @@ export class Engine {
       return 0;
     };
     return { qvit: { fail }, wasi_snapshot_preview1: { fd_close: none, fd_seek: none, fd_write: none, clock_time_get } };
+  }
+
+  #textAt(start) {
+    const bytes = new Uint8Array(this.#memory.buffer, start);
+    return new TextDecoder().decode(bytes.slice(0, bytes.indexOf(0)));
   }
 
   #text(text) {

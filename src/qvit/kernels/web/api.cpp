@@ -1,8 +1,8 @@
 // What JavaScript calls: one model per instance of the module, built operation by operation.
+#include <algorithm>
 #include <array>
 #include <cstdlib>
 #include <memory>
-#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -26,6 +26,7 @@ using namespace qvit;
 namespace {
 
 std::unique_ptr<Model> model;
+std::unique_ptr<Trace> seen;
 // The operation that is being handed over, from the outermost members in.
 std::vector<std::pair<std::string, Part::Members>> open_parts;
 
@@ -64,9 +65,11 @@ QVIT_EXPORT(checksum) uint32_t checksum(const uint8_t* data, size_t size) {
     return ~sum;
 }
 
-QVIT_EXPORT(create) void create(size_t channels, size_t height, size_t width) {
+// A model without operations; `slow` for plain C++ instead of vectors.
+QVIT_EXPORT(create) void create(size_t channels, size_t height, size_t width, bool slow) {
     size_t count;
-    model = std::make_unique<Model>(Plan(*available_isas(&count)[0], channels, height, width), 1);
+    const Isa* const* isas = available_isas(&count);
+    model = std::make_unique<Model>(Plan(*isas[slow ? count - 1 : 0], channels, height, width), 1);
 }
 
 QVIT_EXPORT(open_part) void open_part(const char* name) { open_parts.push_back({name, {}}); }
@@ -92,4 +95,20 @@ QVIT_EXPORT(outputs) size_t outputs() { return model->plan().outputs(); }
 
 QVIT_EXPORT(forward) void forward(const float* images, size_t batch, float* outputs) {
     model->forward(images, batch, outputs);
+}
+
+// As forward, and keeps the codes of every quantizer; returns of how many.
+QVIT_EXPORT(trace) size_t trace(const float* images, size_t batch, float* outputs) {
+    seen = std::make_unique<Trace>(batch);
+    model->forward(images, batch, outputs, seen.get());
+    return seen->all().size();
+}
+
+// Codes that were kept; what they are of into `about`: operation, branch, part, rows and width.
+QVIT_EXPORT(traced) const uint8_t* traced(size_t index, size_t about[5]) {
+    const Trace::Codes& codes = seen->all().at(index);
+    const size_t part = reinterpret_cast<size_t>(codes.name.part);
+    const size_t values[] = {codes.name.operation, codes.name.branch, part, codes.rows, codes.width};
+    std::copy(std::begin(values), std::end(values), about);
+    return codes.values.data();
 }
