@@ -74,3 +74,28 @@ def test_no_subpackage_hides_a_public_name() -> None:
     folders = {path.parent.name for path in Path(qvit.__file__).parent.glob("*/__init__.py")}
     modules = {path.stem for path in Path(qvit.__file__).parent.glob("*.py")}
     assert not (folders | modules) & (set(qvit.__all__) - {"errors"})
+
+
+IMPORTING = """
+try:
+    import qvit
+except Exception as error:
+    print([kind.__name__ for kind in type(error).mro()], error, flush=True)
+"""
+
+
+@pytest.mark.parametrize("isolated", [True, False])
+def test_sub_interpreter_is_refused_in_a_sentence(isolated: bool) -> None:
+    out = run(f"""
+try:
+    import _interpreters
+    number = _interpreters.create("isolated" if {isolated} else "legacy")
+except ImportError:
+    import _xxsubinterpreters as _interpreters
+    number = _interpreters.create(isolated={isolated})
+import qvit
+_interpreters.run_string(number, {IMPORTING!r})
+""")
+    assert "QvitError" in out
+    assert "'ImportError'" in out
+    assert "qvit does not run in a sub-interpreter: import it in the main one" in out

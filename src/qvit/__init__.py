@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,21 @@ _HOMES = {
     "search_bits": "search.find",
     "DistillationLoss": "quantization.distill",
 }
+
+
+def _is_in_main_interpreter() -> bool:
+    for name in ("_interpreters", "_xxsubinterpreters"):  # from Python 3.13 on, and before
+        with contextlib.suppress(ImportError, AttributeError):
+            interpreters: Any = importlib.import_module(name)
+            return bool(interpreters.get_current() == interpreters.get_main())
+    return True
+
+
+# NumPy breaks off with a page of advice there or warns, and then the engine may wait for ever (Python 3.10).
+if not _is_in_main_interpreter():
+    raise errors.SubInterpreterError(
+        "qvit does not run in a sub-interpreter: import it in the main one (mod_wsgi: WSGIApplicationGroup %{GLOBAL})."
+    )
 
 
 def __getattr__(name: str) -> Any:

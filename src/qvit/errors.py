@@ -65,5 +65,9 @@ class TrainingStopped(QvitError):  # noqa: N818  # no error, and no finished run
     """Training was told to stop (SIGTERM), and has saved where it is."""
 
 
+class SubInterpreterError(QvitError, ImportError):
+    """qvit was imported in a sub-interpreter."""
+
+
 class MissingExtraError(QvitError, ImportError):
     """Something of the training wing was asked for without its dependencies installed."""
