@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import runpy
@@ -10,12 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sklearn.datasets
 import timm
 import torch
 from accelerate import debug_launcher
 from accelerate.state import AcceleratorState
 from IPython.core.interactiveshell import InteractiveShell
 from PIL import Image
+from sklearn.datasets import load_digits
 
 import qvit
 from qvit.format.packed import read_packed
@@ -29,7 +32,8 @@ MODEL = "test_vit"
 
 @pytest.fixture(autouse=True)
 def _beside_the_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Work in an empty folder, with what examples share within reach."""
+    """Work in an empty folder, with what examples share within reach, and with a fifth of the digits."""
+    monkeypatch.setattr(sklearn.datasets, "load_digits", functools.partial(load_digits, n_class=2))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(EXAMPLES)
 
