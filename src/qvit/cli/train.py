@@ -147,7 +147,7 @@ def train(
             )
         reading: Any = rectifier
         student = (initial, guide, method, widths, reading)
-        methods.make_student(*student, overrides)  # what is refused is refused before images are decoded
+        methods.check_student(*student, overrides)  # what is refused is refused before images are decoded
         run = functools.partial(methods.train_quantized, *student, overrides=overrides)
         title = f"{bits} bits, {methods.METHODS[method].title}"
     with own_folder(options):

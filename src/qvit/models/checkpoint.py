@@ -20,7 +20,7 @@ from qvit.config import QuantConfig
 from qvit.errors import CheckpointError, ConfigError, NewerCheckpointError, UnsupportedModelError
 from qvit.files import shown, write_atomically
 from qvit.models.reading import read_file
-from qvit.models.spec import ModelSpec, create_model, shape_of
+from qvit.models.spec import ModelSpec, instantiate, shape_of
 from qvit.models.weights import fitting
 from qvit.nn.quantizer import BITS
 from qvit.quantization.convert import layers_with_bits, quantize
@@ -39,7 +39,7 @@ def build(spec: ModelSpec, weights: Mapping[str, Any], source: str) -> VisionTra
         ConfigError: as :func:`qvit.models.spec.create_model`.
     """
     fit = _fitting(spec, weights, source)
-    model = quantized_by(create_model(spec), spec)
+    model = quantized_by(instantiate(spec), spec)
     model.load_state_dict(fit)
     return model.eval()
 

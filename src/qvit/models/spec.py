@@ -111,7 +111,7 @@ def create_model(spec: ModelSpec) -> VisionTransformer:
             to be meant, or one that is no vision transformer.
     """
     shape_of(spec)
-    return _build(spec)
+    return instantiate(spec)
 
 
 def shape_of(spec: ModelSpec) -> VisionTransformer:
@@ -132,7 +132,7 @@ def shape_of(spec: ModelSpec) -> VisionTransformer:
         )
     check_arguments(spec.model_args)
     with torch.device("meta"):
-        model = _build(spec)
+        model = instantiate(spec)
     patches = model.patch_embed.num_patches
     if not 1 <= patches <= MAX_TOKENS:
         raise ConfigError(
@@ -195,7 +195,8 @@ def same_architecture(first: ModelSpec, second: ModelSpec) -> bool:
     Raises:
         ConfigError: as :func:`create_model`.
     """
-    return _computation(shape_of(first)) == _computation(shape_of(second))
+    one, other = ((spec.name, spec.model_args, len(spec.classes)) for spec in (first, second))
+    return one == other or _computation(shape_of(first)) == _computation(shape_of(second))
 
 
 def _computation(model: VisionTransformer) -> tuple[object, ...]:
@@ -209,7 +210,12 @@ def _computation(model: VisionTransformer) -> tuple[object, ...]:
     return shapes, layers
 
 
-def _build(spec: ModelSpec) -> VisionTransformer:
+def instantiate(spec: ModelSpec) -> VisionTransformer:
+    """Return the float model of a spec that :func:`shape_of` accepts, with fresh weights.
+
+    Raises:
+        ConfigError: if timm cannot build it, or it is no vision transformer.
+    """
     try:
         model: Any = timm.create_model(spec.name, num_classes=len(spec.classes), **spec.model_args)
     except (TypeError, ValueError, AssertionError, RuntimeError, KeyError) as error:

@@ -1,4 +1,4 @@
-"""A model for a while: in evaluation, with modules switched off or watched, and everything as it was after that."""
+"""A model for a while: in evaluation, compiled, with modules off or watched, and everything as it was after that."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -33,6 +34,21 @@ def switched_off(modules: Iterable[Any]) -> Iterator[None]:
     finally:
         for module, enabled in found:
             module.enabled = enabled
+
+
+@contextmanager
+def compiled(*models: nn.Module, wanted: bool) -> Iterator[None]:
+    """Let ``models`` run compiled within the block, if that is ``wanted``; after that each runs as it did before."""
+    if wanted:
+        torch.compiler.reset()  # of earlier models nothing is left: a class is compiled for so many of them and no more
+    found = [model._compiled_call_impl for model in models]
+    for model in models if wanted else ():
+        model.compile()
+    try:
+        yield
+    finally:
+        for model, call in zip(models, found, strict=True):
+            model._compiled_call_impl = call
 
 
 @contextmanager

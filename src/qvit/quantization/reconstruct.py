@@ -10,8 +10,7 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from qvit.errors import ConfigError, NonFiniteLossError, UncalibratedError
 from qvit.format.fields import is_whole
 from qvit.models.families import classifies
-from qvit.nn.modes import evaluating
+from qvit.nn.modes import compiled, evaluating
 from qvit.nn.quantizer import Quantizer
 from qvit.nn.state import is_finite, why_not_like
 from qvit.quantization.convert import check_quantized
@@ -237,7 +236,7 @@ class Reconstruction:
         try:
             with (
                 evaluating(self.student, self.teacher),
-                _compiled(self.student, self.teacher, wanted=self.settings.compile),
+                compiled(self.student, self.teacher, wanted=self.settings.compile),
             ):
                 if self.steps is None:
                     self._plan(learned, began)
@@ -318,21 +317,6 @@ class Reconstruction:
             parameter.grad = torch.zeros_like(parameter) if gradient is None else gradient
         self.optimizer.step()
         return value
-
-
-@contextmanager
-def _compiled(*models: nn.Module, wanted: bool) -> Iterator[None]:
-    """Let models run compiled within the block, if that is ``wanted``."""
-    if wanted:
-        torch.compiler.reset()  # of earlier models nothing is left: a class is compiled for so many of them and no more
-    before = [model._compiled_call_impl for model in models]
-    for model in models if wanted else ():
-        model.compile()
-    try:
-        yield
-    finally:
-        for model, compiled in zip(models, before, strict=True):
-            model._compiled_call_impl = compiled
 
 
 def _peaks(learned: Mapping[str, nn.Parameter], learning_rate: float) -> dict[str, float]:

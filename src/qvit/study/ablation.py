@@ -32,6 +32,7 @@ from qvit.models.checkpoint import load_checkpoint, weights_checksum
 from qvit.models.spec import ModelSpec
 from qvit.quantization.distill import DistillationLoss
 from qvit.study.rivals import RIVALS
+from qvit.train.batches import training_batches
 from qvit.train.lock import LOCK, locked
 from qvit.train.methods import (
     METHODS,
@@ -39,9 +40,8 @@ from qvit.train.methods import (
     Method,
     Overrides,
     Result,
-    make_student,
+    check_student,
     train_quantized,
-    training_batches,
 )
 from qvit.train.options import Options, make_accelerator
 from qvit.train.recipe import Recipe
@@ -133,7 +133,7 @@ def ablate(
 
     Raises:
         CheckpointError: if the folder holds results of another recipe, teacher, ladder, precision and so on.
-        ConfigError: if a run would be refused (:func:`qvit.train.methods.make_student`), before anything is written;
+        ConfigError: if a run would be refused (:func:`qvit.train.methods.check_student`), before anything is written;
             for a ladder of rows whose students cannot be loaded.
     """
     recipe.hyperparameters("quantized")
@@ -143,7 +143,7 @@ def ablate(
             f"--ladder starts from finished runs, which row {simulated[0]} cannot: leave out one of them."
         )
     for row in rows:
-        make_student(teacher, teacher, row.method, (bits[0], bits[0]), row.rectifier or "head", overrides, ALL)
+        check_student(teacher, teacher, row.method, (bits[0], bits[0]), row.rectifier or "head", overrides, ALL)
     cells = [(b, row, seed) for seed in seeds for b in bits for row in rows]
     rungs: dict[int, int] = dict(zip(bits[1:], bits[:-1], strict=True)) if ladder else {}
     accelerator = make_accelerator(options)

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -27,6 +26,7 @@ from qvit.data.resident import ResidentLoader
 from qvit.errors import NonFiniteLossError, TrainingStopped
 from qvit.files import write_text
 from qvit.models.spec import ModelSpec
+from qvit.nn.modes import compiled
 from qvit.train.display import epoch_line, progress_bar, step_line, tensorboard
 from qvit.train.distributed import gradient_norm, scale_gradients, shard, spread, sum_over_processes
 from qvit.train.evaluate import evaluate
@@ -85,7 +85,7 @@ def fit(
     Args:
         model: a float model, or a calibrated quantized one; it is trained in place.
         loss_fn: see :class:`Loss`.
-        train: this process's share of the training batches, from :func:`qvit.train.methods.training_batches`.
+        train: this process's share of the training batches, from :func:`qvit.train.batches.training_batches`.
         val: this process's share of the validation batches, evaluated after each epoch.
         hyperparameters: of the recipe.
         spec: what goes into the checkpoints.
@@ -117,12 +117,6 @@ def fit(
     if ema is not None and saved is not None:
         ema.module.load_state_dict(saved.weights)
     evaluated: VisionTransformer = model if ema is None else ema.module
-    if options.compile:
-        # Of an earlier run in this process nothing is left: a class is compiled for so many models and no more.
-        torch.compiler.reset()
-        for part in (model, teacher):
-            if part is not None:
-                part.compile()
     if options.fsdp and accelerator.num_processes > 1:
         evaluated = copy.deepcopy(evaluated)  # a whole model, for evaluation alone
         if ema is not None:
@@ -157,6 +151,7 @@ def fit(
         _write_metrics(options.out, history)
 
     with (
+        compiled(*(part for part in (model, teacher) if part is not None), wanted=options.compile),
         says_what_is_kept(run),
         Sigterm() as sigterm,
         tensorboard(options.out, len(history), is_main) as board,
@@ -242,7 +237,6 @@ def fit(
                 bar.console.print(epoch_line(record, hyperparameters.epochs), highlight=False)
             if sum_over_processes([sigterm.received], device)[0] and progress.epoch < hyperparameters.epochs:
                 raise TrainingStopped(stopped_message(run))
-    model._compiled_call_impl = None  # what is measured of it next runs once: not worth minutes of compiling
     return evaluated, history
 
 

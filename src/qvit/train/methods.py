@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from accelerate.utils import set_seed
@@ -15,21 +13,18 @@ from rich.console import Console
 from timm.models import VisionTransformer
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from qvit.config import QuantConfig, RectifierKind
-from qvit.data.loader import Batches, make_loader, make_transform, readable
-from qvit.data.order import ALONE, EvaluationOrder, Rank, TrainOrder
-from qvit.data.resident import ResidentImages, ResidentLoader
 from qvit.data.sources import ImageSets, open_data
 from qvit.errors import ConfigError, TeacherMismatchError
-from qvit.models.checkpoint import save_checkpoint
-from qvit.models.spec import ModelSpec, check_class_name, create_model, describe
+from qvit.models.checkpoint import quantized_by, save_checkpoint
+from qvit.models.spec import ModelSpec, check_class_name, create_model, describe, shape_of
 from qvit.nn.quantizer import Quantizer
 from qvit.quantization.calibrate import calibrate
 from qvit.quantization.convert import quantize
 from qvit.quantization.distill import DistillationLoss, check_guidance
 from qvit.quantization.reconstruct import reconstruct
+from qvit.train.batches import training_batches, training_images, validation_batches
 from qvit.train.display import progress_bar
 from qvit.train.evaluate import Accuracy, evaluate
 from qvit.train.loop import LabelLoss, Loss, fit
@@ -119,9 +114,9 @@ def open_images(
         DataError: for images that cannot be found, or classes whose names are no text.
     """
     # The model first: a wrong name should not wait for a data set to be listed.
-    mode = describe(model, recipe.model_args, ["a", "b"], recipe.preprocessing).mode
-    sets = open_data(data, mode=mode, root=root, splits=splits)
-    spec = describe(model, recipe.model_args, sets.classes, recipe.preprocessing)
+    spec = describe(model, recipe.model_args, ["a", "b"], recipe.preprocessing)
+    sets = open_data(data, mode=spec.mode, root=root, splits=splits)
+    spec.classes = sets.classes
     for name in sets.classes:  # what no packed file could hold should not be trained for days
         check_class_name(name)
     return sets, spec
@@ -157,7 +152,8 @@ def train_quantized(
     Args:
         initial_model: model whose weights the student starts from; a quantized one of other bits gives its rectifiers
             too, one that is quantized in the same way its scales as well.
-        teacher: what the student is distilled from; ``None`` to train against the labels alone.
+        teacher: what the student is distilled from; it is moved to the device of the training. ``None`` to train
+            against the labels alone.
         method: a key of ``methods``.
         bits: of weights and of activations.
         rectifier: which reading of IRM, for the methods that have it.
@@ -199,10 +195,10 @@ def train_quantized(
         )
     goes_on = options.resume and can_go_on(options.out)
     if chosen.reconstructed or (reconstruct_first and not goes_on):
-        float_model = copy.deepcopy((teacher or initial_model).model).to(device)
+        float_model = (teacher or initial_model).model.to(device)
         _reconstruct(student, float_model, data, spec, hyperparameters, options, console)
     if not chosen.trained:
-        val = _validation(data, spec, hyperparameters, options)
+        val = validation_batches(data, spec, hyperparameters.batch_size, options)
         accuracy = evaluate(student, val, device, skip_corrupt=options.skip_corrupt)
         spec.metrics = _metrics(accuracy)
         if make_accelerator(options).is_main_process:
@@ -210,9 +206,8 @@ def train_quantized(
         return Result(student.eval(), spec, accuracy, [])
     loss: Loss = LabelLoss()
     if teacher is not None:
-        guide = copy.deepcopy(teacher.model)
         loss = chosen.loss(
-            guide,
+            teacher.model,
             soft=hyperparameters.distillation == "soft",
             guided=chosen.guided,
             guided_weight=hyperparameters.guided_weight,
@@ -220,6 +215,26 @@ def train_quantized(
             guided_layers=hyperparameters.guided_layers,
         )
     return _fit(student, loss, data, hyperparameters, recipe, spec, options, console)
+
+
+def check_student(
+    initial_model: FloatModel,
+    teacher: FloatModel | None,
+    method: str,
+    bits: tuple[int, int],
+    rectifier: RectifierKind,
+    overrides: Overrides | None = None,
+    methods: Mapping[str, Method] = METHODS,
+) -> None:
+    """Refuse what :func:`make_student` refuses, before there is anything to train; takes no memory.
+
+    Raises:
+        ConfigError: as :func:`make_student`, and the others too.
+    """
+    spec = initial_model.spec
+    with torch.device("meta"):
+        shape = FloatModel(quantized_by(shape_of(spec), spec), spec)
+        make_student(shape, teacher, method, bits, rectifier, overrides, methods)
 
 
 def make_student(
@@ -294,60 +309,6 @@ def _student(initial_model: FloatModel, config: QuantConfig) -> VisionTransforme
     return student
 
 
-def training_images(data: ImageSets, spec: ModelSpec, count: int, options: Options) -> list[torch.Tensor]:
-    """Return ``count`` training images in batches, prepared as for evaluation.
-
-    Every process gets the same.
-    """
-    batch_size = min(count, 128)
-    loader = training_batches(data.train, spec, batch_size, options)
-    batches = itertools.islice(readable(loader, skip_corrupt=options.skip_corrupt), -(-count // batch_size))
-    return [batch.images for batch in batches if len(batch.labels)]
-
-
-def training_batches(
-    images: Dataset[Any],
-    spec: ModelSpec,
-    batch_size: int,
-    options: Options,
-    augmentation: Mapping[str, Any] | None = None,
-    *,
-    repeats: int = 0,
-    accumulate: int = 1,
-    rank: Rank = ALONE,
-) -> Batches:
-    """Return batches of images in the order of the seed, prepared for a model and perhaps augmented.
-
-    Args:
-        images: of :class:`ImageSets`.
-        spec: whose preprocessing is used.
-        batch_size: images per optimizer step, over all processes.
-        options: seed, workers and device.
-        augmentation: of the recipe; ``None`` to prepare the images as for evaluation.
-        repeats: see :func:`make_loader`.
-        accumulate: see :func:`make_loader`.
-        rank: see :func:`make_loader`.
-
-    Raises:
-        ConfigError: if a batch cannot be divided evenly, or images in memory cannot be augmented so.
-    """
-    device = make_accelerator(options).device
-    ordering: dict[str, Any] = {"repeats": repeats, "accumulate": accumulate, "rank": rank}
-    if isinstance(images, ResidentImages):
-        order = TrainOrder(len(images), batch_size, options.seed, **ordering)
-        return ResidentLoader(images, order, spec.preprocessing, augmentation, device)
-    return make_loader(
-        images,
-        make_transform(spec.preprocessing, augmentation),
-        batch_size,
-        shuffle=True,
-        workers=options.workers,
-        device=device,
-        seed=options.seed,
-        **ordering,
-    )
-
-
 def _fit(
     model: VisionTransformer,
     loss: Loss,
@@ -368,28 +329,11 @@ def _fit(
         accumulate=options.accumulate,
         rank=rank_of(make_accelerator(options)),
     )
-    val = _validation(data, spec, hyperparameters, options)
+    val = validation_batches(data, spec, hyperparameters.batch_size, options)
     trained, history = fit(model, loss, train, val, hyperparameters, spec, options, console)
     last = history[-1]
     accuracy = Accuracy(last["val_top1"], last["val_top5"], int(last["val_images"]), int(last["unreadable"]))
     return Result(trained.eval(), spec, accuracy, history)
-
-
-def _validation(data: ImageSets, spec: ModelSpec, hyperparameters: Hyperparameters, options: Options) -> Batches:
-    accelerator = make_accelerator(options)
-    batch_size, rank = -(-hyperparameters.batch_size // accelerator.num_processes), rank_of(accelerator)
-    if isinstance(data.val, ResidentImages):
-        order = EvaluationOrder(len(data.val), batch_size, rank)
-        return ResidentLoader(data.val, order, spec.preprocessing, None, accelerator.device)
-    return make_loader(
-        data.val,
-        make_transform(spec.preprocessing),
-        batch_size,
-        shuffle=False,
-        workers=options.workers,
-        device=accelerator.device,
-        rank=rank,
-    )
 
 
 def _metrics(accuracy: Accuracy) -> dict[str, float]:
