@@ -204,22 +204,29 @@ def fake_quantized_codes(student: nn.Module, images: Tensor) -> tuple[np.ndarray
     return logits, codes
 
 
-def compare(student: nn.Module, model: PackedModel, images: Tensor) -> tuple[float, float, float]:
-    """Return relative distance of the logits, top-1 agreement, and the share of codes that differ."""
-    seen: dict[str, np.ndarray] = {}
-    got = ReferenceEngine(model, seen.__setitem__)(images.numpy())
+def check_same(student: nn.Module, model: PackedModel, images: Tensor) -> None:
+    """Check that a packed model computes what a student does, image by image.
+
+    A value in the middle between two codes may fall to either side, and then the rest of its image differs a little:
+    that happens in few images. Where all codes of an image are the same, its outputs are.
+    """
+    found: dict[str, np.ndarray] = {}
+    outputs = ReferenceEngine(model, found.__setitem__)(images.numpy())
     expected, codes = fake_quantized_codes(student, images)
-    assert got.dtype == np.float32
-    assert seen.keys() == codes.keys()
-    differ = total = 0
+    assert outputs.dtype == np.float32
+    assert found.keys() == codes.keys()
+    differing = np.zeros((2, len(images)))
     for name, wanted in codes.items():
         if name == "patch_embed.proj":  # an image of codes in the model, patches of them in the reference
             continue
-        assert seen[name].size == wanted.size, name
-        differ += int((seen[name].reshape(wanted.shape) != wanted).sum())
-        total += wanted.size
-    distance = float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
-    return distance, float((got.argmax(1) == expected.argmax(1)).mean()), differ / total
+        assert found[name].size == wanted.size, name
+        differences = (found[name].reshape(wanted.shape) != wanted).reshape(len(images), -1)
+        differing += differences.sum(axis=1), np.full(len(images), differences.shape[1])
+    same = differing[0] == 0
+    assert same.mean() >= 0.5
+    assert differing[0].sum() < 0.05 * differing[1].sum()
+    distances = np.linalg.norm(outputs - expected, axis=1) / np.linalg.norm(expected, axis=1)
+    assert distances[same].max() < 1e-6
 
 
 def preprocessing(size: tuple[int, ...] = (3, 16, 16)) -> dict[str, Any]:

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from members import (
     MEMBERS,
     SIZES,
     VIT,
+    check_same,
     images_for,
     packed,
     preprocessing,
@@ -32,50 +31,10 @@ from qvit import QuantConfig, export, quantize
 from qvit.errors import CheckpointError, ConfigError, PackedFileError, UncalibratedError, UnsupportedModelError
 from qvit.exporting.packed import export_checkpoint
 from qvit.format.branches import Residual
-from qvit.format.packed import PackedModel, read_packed
+from qvit.format.packed import read_packed
 from qvit.models.checkpoint import save_checkpoint
 from qvit.models.spec import describe
 from qvit.nn.quantizer import Quantizer
-from qvit.runtime.reference import ReferenceEngine
-
-
-def fake_quantized_codes(student: nn.Module, images: Tensor) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Return logits and the codes of every activation quantizer, by the name that it has in the packed file."""
-    codes: dict[str, np.ndarray] = {}
-
-    def watch(name: str) -> Callable[..., None]:
-        def hook(module: Quantizer, args: tuple[Tensor]) -> None:
-            codes[name] = module.codes(args[0]).numpy()
-
-        return hook
-
-    hooks = []
-    for name, module in student.named_modules():
-        if isinstance(module, Quantizer) and module.batched:
-            short = name.removesuffix(".input_quantizer").removesuffix("_quantizer")
-            hooks.append(module.register_forward_pre_hook(watch(re.sub(r"\.attention$", ".map", short))))
-    with torch.no_grad():
-        logits = student(images).numpy()
-    for hook in hooks:
-        hook.remove()
-    return logits, codes
-
-
-def compare(student: nn.Module, model: PackedModel, images: Tensor) -> tuple[float, float, float]:
-    """Return relative distance of the logits, top-1 agreement, and the share of codes that differ."""
-    seen: dict[str, np.ndarray] = {}
-    got = ReferenceEngine(model, seen.__setitem__)(images.numpy())
-    expected, codes = fake_quantized_codes(student, images)
-    assert got.dtype == np.float32
-    assert seen.keys() == codes.keys()
-    differ = total = 0
-    for name, wanted in codes.items():
-        if name == "patch_embed.proj":  # an image of codes in the model, patches of them in the reference
-            continue
-        differ += int((seen[name].reshape(wanted.shape) != wanted).sum())
-        total += wanted.size
-    distance = float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
-    return distance, float((got.argmax(1) == expected.argmax(1)).mean()), differ / total
 
 
 @pytest.mark.parametrize(("bits", "rectifier"), [(8, "token"), (4, "head"), (3, None)])
@@ -86,11 +45,7 @@ def test_exported_member_computes_what_the_fake_quantized_model_does(
     name, kwargs = MEMBERS[member]
     images = images_for(kwargs.get("in_chans", 3), SIZES.get(member, (16, 16)))
     student = student_of(make_model(name, **kwargs), images, QuantConfig(bits, bits, rectifier))
-    distance, agreement, flipped = compare(student, packed(student, tmp_path / "m.safetensors", images), images)
-    # A value in the middle between two codes may fall to either side; then the rest of its image differs a little.
-    assert flipped < 0.02
-    assert agreement >= 0.8
-    assert distance < (1e-5 if flipped == 0 else 0.02 if bits == 8 else 0.3)
+    check_same(student, packed(student, tmp_path / "m.safetensors", images), images)
 
 
 def test_every_layer_and_operand_keeps_its_own_bits(vit: nn.Module, tmp_path: Path, images: Tensor) -> None:
@@ -113,10 +68,7 @@ def test_every_layer_and_operand_keeps_its_own_bits(vit: nn.Module, tmp_path: Pa
     assert bits["blocks.1.mlp.fc1"] == (3, 4)
     assert bits["blocks.1.mlp.fc2"] == (6, 5)
     assert bits["head"] == (7, 3)
-    distance, agreement, flipped = compare(student, model, images)
-    assert flipped < 0.02
-    assert agreement >= 0.8
-    assert distance < (1e-5 if flipped == 0 else 0.1)
+    check_same(student, model, images)
 
 
 def test_weight_codes_and_scales_are_the_quantizers(vit: nn.Module, tmp_path: Path, images: Tensor) -> None:
@@ -212,10 +164,7 @@ def test_blocks_that_differ_are_what_they_are(make_model, tmp_path: Path, images
         ("plain", "gelu"),
     ]
     assert [attention.heads for attention, _ in file.program.attentions().values()] == [2, 2, 2, 3]
-    distance, agreement, flipped = compare(student, file, images)
-    assert flipped < 0.02
-    assert agreement >= 0.8
-    assert distance < (1e-5 if flipped == 0 else 0.1)
+    check_same(student, file, images)
 
 
 def test_norms_of_queries_and_keys_may_differ(make_model, tmp_path: Path, images: Tensor) -> None:
@@ -228,10 +177,7 @@ def test_norms_of_queries_and_keys_may_differ(make_model, tmp_path: Path, images
     assert (first.query_norm.kind, first.key_norm.kind, first.key_norm.eps) == ("layer", "rms", 1e-3)
     assert second.query_norm is None
     assert second.key_norm.kind == "layer"
-    distance, agreement, flipped = compare(student, file, images)
-    assert flipped < 0.02
-    assert agreement >= 0.8
-    assert distance < (1e-5 if flipped == 0 else 0.1)
+    check_same(student, file, images)
 
 
 @pytest.mark.parametrize("pool", ["token", "avg"])
@@ -246,9 +192,7 @@ def test_feature_extractor_gives_its_vectors(
     assert not file.program.classifies
     assert file.program.output == 24
     assert file.classes == []
-    distance, _, flipped = compare(student, file, images)
-    assert flipped < 0.02
-    assert distance < (1e-5 if flipped == 0 else 0.1)
+    check_same(student, file, images)
     match = "classes has 10 names, the model is a feature extractor and has none"
     refused(student, tmp_path / "classes.safetensors", ConfigError, match)
 
@@ -330,8 +274,7 @@ def test_checkpoint_becomes_a_file_that_says_where_it_came_from(make_model, tmp_
     assert model.origin["method"] == "q-vit"
     assert model.origin["metrics"] == {"val_top1": 80.5}
     assert model.origin["quantization"]["weight_bits"] == 3
-    distance, _, flipped = compare(student, model, images)
-    assert distance < (1e-5 if flipped == 0 else 0.3)
+    check_same(student, model, images)
 
 
 def test_float_checkpoint_is_refused_with_the_way_out(make_model, tmp_path: Path) -> None:

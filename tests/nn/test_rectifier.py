@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import socket
 from pathlib import Path
 
 import numpy as np
@@ -213,9 +212,9 @@ def test_gradient_of_the_head_reading_ignores_shift_and_scale_of_the_batch() -> 
 SIZES = (2, 5)
 
 
-def _one_process(rank: int, port: int, folder: str) -> None:
+def _one_process(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     try:
         joined, weights = sample(batch=sum(SIZES)), sample(batch=sum(SIZES), seed=5)
         x = joined.split(SIZES)[rank].clone().requires_grad_(True)
@@ -239,10 +238,7 @@ def _one_process(rank: int, port: int, folder: str) -> None:
 
 
 def test_two_processes_give_statistics_and_gradients_of_the_joined_batch(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_one_process, args=(port, str(tmp_path)), nprocs=2)
+    mp.spawn(_one_process, args=(str(tmp_path),), nprocs=2)
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
 
     x = sample(batch=sum(SIZES)).requires_grad_(True)

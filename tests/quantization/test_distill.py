@@ -105,10 +105,12 @@ def test_gradient_stays_bounded_near_the_teacher(noise: float) -> None:
     assert student.grad.abs().max() < 1
 
 
-def test_distance_lies_between_zero_and_root_two() -> None:
-    for _ in range(20):
-        distance = guided_distance(torch.randn(2, 2, 5, 3), torch.randn(2, 2, 5, 7))
-        assert 0 <= distance.min() <= distance.max() <= math.sqrt(2)
+def test_distance_is_zero_of_the_same_relations_and_root_two_of_none_in_common() -> None:
+    x = torch.randn(2, 2, 5, 3)
+    turned = x @ torch.linalg.qr(torch.randn(3, 3))[0]
+    for same in (x, 7 * x, -x, turned):
+        assert guided_distance(x, same).abs().max() < 1e-3
+    assert guided_distance(x, torch.randn(2, 2, 5, 3)).min() > 0.1
     apart = torch.zeros(1, 1, 4, 2)
     apart[..., :2, 0] = 1.0
     other = torch.zeros(1, 1, 4, 2)

@@ -6,7 +6,7 @@ import io
 import multiprocessing
 import os
 import signal
-import socket
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -78,32 +78,33 @@ def killed(train: Callable[..., Any], step: int | None, save: int | None, *args:
     train(*args, **kwargs)
 
 
-def start(function: Callable[..., Any], *args: Any, rank: int = 0, world: int = 1, port: int = 0, **kwargs: Any) -> Any:
-    """Start ``function`` in a process, the ``rank``-th of ``world``."""
-    process = _context.Process(target=_child, args=(function, args, kwargs, rank, world, port))
+def start(
+    function: Callable[..., Any], *args: Any, rank: int = 0, world: int = 1, store: str = "", **kwargs: Any
+) -> Any:
+    """Start ``function`` in a process, the ``rank``-th of ``world``, which find each other by the file ``store``."""
+    process = _context.Process(target=_child, args=(function, args, kwargs, rank, world, store))
     process.start()
     return process
 
 
 def together(function: Callable[..., Any], *args: Any, world: int = 2, **kwargs: Any) -> None:
     """Run ``function`` in ``world`` processes joined by gloo, and wait for them."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    processes = [start(function, *args, rank=rank, world=world, port=port, **kwargs) for rank in range(world)]
-    for process in processes:
-        process.join()
+    with tempfile.TemporaryDirectory() as folder:  # and no port, which another program might take before they do
+        store = f"{folder}/store"
+        processes = [start(function, *args, rank=rank, world=world, store=store, **kwargs) for rank in range(world)]
+        for process in processes:
+            process.join()
     assert [process.exitcode for process in processes] == [0] * world
 
 
 def _child(
-    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], rank: int, world: int, port: int
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], rank: int, world: int, store: str
 ) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("error", FutureWarning)  # of something that a later PyTorch takes away
     if world > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-        os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     function(*args, **kwargs)
     if world > 1:
         torch.distributed.destroy_process_group()

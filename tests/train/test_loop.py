@@ -1,10 +1,8 @@
 import copy
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +13,7 @@ import torch
 from rich.console import Console
 from sklearn.metrics import top_k_accuracy_score
 
+from commands import run as run_command
 from qvit import QuantConfig, quantize
 from qvit.analysis.statistics import query_key_statistics
 from qvit.data.loader import make_loader, make_transform
@@ -133,21 +132,33 @@ def test_reconstruction_needs_a_float_model(tmp_path: Path, teacher: FloatModel,
     assert not list(tmp_path.iterdir())
 
 
+KILLED = """
+import os, signal
+from qvit.cli.app import main
+from qvit.train import loop
+
+write = loop._write_metrics
+
+def write_and_die(folder, history):
+    write(folder, history)
+    if history:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+loop._write_metrics = write_and_die
+main()
+"""
+
+
 def test_killed_run_resumes_from_its_last_epoch(tmp_path: Path, teacher_file: Path) -> None:
-    command = [sys.executable, "-m", "qvit.cli", "train", "vit_tiny_patch16_224", "--bits", "2", "--data", "digits"]
-    command += ["--teacher", str(teacher_file), "--out", str(tmp_path / "run")]
-    command += ["--set", "quantized.epochs=3", "--set", "model_args.depth=2"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    metrics = tmp_path / "run" / "metrics.jsonl"  # written after the checkpoint of the same epoch
-    while not (metrics.exists() and metrics.read_text()):
-        assert process.poll() is None
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    command = ["train", "vit_tiny_patch16_224", "--bits", "2", "--data", "digits", "--teacher", str(teacher_file)]
+    command += ["--out", str(tmp_path / "run"), "--set", "quantized.epochs=3", "--set", "model_args.depth=2"]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *command], capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     load_checkpoint(tmp_path / "run" / "last.pt")
-    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert [r["epoch"] for r in read_metrics(tmp_path / "run")] == [1, 2, 3]
+    assert [record["epoch"] for record in read_metrics(tmp_path / "run")] == [1]
+    done = run_command(*command, "--resume")
+    assert done.status == 0, done.err
+    assert [record["epoch"] for record in read_metrics(tmp_path / "run")] == [1, 2, 3]
 
 
 def test_nan_stops_and_keeps_the_last_good_checkpoint(
