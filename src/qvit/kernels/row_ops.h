@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "isa.h"
+#include "unrolled.h"
 
 namespace {
 
@@ -167,34 +168,53 @@ void add_sums(const int32_t* sums, size_t stride, size_t rows, size_t width, con
         }
 }
 
+// Rows that are worked on side by side, since each alone would wait for its own sums; the order of a row's additions
+// does not depend on it.
+constexpr size_t kRowsAtOnce = 4;
+
+// Call f(first row, number of rows as a constant) for all rows.
+template <class Function>
+inline void some_rows(size_t rows, Function f) {
+    size_t r = 0;
+    for (; r + kRowsAtOnce <= rows; r += kRowsAtOnce) f(r, std::integral_constant<int, kRowsAtOnce>());
+    for (; r < rows; ++r) f(r, std::integral_constant<int, 1>());
+}
+
 void softmax_codes(const int32_t* sums, size_t stride, size_t rows, size_t width, float scale, const float* shifts,
                    size_t shift_stride, float inverse, float top, uint8_t* out, size_t out_stride, float* totals) {
-    constexpr size_t kRow = 4096;  // columns whose exponentials are kept; beyond that they are computed again
-    alignas(64) float kept[kRow];
+    constexpr size_t kRow = 1024;  // columns whose exponentials are kept; beyond that they are computed again
+    alignas(64) float kept[kRowsAtOnce][kRow];
     const Float s = simd::set(scale), t = simd::set(top);
-    for (size_t r = 0; r < rows; ++r) {
-        const int32_t* row = sums + r * stride;
-        const float* shift = shifts + r * shift_stride;
-        const auto logit = [&](size_t c) { return simd::fma(simd::load_sums(row + c), s, simd::load(shift + c)); };
-        Float largest = logit(0);
-        for (size_t c = kWidth; c < width; c += kWidth) largest = simd::max(largest, logit(c));
-        const Float m = simd::set(simd::reduce_max(largest));
-        Float sum = simd::set(0.0f);
-        for (size_t c = 0; c < width; c += kWidth) {
-            const Float e = exp2_negative(simd::sub(logit(c), m));
-            if (c < kRow) simd::store(kept + c, e);
-            sum = simd::add(sum, e);
-        }
-        const Float factor = simd::set(inverse / simd::reduce_add(sum));
-        Float total = simd::set(0.0f);
-        for (size_t c = 0; c < width; c += kWidth) {
-            const Float e = c < kRow ? simd::load(kept + c) : exp2_negative(simd::sub(logit(c), m));
-            const Float code = simd::min(simd::round(simd::mul(e, factor)), t);
-            simd::store_codes(out + r * out_stride + c, code);
-            total = simd::add(total, code);
-        }
-        totals[r] = simd::reduce_add(total);
-    }
+    some_rows(rows, [&](size_t first, auto count) {
+        constexpr int kRows = count();
+        const auto logit = [&](size_t r, size_t c) {
+            const Float shift = simd::load(shifts + (first + r) * shift_stride + c);
+            return simd::fma(simd::load_sums(sums + (first + r) * stride + c), s, shift);
+        };
+        Float largest[kRows], sum[kRows], factor[kRows], total[kRows];
+        unrolled<kRows>([&](auto r) { largest[r] = logit(r, 0); });
+        for (size_t c = kWidth; c < width; c += kWidth)
+            unrolled<kRows>([&](auto r) { largest[r] = simd::max(largest[r], logit(r, c)); });
+        unrolled<kRows>([&](auto r) {
+            largest[r] = simd::set(simd::reduce_max(largest[r]));
+            sum[r] = total[r] = simd::set(0.0f);
+        });
+        for (size_t c = 0; c < width; c += kWidth)
+            unrolled<kRows>([&](auto r) {
+                const Float e = exp2_negative(simd::sub(logit(r, c), largest[r]));
+                if (c < kRow) simd::store(kept[r] + c, e);
+                sum[r] = simd::add(sum[r], e);
+            });
+        unrolled<kRows>([&](auto r) { factor[r] = simd::set(inverse / simd::reduce_add(sum[r])); });
+        for (size_t c = 0; c < width; c += kWidth)
+            unrolled<kRows>([&](auto r) {
+                const Float e = c < kRow ? simd::load(kept[r] + c) : exp2_negative(simd::sub(logit(r, c), largest[r]));
+                const Float code = simd::min(simd::round(simd::mul(e, factor[r])), t);
+                simd::store_codes(out + (first + r) * out_stride + c, code);
+                total[r] = simd::add(total[r], code);
+            });
+        unrolled<kRows>([&](auto r) { totals[first + r] = simd::reduce_add(total[r]); });
+    });
 }
 
 // Mean (0 for RMSNorm) and 1 / deviation of a row whose padding is zero.
@@ -202,48 +222,63 @@ struct Moments {
     float mean, inverse;
 };
 
-inline Moments moments(const float* x, const Normalize& norm) {
+template <int Rows>
+inline void find_moments(const float* x, size_t stride, const Normalize& norm, Moments (&moments)[Rows]) {
     const float width = static_cast<float>(norm.width);
-    float mean = 0.0f;
-    if (!norm.rms) {
-        Float sum = simd::set(0.0f);
-        for (size_t c = 0; c < norm.padded; c += kWidth) sum = simd::add(sum, simd::load(x + c));
-        mean = simd::reduce_add(sum) / width;
-    }
-    const Float m = simd::set(mean);
+    Float sums[Rows], means[Rows];
+    unrolled<Rows>([&](auto r) { sums[r] = simd::set(0.0f); });
+    if (!norm.rms)
+        for (size_t c = 0; c < norm.padded; c += kWidth)
+            unrolled<Rows>([&](auto r) { sums[r] = simd::add(sums[r], simd::load(x + r * stride + c)); });
+    unrolled<Rows>([&](auto r) {
+        moments[r].mean = norm.rms ? 0.0f : simd::reduce_add(sums[r]) / width;
+        means[r] = simd::set(moments[r].mean);
+        sums[r] = simd::set(0.0f);
+    });
     const size_t whole = norm.width / kWidth * kWidth;
-    Float squares = simd::set(0.0f);
-    for (size_t c = 0; c < whole; c += kWidth) {
-        const Float d = simd::sub(simd::load(x + c), m);
-        squares = simd::fma(d, d, squares);
-    }
-    float total = simd::reduce_add(squares);
-    for (size_t c = whole; c < norm.width; ++c) total += (x[c] - mean) * (x[c] - mean);  // padding left out
-    return {mean, 1.0f / std::sqrt(total / width + norm.eps)};
+    for (size_t c = 0; c < whole; c += kWidth)
+        unrolled<Rows>([&](auto r) {
+            const Float d = simd::sub(simd::load(x + r * stride + c), means[r]);
+            sums[r] = simd::fma(d, d, sums[r]);
+        });
+    unrolled<Rows>([&](auto r) {
+        const float* row = x + r * stride;
+        const float mean = moments[r].mean;
+        float total = simd::reduce_add(sums[r]);
+        for (size_t c = whole; c < norm.width; ++c) total += (row[c] - mean) * (row[c] - mean);  // padding left out
+        moments[r].inverse = 1.0f / std::sqrt(total / width + norm.eps);
+    });
 }
 
+// Call store(row, column, normalized) for all values.
 template <class Store>
-inline void normalize_row(const float* x, const Normalize& norm, Store store) {
-    const Moments row = moments(x, norm);
-    const Float mean = simd::set(row.mean), inverse = simd::set(row.inverse);
-    for (size_t c = 0; c < norm.padded; c += kWidth) {
-        Float y = simd::mul(simd::sub(simd::load(x + c), mean), simd::load(norm.weight + c));
-        if (norm.inner != nullptr) y = simd::add(y, simd::load(norm.inner + c));
-        store(c, simd::fma(y, inverse, simd::load(norm.bias + c)));
-    }
+inline void normalize_rows(const float* x, size_t stride, size_t rows, const Normalize& norm, Store store) {
+    some_rows(rows, [&](size_t first, auto count) {
+        constexpr int kRows = count();
+        Moments moments[kRows];
+        find_moments(x + first * stride, stride, norm, moments);
+        unrolled<kRows>([&](auto r) {
+            const Float mean = simd::set(moments[r].mean), inverse = simd::set(moments[r].inverse);
+            for (size_t c = 0; c < norm.padded; c += kWidth) {
+                const Float from = simd::load(x + (first + r) * stride + c);
+                Float y = simd::mul(simd::sub(from, mean), simd::load(norm.weight + c));
+                if (norm.inner != nullptr) y = simd::add(y, simd::load(norm.inner + c));
+                store(first + r, c, simd::fma(y, inverse, simd::load(norm.bias + c)));
+            }
+        });
+    });
 }
 
 void normalize_codes(const float* x, size_t stride, size_t rows, const Normalize& norm, float top, uint8_t* out,
                      size_t out_stride) {
     const Float t = simd::set(top);
-    for (size_t r = 0; r < rows; ++r)
-        normalize_row(x + r * stride, norm,
-                      [&](size_t c, Float y) { simd::store_codes(out + r * out_stride + c, clamp_code(y, t)); });
+    normalize_rows(x, stride, rows, norm,
+                   [&](size_t r, size_t c, Float y) { simd::store_codes(out + r * out_stride + c, clamp_code(y, t)); });
 }
 
 void normalize(const float* x, size_t stride, size_t rows, const Normalize& norm, float* out, size_t out_stride) {
-    for (size_t r = 0; r < rows; ++r)
-        normalize_row(x + r * stride, norm, [&](size_t c, Float y) { simd::store(out + r * out_stride + c, y); });
+    normalize_rows(x, stride, rows, norm,
+                   [&](size_t r, size_t c, Float y) { simd::store(out + r * out_stride + c, y); });
 }
 
 void quantize(const float* x, size_t stride, size_t rows, size_t width, Rounding quantizer, uint8_t* out,
