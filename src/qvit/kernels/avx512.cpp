@@ -187,14 +187,19 @@ void lookup_pack_columns(const uint8_t* codes, size_t stride, size_t k, size_t w
 size_t lookup_row_bytes(size_t k) { return round_up(triples(k), 64); }
 
 void lookup_pack_rows(const uint8_t* codes, size_t stride, size_t rows, size_t k, uint8_t* out, size_t out_stride) {
-    const size_t count = triples(k), whole = k - 2 * count;
-    for (size_t r = 0; r < rows; ++r) {
-        const uint8_t* a = codes + r * stride;
-        uint8_t* to = out + r * out_stride;
-        for (size_t i = 0; i < whole; ++i)
-            to[i] = static_cast<uint8_t>(a[i] | a[i + count] << 2 | a[i + 2 * count] << 4);
-        for (size_t i = whole; i < count; ++i) to[i] = static_cast<uint8_t>(a[i] | a[i + count] << 2);
-    }
+    const size_t count = triples(k);
+    for (size_t r = 0; r < rows; ++r)
+        for (size_t i = 0; i < count; i += 64) {
+            const size_t some = std::min<size_t>(count - i, 64);
+            __m512i triple = _mm512_setzero_si512();
+            for (size_t part = kTriple; part-- > 0;) {
+                const size_t first = i + part * count;
+                const __mmask64 mask = first_bytes(std::min(some, first < k ? k - first : 0));
+                const __m512i code = _mm512_maskz_loadu_epi8(mask, codes + r * stride + first);
+                triple = _mm512_or_si512(_mm512_slli_epi16(triple, 2), code);
+            }
+            _mm512_storeu_si512(out + r * out_stride + i, triple);
+        }
 }
 
 template <int Rows, int Groups>
