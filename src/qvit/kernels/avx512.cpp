@@ -107,8 +107,8 @@ void run_nibbles(const uint8_t* rows, size_t stride, size_t count, const uint8_t
 // Layout: [n / 64 groups][64 starts, k / 3 triples][64 channels], a byte a triple w0 + 4 w1 + 16 w2 of the codes modulo
 // 4. A triple is (i, i + T, i + 2 T) with T = ceil(k / 3), so that a row is packed by whole vectors.
 constexpr size_t kGroup = 64, kTriple = 3;
-constexpr size_t kBeforeWidening = 255 / (kTermRange * kTriple);
-constexpr size_t kTriplesAtOnce = 65535 / (kTermRange * kTriple);  // what a 16-bit sum holds
+constexpr size_t kBeforeWidening = 255 / (kTermRange * kTriple) / 4 * 4;  // steps go by four
+constexpr size_t kTriplesAtOnce = 65535 / (kTermRange * kTriple);         // what a 16-bit sum holds
 
 struct Tables {
     alignas(64) uint8_t bytes[64][64];
@@ -212,21 +212,25 @@ void lookup_tile(const uint8_t* a, size_t stride, const uint8_t* w, size_t group
         __m512i bytes[Rows][Groups];
         each_sum<Rows, Groups>([&](auto r, auto g) { bytes[r][g] = kept(_mm512_setzero_si512()); });
         const size_t until = std::min(at + kBeforeWidening, count);
-        const auto step = [&](size_t i) {
+        const auto step = [&](size_t i, const auto& table_of) {
             __m512i channels[Groups];
             unrolled<Groups>([&](auto g) { channels[g] = kept(_mm512_loadu_si512(w + g * group_bytes + i * kGroup)); });
             unrolled<Rows>([&](auto r) {
-                const __m512i table = kept(_mm512_load_si512(kTables.bytes[a[r * stride + i]]));
+                const __m512i table = kept(_mm512_load_si512(table_of(r)));
                 unrolled<Groups>([&](auto g) {
                     bytes[r][g] = kept(_mm512_add_epi8(bytes[r][g], _mm512_permutexvar_epi8(channels[g], table)));
                 });
             });
         };
-        for (; at + 2 <= until; at += 2) {
-            step(at);
-            step(at + 1);
+        for (; at + 4 <= until; at += 4) {
+            // A row's four triples by one load: a load of each would hold up those of the tables.
+            uint64_t four[Rows];
+            unrolled<Rows>([&](auto r) { four[r] = static_cast<uint32_t>(load_word(a + r * stride + at)); });
+            unrolled<4>([&](auto i) {
+                step(at + i, [&](auto r) { return &kTables.bytes[0][0] + ((four[r] << 6 >> 8 * i) & (63 << 6)); });
+            });
         }
-        if (at < until) step(at++);
+        for (; at < until; ++at) step(at, [&](auto r) { return kTables.bytes[a[r * stride + at]]; });
         each_sum<Rows, Groups>([&](auto r, auto g) {
             words[r][g] = _mm512_add_epi16(words[r][g], bytes[r][g]);
             highs[r][g] = _mm512_add_epi16(highs[r][g], _mm512_srli_epi16(bytes[r][g], 8));
@@ -246,10 +250,10 @@ void lookup_tile(const uint8_t* a, size_t stride, const uint8_t* w, size_t group
     });
 }
 
-constexpr LookupTile kLookupTiles[][4] = {
-    {lookup_tile<1, 1>, lookup_tile<2, 1>, lookup_tile<3, 1>, lookup_tile<4, 1>},
-    {lookup_tile<1, 2>, lookup_tile<2, 2>, lookup_tile<3, 2>, lookup_tile<4, 2>},
-    {lookup_tile<1, 3>, lookup_tile<2, 3>, lookup_tile<3, 3>, lookup_tile<4, 3>},
+constexpr LookupTile kLookupTiles[][3] = {
+    {lookup_tile<1, 1>, lookup_tile<2, 1>, lookup_tile<3, 1>},
+    {lookup_tile<1, 2>, lookup_tile<2, 2>, lookup_tile<3, 2>},
+    {lookup_tile<1, 3>, lookup_tile<2, 3>, lookup_tile<3, 3>},
 };
 
 void run_lookup(const uint8_t* rows, size_t stride, size_t count, const uint8_t* packed, size_t, size_t k, size_t first,
