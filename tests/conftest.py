@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import nn
 
 import qvit
 from members import CLASSES, vary
+from node import Node, need_modules
 from qvit.data.sources import ImageSets, open_data
 from qvit.models.checkpoint import save_checkpoint
 from qvit.models.spec import describe
@@ -71,6 +72,15 @@ def save_float(path: Path, model: nn.Module) -> Path:
 def float_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a float checkpoint of :func:`make_vit`, with random weights."""
     return save_float(tmp_path_factory.mktemp("random") / "float.pt", make_vit())
+
+
+@pytest.fixture(scope="session")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    """A process of Node with the engine of the browser."""
+    need_modules()
+    process = Node(tmp_path_factory.mktemp("node"))
+    yield process
+    process.close()
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ foreach(instructions simd128 relaxed-simd)
   target_link_options(${instructions} PRIVATE -mexec-model=reactor -Wl,-z,stack-size=1048576)
   set_target_properties(${instructions} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${CMAKE_SOURCE_DIR}/src/qvit/web)
   # Of the same vectors a program for WASI, for tests.
-  add_executable(kernels_test-${instructions} EXCLUDE_FROM_ALL tests/kernels/kernels_test.cpp ${KERNELS}/wasm.cpp)
+  add_executable(kernels_test-${instructions} tests/kernels/kernels_test.cpp ${KERNELS}/wasm.cpp)
   foreach(made ${instructions} kernels_test-${instructions})
     target_compile_options(${made} PRIVATE -O3 -Wall -Wextra -Wshadow -ffp-contract=off)
     if(instructions STREQUAL "relaxed-simd")

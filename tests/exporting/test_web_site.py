@@ -1,0 +1,186 @@
+"""A site with a packed model: pictures as Pillow prepares them, what is written, and the page in a real browser."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from commands import run
+from node import Node, NodeError, need_modules
+from packed_models import make_packed
+from qvit.errors import ConfigError, PackedFileError
+from qvit.exporting.web_file import web_file
+from qvit.exporting.web_site import write_site
+from qvit.format.packed import PackedModel, write_packed
+from qvit.runtime.engine import Engine
+from qvit.runtime.preprocess import fit, preprocess
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+
+
+def picture(width: int, height: int, opaque: bool = True) -> np.ndarray:
+    pixels = np.random.default_rng(width * height).integers(0, 256, (height, width, 4), np.uint8)
+    pixels[..., 3] |= 255 * opaque
+    return pixels
+
+
+def prepared(node: Node, call: str, pixels: np.ndarray, preprocessing: dict[str, Any], kind: type) -> np.ndarray:
+    height, width = pixels.shape[:2]
+    out, path = node.folder / "prepared", node.put("pixels", pixels)
+    node.call(call, pixels=path, width=width, height=height, preprocessing=preprocessing, out=out)
+    return np.fromfile(out, kind).reshape(preprocessing["input_size"])
+
+
+@pytest.mark.parametrize("size", [(37, 53), (200, 100), (300, 301), (16, 700), (1, 1), (5, 3)])
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+def test_pictures_are_prepared_as_with_pillow(node: Node, interpolation: str, size: tuple[int, int]) -> None:
+    for channels, shape, crop_mode, crop_pct in (
+        (3, (32, 32), "center", 0.9),
+        (1, (32, 48), "center", 1.0),
+        (3, (24, 32), "border", 0.875),
+        (3, (32, 32), "squash", 1.0),
+    ):
+        preprocessing = {
+            "input_size": [channels, *shape],
+            "mean": [0.485, 0.456, 0.406][:channels],
+            "std": [0.229, 0.224, 0.225][:channels],
+            "crop_pct": crop_pct,
+            "crop_mode": crop_mode,
+            "interpolation": interpolation,
+        }
+        pixels = picture(*size, opaque=crop_mode == "border")
+        got = prepared(node, "fit", pixels, preprocessing, np.uint8).astype(int)
+        difference = np.abs(got - fit(pixels, preprocessing))
+        # Where the axes shrink by different factors, Pillow's versions differ in which they resize first.
+        assert difference.max() == 0 if crop_mode == "center" else difference.mean() < 0.5
+
+
+def test_values_are_those_of_the_native_engine(node: Node) -> None:
+    preprocessing = make_packed(4).preprocessing
+    pixels = picture(19, 23)
+    got = prepared(node, "preprocess", pixels, preprocessing, np.float32)
+    np.testing.assert_array_equal(got, preprocess(pixels, preprocessing))
+
+
+def test_classes_and_vectors_of_pixels(node: Node) -> None:
+    packed, pixels = make_packed(8), picture(19, 23)
+    picture_of = {"pixels": node.put("pixels", pixels), "width": 19, "height": 23}
+    file = node.put("model.qvit", web_file(packed))
+    got = node.call("classify", file=file, **picture_of, top=3)
+    expected = Engine(packed, threads=1).predict(pixels, 3)[0]
+    assert (got["name"], got["outputs"]) == ("tiny", 5)
+    assert [each["name"] for each in got["classes"]] == [name for name, _ in expected]
+    np.testing.assert_allclose([each["probability"] for each in got["classes"]], [p for _, p in expected], rtol=1e-4)
+    with pytest.raises(NodeError, match="tiny is a classifier: export a model without its head"):
+        node.call("embed", file=file, **picture_of)
+    with pytest.raises(NodeError, match=r"absent\.qvit cannot be read: ENOENT"):
+        node.call("classify", file=node.folder / "absent.qvit", **picture_of)
+    with pytest.raises(NodeError, match="RGBA pixels: nothing else is decoded here"):
+        node.call("classify", file=file, pixels=node.put("pixels", pixels), width=20, height=23)
+
+
+@pytest.fixture(scope="module")
+def model() -> PackedModel:
+    return make_packed(4, image_size=(32, 32), patch_size=(8, 8), embed_dim=32, head_dim=16)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory, model: PackedModel) -> Path:
+    need_modules()
+    folder = tmp_path_factory.mktemp("web") / "site"
+    path = folder.with_name("model.safetensors")
+    write_packed(path, model)
+    assert run("web", path, "--out", folder).status == 0
+    return folder
+
+
+def test_a_site_is_whole_and_never_replaced(site: Path, tmp_path: Path) -> None:
+    names = {path.name for path in site.iterdir()}
+    listed = (site / "sw.js").read_text().splitlines()[0]
+    for name in names - {"sw.js", "package.json", "qvit.d.ts"}:
+        assert f'"{name}"' in listed
+    for script in site.glob("*.js"):
+        assert "http" not in script.read_text().replace("/^https?:/", "")
+    packed = site.with_name("model.safetensors")
+    with pytest.raises(ConfigError, match="is there already"):
+        write_site(packed, site)
+    with pytest.raises(PackedFileError, match="There is no file"):
+        write_site(tmp_path / "absent", tmp_path / "site")
+    write_site(packed, tmp_path / "again")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()} == {
+        path.name: path.read_bytes() for path in site.iterdir()
+    }
+    assert names >= {"index.html", "qvit.js", "qvit.d.ts", "model.qvit", "simd128.wasm", "relaxed-simd.wasm"}
+
+
+def test_modules_that_are_not_built_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    write_packed(path, make_packed(4))
+    monkeypatch.setattr("qvit.exporting.web_site.MODULES", ("absent.wasm",))
+    with pytest.raises(ConfigError, match="is not built: run make web where qvit's source is, or install a wheel"):
+        write_site(path, tmp_path / "site")
+
+
+@pytest.fixture
+def server(site: Path) -> Iterator[ThreadingHTTPServer]:
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(site)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on the path")
+def test_the_page_in_a_browser(server: ThreadingHTTPServer, model: PackedModel) -> None:
+    """A picture is classified as natively, on relaxed vectors, also offline; nothing else is asked of anybody."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    address = f"http://127.0.0.1:{server.server_port}/"
+    file = io.BytesIO()
+    Image.fromarray(picture(80, 60)[..., :3]).save(file, "PNG")
+    expected = Engine(model, threads=1).predict(file.getvalue(), 5)[0]
+    with playwright.sync_playwright() as started:
+        arguments = ["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+        context = started.chromium.launch(executable_path=CHROMIUM, args=arguments).new_context()
+        page = context.new_page()
+        requests, complaints = [], []
+        page.on("request", lambda request: requests.append(request.url))
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+
+        def shown() -> list[list[str]]:
+            page.set_input_files("#file", {"name": "a.png", "mimeType": "image/png", "buffer": file.getvalue()})
+            page.locator("#status", has_text="to prepare the picture").wait_for()
+            return [row.locator("td").all_inner_texts() for row in page.locator("#classes tbody tr").all()]
+
+        page.goto(address)
+        page.locator("#status", has_text="Ready").wait_for()
+        classes = [[name, f"{100 * probability:.1f} %"] for name, probability in expected]
+        assert [[name, share.strip()] for name, share in shown()] == classes
+        page.locator("#take").click()
+        page.locator("#take", has_text="Take the picture").click()
+        page.locator("#take", has_text="Use the camera").wait_for()
+        page.evaluate("() => navigator.serviceWorker.ready.then(() => null)")
+        server.shutdown()
+        server.server_close()
+        page.reload()
+        page.locator("#status", has_text="Ready").wait_for()
+        assert [[name, share.strip()] for name, share in shown()] == classes
+        context.browser.close()
+    assert not complaints
+    assert all(url.startswith((address, "blob:")) for url in requests)
+    assert f"{address}relaxed-simd.wasm" in requests
