@@ -307,6 +307,19 @@ def test_a_page_can_be_read_at_once_and_says_who_writes_it(page: Path) -> None:
         assert f"--results docs/study/{name}.jsonl --document docs/{page.name}\n" in text, name
 
 
+def test_the_guide_lists_every_command() -> None:
+    listed = re.findall(
+        r"^\| `qvit ([a-z-]+)` \|", (ROOT / "docs" / "guide.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert sorted(listed) == sorted(COMMANDS)
+
+
+def test_the_readme_is_two_screens_and_has_the_front_door_first() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 110
+    assert re.search(r"^    (.*)$", text, re.MULTILINE)[1].startswith("qvit quantize ")  # type: ignore[index]
+
+
 def test_every_page_is_in_the_site() -> None:
     listed = set(re.findall(r"[\w-]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8")))
     added = set(re.findall(r'"([a-z]+\.md)"', (ROOT / "docs" / "site.py").read_text(encoding="utf-8")))
