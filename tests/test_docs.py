@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import pytest
 import typer.main
 import yaml
 
+import qvit
 from qvit.cli import app as cli
 
 ROOT = Path(__file__).parents[1]
@@ -297,6 +299,16 @@ def test_the_citation_says_what_the_package_says() -> None:
     citation = read_yaml(ROOT / "CITATION.cff")
     assert {"cff-version", "message", "title", "authors"} <= citation.keys()
     assert f'license = "{citation["license"]}"' in PYPROJECT
+
+
+def test_one_version_is_told_everywhere() -> None:
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    version, day, tag = re.findall(r"^## ([\d.]+), (.*) \(tag `v(.*)`\)$", changes, re.MULTILINE)[0]
+    citation = read_yaml(ROOT / "CITATION.cff")
+    package = json.loads((ROOT / "src" / "qvit" / "web" / "package.json").read_text(encoding="utf-8"))
+    assert {version, tag, citation["version"], package["version"]} == {qvit.__version__}
+    released = citation["date-released"]
+    assert day == f"{released.day} {released:%B %Y}"
 
 
 @pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
