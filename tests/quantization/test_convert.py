@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 import timm
 import torch
-from timm.layers import Attention, SwiGLU, SwiGLUPacked
-from timm.models.vision_transformer import Block, ParallelScalingBlock, ParallelThingsBlock, ResPostBlock
+from timm.layers import Attention
+from timm.models.vision_transformer import Block, ParallelScalingBlock
 from torch import Tensor, nn
 
+import members
+from members import DISTILLED, VIT
 from qvit import DistillationLoss, QuantConfig, calibrate, quantize
 from qvit.errors import UnsupportedModelError
 from qvit.nn.attention import QuantAttention, QuantSelfAttention
@@ -17,35 +19,24 @@ from qvit.nn.linear import QuantConv2d, QuantLinear
 from qvit.nn.quantizer import Quantizer
 from qvit.nn.rectifier import Rectifier
 
-VIT, DEIT, DISTILLED = "vit_tiny_patch16_224", "deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"
 MEMBERS: dict[str, tuple[str, dict[str, Any]]] = {
     "vit": (VIT, {}),
-    "deit": (DEIT, {}),
-    "distilled": (DISTILLED, {}),
-    "average_pool": (VIT, {"global_pool": "avg"}),
-    "layer_scale": (VIT, {"init_values": 0.5}),
-    "qk_norm": (VIT, {"qk_norm": True}),
-    "register_tokens": (VIT, {"reg_tokens": 4}),
-    "no_class_token": (VIT, {"class_token": False, "global_pool": "avg"}),
-    "not_square": (VIT, {"img_size": (16, 24)}),
-    "dynamic_size": (VIT, {"dynamic_img_size": True}),
-    "swiglu": (VIT, {"mlp_layer": SwiGLU}),
-    "packed_swiglu": (VIT, {"mlp_layer": SwiGLUPacked}),
-    "pre_norm": (VIT, {"pre_norm": True}),
-    "post_norm": (VIT, {"block_fn": ResPostBlock, "init_values": 0.5}),
-    "parallel": (VIT, {"block_fn": ParallelThingsBlock}),
-    "attention_norm": (VIT, {"scale_attn_norm": True, "scale_mlp_norm": True}),
-    "one_head": (VIT, {"num_heads": 1}),
-    "no_bias": (VIT, {"qkv_bias": False}),
     "no_classes": (VIT, {"num_classes": 0}),
-}
+    **{
+        name: members.MEMBERS[name]
+        for name in (
+            "deit", "distilled", "average_pool", "layer_scale", "qk_norm", "register_tokens", "no_class_token",
+            "not_square", "dynamic_size", "swiglu", "packed_swiglu", "pre_norm", "post_norm", "parallel",
+            "attention_norm", "one_head", "no_bias",
+        )
+    },
+}  # fmt: skip
 
 
 @pytest.fixture(params=MEMBERS)
 def member(request: pytest.FixtureRequest, make_model) -> tuple[nn.Module, Tensor]:
     name, kwargs = MEMBERS[request.param]
-    size = (16, 24) if request.param in ("not_square", "dynamic_size") else (16, 16)
-    return make_model(name, **kwargs), torch.randn(16, 3, *size)
+    return make_model(name, **kwargs), torch.randn(16, 3, *members.SIZES.get(request.param, (16, 16)))
 
 
 def student_of(teacher: nn.Module, images: Tensor, *args: Any, **kwargs: Any) -> nn.Module:
