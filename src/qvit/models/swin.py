@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ ATTENTIONS: dict[type[nn.Module], type[QuantAttention]] = {swin.WindowAttention:
 ENDS = ("patch_embed.*", "head.fc")
 OWNERS: tuple[type[nn.Module], ...] = ()
 CONSTANT: tuple[str, ...] = ()
+LowerMerge = Callable[[Lowering, str, tuple[int, int]], Iterator[Operation]]
+LowerBlock = Callable[[Lowering, str, Any, tuple[int, int]], Iterator[Operation]]
 POOLS = ("avg", "max", "avgmax")
 
 
@@ -39,6 +41,13 @@ def lower(to: Lowering) -> Iterator[Operation]:
         UnsupportedModelError: naming the module.
         ConfigError: if the images have another size than the model.
     """
+    yield from stages(to, _merge, _block)
+    yield from parts.norm(to, "norm")
+    yield from head(to)
+
+
+def stages(to: Lowering, merge: LowerMerge, lower_block: LowerBlock) -> Iterator[Operation]:
+    """Yield what comes before the last norm: patches, then merging, where there is any, and blocks of every stage."""
     model: Any = to.model
     yield from parts.embed(to)
     yield Tokens()
@@ -46,12 +55,10 @@ def lower(to: Lowering) -> Iterator[Operation]:
     for index, stage in enumerate(model.layers):
         name = f"layers.{index}"
         if not isinstance(stage.downsample, nn.Identity):
-            yield from _merge(to, f"{name}.downsample", grid)
+            yield from merge(to, f"{name}.downsample", grid)
             grid = grid[0] // 2, grid[1] // 2
         for number, block in enumerate(stage.blocks):
-            yield from _block(to, f"{name}.blocks.{number}", block, grid)
-    yield from parts.norm(to, "norm")
-    yield from head(to)
+            yield from lower_block(to, f"{name}.blocks.{number}", block, grid)
 
 
 def _merge(to: Lowering, name: str, grid: tuple[int, int]) -> Iterator[Operation]:

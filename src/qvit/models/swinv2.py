@@ -9,7 +9,7 @@ from timm.models import swin_transformer_v2 as swinv2
 from torch import nn
 
 from qvit.format.branches import Residual
-from qvit.format.ops import Merge, Operation, Tokens
+from qvit.format.ops import Merge, Operation
 from qvit.format.program import Program
 from qvit.models import parts, swin
 from qvit.models.attention import attention
@@ -32,17 +32,7 @@ def lower(to: Lowering) -> Iterator[Operation]:
         UnsupportedModelError: naming the module.
         ConfigError: if the images have another size than the model.
     """
-    model: Any = to.model
-    yield from parts.embed(to)
-    yield Tokens()
-    grid = parts.grid(to)
-    for index, stage in enumerate(model.layers):
-        name = f"layers.{index}"
-        if not isinstance(stage.downsample, nn.Identity):
-            yield from _merge(to, f"{name}.downsample", grid)
-            grid = grid[0] // 2, grid[1] // 2
-        for number, block in enumerate(stage.blocks):
-            yield from _block(to, f"{name}.blocks.{number}", block, grid)
+    yield from swin.stages(to, _merge, _block)
     yield from parts.norm(to, "norm")
     yield from swin.head(to)
 

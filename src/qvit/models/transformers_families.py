@@ -133,7 +133,8 @@ def activation(config: Mapping[str, Any]) -> str:
     return ACTIVATIONS[config["hidden_act"]]
 
 
-def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+def plain_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return timm's arguments for what every configuration tells of sizes."""
     return {
         "img_size": config["image_size"],
         "patch_size": config["patch_size"],
@@ -176,7 +177,7 @@ def _beit(config: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
     if activation(config) != "gelu" or not config["use_mean_pooling"]:
         raise UnsupportedModelError("timm's BEiT has gelu, and takes the mean of the patches for its class.")
     return {
-        **_plain(config),
+        **plain_arguments(config),
         "mlp_ratio": _ratio(config["intermediate_size"], config["hidden_size"]),
         "init_values": config["layer_scale_init_value"] or None,
         "use_abs_pos_emb": config["use_absolute_position_embeddings"],
@@ -189,7 +190,7 @@ def _dinov2(config: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
     _need_eps(config, 1e-6)
     if "head.weight" in weights:
         raise UnsupportedModelError("A DINOv2 that classifies by class token and patches together is not supported.")
-    arguments = {**_plain(config), "init_values": 1e-5, "qkv_bias": config["qkv_bias"]}
+    arguments = {**plain_arguments(config), "init_values": 1e-5, "qkv_bias": config["qkv_bias"]}
     hidden = len(weights["blocks.0.mlp.fc1.bias"])
     arguments |= {"mlp_ratio": _ratio(hidden, config["hidden_size"]), "act_layer": activation(config)}
     if config["use_swiglu_ffn"]:
@@ -206,7 +207,7 @@ def _clip(config: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
     _need_eps(config, 1e-5)
     weights["cls_token"] = weights["cls_token"].reshape(1, 1, -1)
     weights["pos_embed"] = weights["pos_embed"][None]
-    arguments = {**_plain(config), "act_layer": activation(config)}
+    arguments = {**plain_arguments(config), "act_layer": activation(config)}
     if "head.weight" in weights:  # a classifier sees the mean of the patches, each normalised by itself
         raise UnsupportedModelError("A classifier on CLIP's patches is not supported: give its vision tower.")
     return {**arguments, "mlp_ratio": _ratio(config["intermediate_size"], config["hidden_size"])}
@@ -215,7 +216,7 @@ def _clip(config: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
 def _siglip(config: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
     _need_eps(config, 1e-6)
     weights["pos_embed"] = weights["pos_embed"][None]
-    arguments = {**_plain(config), "act_layer": activation(config)}
+    arguments = {**plain_arguments(config), "act_layer": activation(config)}
     arguments["mlp_ratio"] = _ratio(config["intermediate_size"], config["hidden_size"])
     if "head.weight" in weights:  # a classifier sees the mean of the patches, not what the attention pools
         for name in [name for name in weights if name.startswith("attn_pool.")]:

@@ -22,7 +22,7 @@ from qvit.models.arguments import MAX_CHANNELS, MAX_SIDE
 from qvit.models.checkpoint import build
 from qvit.models.reading import find_weights, read_file, read_json
 from qvit.models.spec import ModelSpec, describe, same_architecture, unnamed_classes
-from qvit.models.transformers_families import CONVERSIONS, Weights, activation
+from qvit.models.transformers_families import CONVERSIONS, Weights, activation, plain_arguments
 
 # What a transformers configuration means where it says nothing.
 _DEFAULTS: dict[str, Any] = {
@@ -167,12 +167,7 @@ def _vit(config: Mapping[str, Any], weights: Weights) -> tuple[str, dict[str, An
     if not is_whole(config["num_channels"], 1, MAX_CHANNELS):
         raise ConfigError(f"num_channels is {shown(config['num_channels'])}.")
     arguments = {
-        "img_size": config["image_size"],
-        "patch_size": config["patch_size"],
-        "in_chans": config["num_channels"],
-        "embed_dim": config["hidden_size"],
-        "depth": config["num_hidden_layers"],
-        "num_heads": config["num_attention_heads"],
+        **plain_arguments(config),
         "mlp_ratio": config["intermediate_size"] / config["hidden_size"],
         "qkv_bias": config["qkv_bias"],
     }
