@@ -78,7 +78,7 @@ def test_less_memory_is_asked_for_by_options_that_the_command_has(command: typer
     assert command.callback is not None
     name = command.callback.__name__.replace("_", "-")
     options = re.findall(r"--[\w-]+", less_memory(command.callback))
-    assert bool(options) == (name not in ("export", "push", "info", "complexity", "demo", "report-env"))
+    assert bool(options) or name not in ("quantize", "train", "eval", "predict", "bench")
     assert set(options) <= set(re.findall(r"--[\w-]+", run(name, "--help").out))
 
 
@@ -113,6 +113,7 @@ SIGNALLED = {
     "compare": ("qvit.study.comparison.interleaved", ["{student}", "--images", "{images}"]),
     "complexity": ("qvit.study.complexity.compare", ["--measure"]),
     "export": ("qvit.exporting.onnx_file.export_onnx", ["{out}/m.onnx"]),
+    "web": ("shutil.move", ["--out", "{temporary}/site"]),
     "push": ("huggingface_hub.HfApi.create_repo", ["me/model"]),
 }
 """By commands that work in a temporary folder: what is called while it is there, and what follows the model."""
@@ -136,8 +137,11 @@ def test_sigterm_leaves_no_temporary_folder(
     name, arguments = SIGNALLED[command]
     monkeypatch.setattr(name, terminate)
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
-    model = packed_file if command in ("bench", "complexity") else student
-    more = [argument.format(student=student, images=images, out=tmp_path) for argument in arguments]
+    monkeypatch.setattr("qvit.exporting.web_site._static_files", dict)  # what only a build has
+    monkeypatch.setattr("qvit.exporting.web_site._keeping", lambda files: {})
+    model = packed_file if command in ("bench", "complexity", "web") else student
+    places = {"student": student, "images": images, "temporary": temporary, "out": tmp_path}
+    more = [argument.format(**places) for argument in arguments]
     before = signal.getsignal(signal.SIGTERM)
     assert sentence(run(command, model, *more), 143) == "qvit: Stopped by SIGTERM."
     assert found

@@ -154,6 +154,6 @@ def test_work_is_bounded_by_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
     spec = {**CONTENTS["spec"], "model_args": large}
     spec["preprocessing"] = {**spec["preprocessing"], "input_size": [3, 64, 64]}
     torch.save({**CONTENTS, "spec": spec}, tmp_path / "c.pt")
-    monkeypatch.setattr("qvit.models.checkpoint.create_model", lambda spec: pytest.fail("a model was built"))
+    monkeypatch.setattr("qvit.models.checkpoint.instantiate", lambda spec: pytest.fail("a model was built"))
     with pytest.raises(CheckpointError, match=r"cls_token has shape \(1, 1, 8\), the model needs \(1, 1, 1024\)"):
         load_checkpoint(tmp_path / "c.pt")

@@ -299,6 +299,8 @@ def _student(initial_model: FloatModel, config: QuantConfig) -> VisionTransforme
     if initial_model.spec.quant_config is None:
         return quantize(initial_model.model, config)
     student = quantize(create_model(dataclasses.replace(initial_model.spec, quant_config=None)), config)
+    if next(student.parameters()).is_meta:  # shapes alone: see check_student
+        return student
     # One that is quantized in the same way keeps its scales; as text, for the order of the overrides counts.
     same = json.dumps(initial_model.spec.quant_config) == json.dumps(config.to_dict())
     quantizers = tuple(f"{name}." for name, m in student.named_modules() if isinstance(m, Quantizer) and not same)
