@@ -39,7 +39,7 @@ FAST = ("format", "nn", "runtime", "serving")
 """Folders whose tests neither train nor start processes; with the tests beside this file they are the fast part."""
 SLOW = ("test_hooks.py", "test_hub.py", "test_import.py", "test_readme.py", "test_recompute.py", "test_rectify.py")
 SLOW += ("test_faults.py", "test_programs.py", "test_image_memory.py")
-SLOW += ("test_serving_process.py", "test_examples.py")
+SLOW += ("test_serving_process.py", "test_many_pictures.py", "test_examples.py")
 """Files of these that do, or that take long."""
 
 

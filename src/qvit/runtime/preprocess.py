@@ -26,7 +26,10 @@ Box = tuple[float, float, float, float]
 
 
 def preprocess(
-    image: ImageSource | Picture, preprocessing: Mapping[str, Any], name: str | None = None
+    image: ImageSource | Picture,
+    preprocessing: Mapping[str, Any],
+    name: str | None = None,
+    out: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:
     """Return one image as a model takes it.
 
@@ -37,6 +40,7 @@ def preprocess(
             resized image) and ``crop_mode``: ``"center"`` (shorter edge resized, the rest cut off), ``"squash"`` (both
             edges resized) or ``"border"`` (longer edge resized, the rest filled with the mean).
         name: of the image in errors; by default what it was opened from.
+        out: where to write it, a float32 array of the shape that is returned.
 
     Returns:
         float32, ``(C, H, W)``.
@@ -47,7 +51,7 @@ def preprocess(
     """
     mean, std = (np.asarray(preprocessing[name], np.float32)[:, None, None] for name in ("mean", "std"))
     scaled: NDArray[np.float32] = np.divide(
-        fit(image, preprocessing, name), np.float32(255), dtype=np.float32, order="C"
+        fit(image, preprocessing, name), np.float32(255), out=out, dtype=np.float32, order="C"
     )
     scaled -= mean
     scaled /= std
@@ -58,7 +62,7 @@ def preprocess_batch(images: Sequence[ImageSource], preprocessing: Mapping[str, 
     """Return images as a model takes them: float32, ``(B, C, H, W)``, each as :func:`preprocess` gives it."""
     batch = np.empty((len(images), *preprocessing["input_size"]), np.float32)
     for number, (slot, image) in enumerate(zip(batch, images, strict=True)):
-        slot[:] = preprocess(image, preprocessing, name_of(image, f"Image {number}"))
+        preprocess(image, preprocessing, name_of(image, f"Image {number}"), slot)
     return batch
 
 

@@ -63,17 +63,20 @@ def answers(engine: Engine, pictures: Sequence[bytes], top_k: int) -> list[Answe
     Of a classifier ``{"classes": [{"name": ..., "probability": ...}, ...]}``, the ``top_k`` most probable first; of a
     feature extractor ``{"embedding": [...]}``.
     """
-    prepared = [_prepared(engine, picture) for picture in pictures]
-    readable = [image for image in prepared if not isinstance(image, CorruptImageError)]
-    told = _told(engine, engine(np.stack(readable)), top_k) if readable else iter(())
-    return [image if isinstance(image, CorruptImageError) else next(told) for image in prepared]
+    prepared = np.empty((len(pictures), *engine.program.input), np.float32)
+    errors = [_error(engine, picture, slot) for picture, slot in zip(pictures, prepared, strict=True)]
+    readable = [error is None for error in errors]
+    told = _told(engine, engine(prepared if all(readable) else prepared[readable]), top_k)
+    return [next(told) if error is None else error for error in errors]
 
 
-def _prepared(engine: Engine, picture: bytes) -> NDArray[np.float32] | CorruptImageError:
+def _error(engine: Engine, picture: bytes, slot: NDArray[np.float32]) -> CorruptImageError | None:
+    """Prepare a picture in its ``slot`` of a batch, or return why it cannot be read."""
     try:
-        return preprocess(picture, engine.preprocessing, "The picture")
+        preprocess(picture, engine.preprocessing, "The picture", slot)
     except CorruptImageError as error:
         return error
+    return None
 
 
 def _told(engine: Engine, outputs: NDArray[np.float32], top_k: int) -> Iterator[Answer]:
