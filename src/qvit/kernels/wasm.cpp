@@ -12,8 +12,7 @@ constexpr int kVectors = kChannels / kLanes;  // vectors in a panel
 // Sums of a few rows with one panel of channels, all of k.
 using Tile = void (*)(const uint8_t* a, size_t stride, const uint8_t* w, size_t k, int32_t* out, size_t out_stride);
 
-// All rows with channels first to last, in tiles of at most Kind::kRows rows, whose rows have Kind::kRowBytes bytes per
-// code.
+// All rows with channels first to last, in tiles of at most Kind::kRows rows.
 template <class Kind, int... Rows>
 void run_panels(const uint8_t* rows, size_t stride, size_t count, const uint8_t* packed, size_t k, size_t first,
                 size_t last, int32_t* out, size_t out_stride, std::integer_sequence<int, Rows...>) {
@@ -60,7 +59,7 @@ template <int Rows, class Use>
 
 // Any 8 bits: even and odd bytes apart as 16-bit words, which one instruction multiplies and adds to 32 bits.
 struct Wide {
-    static constexpr int kRows = 2;
+    static constexpr int kRows = 3;
 
     template <int Rows>
     static void tile(const uint8_t* a, size_t stride, const uint8_t* w, size_t k, int32_t* out, size_t out_stride) {
@@ -119,23 +118,6 @@ struct Narrow {
                 wasm_v128_store(to, sum);
             });
         }
-    }
-};
-
-// The same, added up in 32 bits at once: one instruction where the processor has a dot product of bytes.
-struct Dot {
-    static constexpr int kRows = 2;
-
-    template <int Rows>
-    static void tile(const uint8_t* a, size_t stride, const uint8_t* w, size_t k, int32_t* out, size_t out_stride) {
-        v128_t sums[Rows][kVectors];
-        each_sum<Rows, kVectors>([&](auto r, auto v) { sums[r][v] = wasm_i32x4_splat(0); });
-        for (size_t at = 0; at < k; at += kStep)
-            each_word<Rows>(a + at, stride, w + at * kChannels, [&](auto r, auto v, v128_t codes, v128_t weights) {
-                sums[r][v] = wasm_i32x4_relaxed_dot_i8x16_i7x16_add(weights, codes, sums[r][v]);
-            });
-        each_sum<Rows, kVectors>(
-            [&](auto r, auto v) { wasm_v128_store(out + r * out_stride + v * kLanes, sums[r][v]); });
     }
 };
 
@@ -209,7 +191,7 @@ constexpr Product kProducts[] = {
      lookup_pack_rows, run_lookup, lookup_pack_columns<kGroup>},
 #if defined(__wasm_relaxed_simd__)
     dense_product<Narrow<4, 4>>("relaxed-4", 4, 4),
-    dense_product<Dot>("relaxed-7", 7, 8),
+    dense_product<Narrow<6, 6>>("relaxed-6", 6, 6),
 #endif
     dense_product<Wide>("dot", 8, 8),
 };
