@@ -47,7 +47,7 @@ def serve(
         ConfigError: for more threads than processors, or a port that cannot be had.
     """
     batcher = Batcher(make_engines(model, threads), top_k=top_k, waiting=waiting)
-    config = uvicorn.Config(make_app(batcher, largest_body=largest_body), log_level="warning", access_log=False)
+    config = uvicorn.Config(make_app(batcher, largest_body=largest_body), log_level="error", access_log=False)
     with listen(host, port) as listener:
         report(f"http://{host}:{listener.getsockname()[1]}")
         logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a client's mistake is told to the client alone
