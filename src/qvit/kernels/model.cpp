@@ -49,6 +49,12 @@ struct Tasks {
     const Windows* windows;
 };
 
+// The task that is taken as number `index`: those at work at a time lie far apart. Keys of neighbouring rows share
+// cache lines, which two threads would take from each other with every key that they write.
+size_t spread(size_t index, size_t total, size_t threads) {
+    return total % threads == 0 ? index % threads * (total / threads) + index / threads : index;
+}
+
 void run_steps(const Plan& plan, Pass& pass, Scratch& scratch, const Task& task, const std::vector<Step>& steps) {
     for (const Step& step : steps) {
         switch (step.kind) {
@@ -115,9 +121,11 @@ void Model::run(size_t batch) {
         Scratch& scratch = *workshop_->scratch[thread];
         for (size_t phase = 0; phase < plan_.phases.size(); ++phase) {
             const Tasks tasks(plan_, phase, batch, pool.threads(), pass.trace != nullptr);
-            for (size_t index; (index = next[phase].fetch_add(1)) < batch * tasks.parts;) {
-                const auto [row, count] = tasks.rows(index % tasks.parts);
-                if (count > 0) run_task(pass, scratch, plan_.phases[phase], index / tasks.parts, row, count);
+            const size_t total = batch * tasks.parts;
+            for (size_t index; (index = next[phase].fetch_add(1)) < total;) {
+                const size_t task = spread(index, total, pool.threads());
+                const auto [row, count] = tasks.rows(task % tasks.parts);
+                if (count > 0) run_task(pass, scratch, plan_.phases[phase], task / tasks.parts, row, count);
             }
             pool.barrier();
         }
