@@ -16,6 +16,9 @@ from qvit import QuantConfig, calibrate, quantize
 from qvit.data.loader import make_loader, make_transform
 from qvit.data.sources import ImageSets
 from qvit.errors import DataError
+from qvit.nn.modes import switched_off
+from qvit.nn.quantizer import Quantizer
+from qvit.nn.rectifier import Rectifier
 from qvit.quantization.balance import IMAGES
 from qvit.train.methods import FloatModel
 
@@ -77,6 +80,16 @@ def test_channel_that_is_far_away_is_moved_into_the_bias(vit: nn.Module, images:
     wanted = vit(images)
     plain, moved = ((calibrated(model, images, 8)(images) - wanted).abs().mean() for model in (vit, other))
     assert moved <= 1.5 * plain
+
+
+def test_channel_that_is_far_away_stays_where_no_bias_could_take_it(make_model, images: Tensor) -> None:
+    model = make_model(qkv_bias=False)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.norm1.bias[3] += 100
+    student = calibrated(model, images, 8)
+    with switched_off(m for m in student.modules() if isinstance(m, (Quantizer, Rectifier))):
+        torch.testing.assert_close(student(images), model(images), rtol=1e-3, atol=1e-3)
 
 
 def test_weights_without_outliers_stay_as_they_are(vit: nn.Module, images: Tensor) -> None:
