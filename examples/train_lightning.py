@@ -1,7 +1,7 @@
 """Quantization-aware training with Lightning: the student and its loss are a module like any other.
 
 Example:
-  pip install 'qvit[train,examples]'
+  pip install '.[train,examples]'
   python examples/train_lightning.py --bits 2 --epochs 20 --out digits.safetensors
 """
 
