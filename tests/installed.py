@@ -27,6 +27,7 @@ from golden import GOLDEN, check_logits, images_of
 from packed_models import make_packed
 from qvit import _kernels
 from qvit.cli import app
+from qvit.exporting.web_site import write_site
 from qvit.format.packed import read_packed
 from qvit.runtime.engine import instruction_sets
 
@@ -64,11 +65,18 @@ def check_pictures() -> None:
     json.loads(printed.getvalue())
 
 
+def check_site() -> None:
+    """Write a site for the browser, whose engine is in the wheel."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_site(CLASSIFIER, Path(folder) / "site")
+
+
 def main() -> None:
     assert importlib.util.find_spec("torch") is None, "this is no bare environment: it has PyTorch"
     assert Path(qvit.__file__).parent == Path(str(_kernels.__file__)).parent, "this is no installed wheel"
     files = check_models()
     check_pictures()
+    check_site()
     where = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
     print(f"qvit {qvit.__version__} on {where}: {files} models on {', '.join(instruction_sets())}")
 

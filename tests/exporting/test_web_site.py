@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import shutil
 import threading
@@ -26,6 +27,29 @@ from qvit.runtime.engine import Engine
 from qvit.runtime.preprocess import fit, preprocess
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+KERNELS = Path(__file__).parents[2] / "build" / "web" / "kernels_test-relaxed-simd.wasm"
+"""Checks every product and row operation; Node 20 has no relaxed vectors."""
+RUN_PROGRAM = """async (encoded) => {
+    const bytes = Uint8Array.from(atob(encoded), (letter) => letter.charCodeAt(0));
+    let text = "", memory = null;
+    const fd_write = (file, parts, count, written) => {
+        const view = new DataView(memory.buffer);
+        let length = 0;
+        for (let i = 0; i < count; ++i) {
+            const [start, size] = [view.getUint32(parts + 8 * i, true), view.getUint32(parts + 8 * i + 4, true)];
+            text += new TextDecoder().decode(new Uint8Array(memory.buffer, start, size));
+            length += size;
+        }
+        view.setUint32(written, length, true);
+        return 0;
+    };
+    const others = { get: (system, name) => system[name] ?? (() => 0) };
+    const system = new Proxy({ fd_write, proc_exit: (status) => { throw new Error(`status ${status}`); } }, others);
+    const { instance } = await WebAssembly.instantiate(bytes, { wasi_snapshot_preview1: system });
+    memory = instance.exports.memory;
+    try { instance.exports._start(); } catch (error) { text += error.message; }
+    return text;
+}"""
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 
@@ -174,6 +198,10 @@ def test_the_page_in_a_browser(server: ThreadingHTTPServer, model: PackedModel) 
         page.locator("#take").click()
         page.locator("#take", has_text="Take the picture").click()
         page.locator("#take", has_text="Use the camera").wait_for()
+        if KERNELS.exists():
+            told = page.evaluate(RUN_PROGRAM, base64.b64encode(KERNELS.read_bytes()).decode())
+            assert "relaxed-simd: checked\nportable: checked" in told
+            assert ", 0 failed" in told
         page.evaluate("() => navigator.serviceWorker.ready.then(() => null)")
         server.shutdown()
         server.server_close()
