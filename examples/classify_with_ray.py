@@ -59,8 +59,9 @@ def pictures(sources: list[str]) -> ray.data.Dataset:
 
 def from_shard(sample: Columns) -> Columns:
     """Return name and bytes of the picture in a WebDataset sample."""
-    found = (column for column, value in sample.items() if value and f".{column}" in suffixes())
-    kind = next(found)  # samples of one block have one another's columns, empty
+    # Samples of one block have one another's columns, without bytes.
+    files = {column: value for column, value in sample.items() if isinstance(value, bytes)}
+    kind = next(column for column in files if f".{column.lower()}" in suffixes())
     return {"name": f"{sample['__key__']}.{kind}", "bytes": sample[kind]}
 
 

@@ -18,14 +18,15 @@ from PIL import Image
 from qvit.runtime.engine import load
 
 ROOT = Path(__file__).parents[2]
+KINDS = ("png", "jpeg")
 
 
 def pictures(count: int) -> list[bytes]:
-    """Return files of pictures, the last one cut."""
+    """Return files of pictures, PNG and JPEG in turn, the last one cut."""
     rng, contents = np.random.default_rng(0), []
-    for _ in range(count):
+    for number in range(count):
         file = io.BytesIO()
-        Image.fromarray(rng.integers(0, 255, (20, 31, 3), dtype=np.uint8)).save(file, "PNG")
+        Image.fromarray(rng.integers(0, 255, (20, 31, 3), dtype=np.uint8)).save(file, KINDS[number % 2].upper())
         contents.append(file.getvalue())
     return [*contents[:-1], contents[-1][:90]]
 
@@ -59,7 +60,7 @@ def test_the_example_for_ray_classifies_with_two_workers(packed_file: Path, tmp_
     shard = tmp_path / "pictures.tar"
     with tarfile.open(shard, "w") as archive:
         for number, content in enumerate(contents):
-            member = tarfile.TarInfo(f"{number}.png")
+            member = tarfile.TarInfo(f"{number}.{KINDS[number % 2]}")
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
     command = [sys.executable, ROOT / "examples" / "classify_with_ray.py", packed_file, shard]
@@ -67,14 +68,15 @@ def test_the_example_for_ray_classifies_with_two_workers(packed_file: Path, tmp_
     subprocess.run([*command, "--out", tmp_path / "classes", "--workers", "2"], check=True, env=environment)
     rows = {row["name"]: row for row in pyarrow.parquet.read_table(tmp_path / "classes").to_pylist()}
     engine = load(packed_file)
-    assert sorted(rows) == [f"{number}.png" for number in range(6)]
-    for number, content in enumerate(contents[:-1]):
+    files = [f"{number}.{KINDS[number % 2]}" for number in range(6)]  # kinds of a shard are columns of its samples
+    assert sorted(rows) == files
+    for file, content in zip(files, contents[:-1], strict=False):
         (((name, probability),),) = engine.predict(content, top_k=1)
-        assert rows[f"{number}.png"] == {
-            "name": f"{number}.png",
+        assert rows[file] == {
+            "name": file,
             "class": name,
             "probability": probability,
             "error": None,
         }
-    assert "cannot be read as an image" in rows["5.png"]["error"]
-    assert rows["5.png"]["class"] is None
+    assert "cannot be read as an image" in rows[files[-1]]["error"]
+    assert rows[files[-1]]["class"] is None
