@@ -9,7 +9,7 @@ CXX_FOLDERS := src/qvit/kernels src/qvit/kernels/steps src/qvit/kernels/web test
 STRICT := -C cmake.define.CMAKE_COMPILE_WARNING_AS_ERROR=ON
 
 .PHONY: install web demo test test-fast test-kernels test-docs docs test-lowest test-sanitize test-tsan lint \
-	wheel wheels test-wheel test-aarch64
+	wheel wheels test-wheel test-aarch64 test-sde
 
 install: $(INSTALLED)
 
@@ -49,6 +49,12 @@ test-fast: install
 # The kernels' own programs and every product, with the compiler in CXX.
 test-kernels: install
 	$(BIN)/python -m pytest tests/kernels
+
+# The kernels' program on an emulated Alder Lake, which has AVX-VNNI and no AVX-512; needs Intel's SDE in the PATH.
+test-sde:
+	cmake -S . -B build/kernels-native -DQVIT_KERNEL_TESTS=ON
+	cmake --build build/kernels-native --parallel 2 --target kernels_test
+	sde64 -adl -- build/kernels-native/kernels_test | tee /dev/stderr | grep -q '^avx-vnni: checked'
 
 # The pages: links, citations, commands, examples.
 test-docs: install
@@ -106,6 +112,7 @@ wheel: web $(TOOLS)/.installed
 	$(TOOLS)/bin/uv build --wheel --python $(WHEEL_PYTHON) $(STRICT) --out-dir build/wheel
 	PATH=$(abspath $(TOOLS)/bin):$$PATH auditwheel repair --wheel-dir dist build/wheel/*.whl
 	$(TOOLS)/bin/auditwheel show dist/*.whl
+	$(TOOLS)/bin/python -m zipfile --list dist/*.whl | grep 'web/.*wasm'
 
 # All wheels of this kind of machine, as they are published: Linux in a container of manylinux (needs Docker), or macOS.
 wheels: web $(TOOLS)/.installed
