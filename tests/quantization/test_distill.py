@@ -506,7 +506,7 @@ def test_only_the_chosen_layers_are_guided(vit: nn.Module, images: Tensor) -> No
         queries_and_keys(vit, images), queries_and_keys(student, images), strict=True
     )]  # fmt: skip
     depth = len(every) // 2
-    for chosen, layers in (([0], [0]), ([-1], [depth - 1]), ([-1, 0], [0, depth - 1])):
+    for chosen, layers in (([0], [0]), ([-1], [depth - 1]), ([-depth], [0]), ([-1, 0], [0, depth - 1])):
         loss_fn = DistillationLoss(vit, guided_layers=chosen)
         loss_fn(student, images, labels)
         expected = torch.stack([every[layer + offset] for offset in (0, depth) for layer in layers]).mean()
