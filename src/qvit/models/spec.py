@@ -195,8 +195,8 @@ def same_architecture(first: ModelSpec, second: ModelSpec) -> bool:
     Raises:
         ConfigError: as :func:`create_model`.
     """
-    one, other = ((spec.name, spec.model_args, len(spec.classes)) for spec in (first, second))
-    return one == other or _computation(shape_of(first)) == _computation(shape_of(second))
+    first_call, second_call = ((spec.name, spec.model_args, len(spec.classes)) for spec in (first, second))
+    return first_call == second_call or _computation(shape_of(first)) == _computation(shape_of(second))
 
 
 def _computation(model: VisionTransformer) -> tuple[object, ...]:
