@@ -1,8 +1,10 @@
 """The engine's speed beside PyTorch, ONNX Runtime and OpenVINO, and how its cost grows with the work.
 
 Without --scaling: DeiT-T and DeiT-S, 224 x 224, batch 1 and 8, 2 threads, at 4 and 2 bits beside every runtime that is
-installed (pip install 'qvit[train,bench]'), interleaved in one run. With it: the engine alone against the batch, the
-number of tokens and threads. With --profile: what the engine's time goes to, one image, one thread. Random weights.
+installed (pip install 'qvit[train,bench]'), interleaved in one run; "share of peak" is the time that the model's
+products would take in loops that touch registers only (peak.cpp), divided by the whole time. With it: the engine alone
+against the batch, the number of tokens and threads. With --profile: what the engine's time goes to, one image, one
+thread. Random weights.
 
 Examples:
   python benchmarks/engine.py --json engine.json
@@ -24,14 +26,17 @@ from rich.console import Console
 from rich.table import Table
 
 import qvit
+from peaks import int8_seconds_at_peak, loop_program, loop_speeds, seconds_at_peak
+from qvit import _kernels
 from qvit.bench.compare import ROUNDS, Comparison, Timing, compare
 from qvit.bench.peers import PEERS
 from qvit.runtime.environment import machine
-from random_models import MODELS, write_random
+from random_models import MODELS, program, write_random
 
 BATCHES = (1, 2, 4, 8, 16, 32)
 IMAGE_SIZES = (224, 384, 448)
 """197, 577 and 785 tokens."""
+PEAK_ROUNDS = 3
 console = Console()
 
 
@@ -40,7 +45,13 @@ def beside_peers(names: Sequence[str], bits: Sequence[int], peers: Sequence[str]
     results = {}
     for name in names:
         comparison = _compare(name, bits, 224, (1, 8), (2,), peers, rounds)
-        console.print(comparison.table(f"{name}, {comparison.machine['cpu']}"))
+        at_peak = _seconds_at_peak(name, bits, comparison)
+
+        def share(timing: Timing, at_peak: dict[str, float] = at_peak) -> float | None:
+            seconds = at_peak.get(timing.runtime)
+            return None if seconds is None else seconds * timing.batch / timing.threads / timing.median
+
+        console.print(comparison.table(f"{name}, {comparison.machine['cpu']}", share))
         speedups = [
             {
                 "runtime": timing.runtime,
@@ -59,8 +70,21 @@ def beside_peers(names: Sequence[str], bits: Sequence[int], peers: Sequence[str]
             )
         for line in comparison.notes():
             console.print(line, style="dim", highlight=False)
-        results[name] = {**comparison.to_dict(), "speedups": speedups}
+        results[name] = {**comparison.to_dict(), "speedups": speedups, "seconds_at_peak": at_peak}
     return results
+
+
+def _seconds_at_peak(name: str, bits: Sequence[int], comparison: Comparison) -> dict[str, float]:
+    """Return what the products of one image take on one thread at their peak, by runtime: of the engine and int8."""
+    with loop_program() as loops:
+        runs = [loop_speeds(loops) for _ in range(PEAK_ROUNDS)]
+    speeds = {loop: max(run[loop] for run in runs) for loop in runs[0]}
+    programs = {title: program(name, b) for title, b in zip(comparison.packed, bits, strict=True)}
+    isa = _kernels.instruction_sets()[0]
+    found = {title: seconds_at_peak(of, speeds, isa) for title, of in programs.items()}
+    int8 = int8_seconds_at_peak(program(name), speeds)
+    found |= {title: int8 for timing in comparison.timings if "int8" in (title := timing.runtime)}
+    return {title: seconds for title, seconds in found.items() if seconds is not None}
 
 
 def scaling(names: Sequence[str], bits: Sequence[int], rounds: int) -> dict[str, Any]:

@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +19,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from peaks import LOOPS, loop_program, loop_speeds
 from qvit import _kernels
 from qvit.runtime.environment import machine
 
 SHAPES = ((197, 576, 192), (197, 768, 192), (197, 1152, 384), (197, 1536, 384), (197, 384, 1536))
 """M x N x K of DeiT-T's and DeiT-S's layers: rows, channels, length of the dot product."""
-LOOPS = {
-    ("avx512-vnni-vbmi", "vnni"): "vpdpbusd-512",
-    ("avx512-vnni-vbmi", "vnni-4"): "vpdpbusd-512",
-    ("avx512-vnni-vbmi", "lookup"): "vpermb-512",
-    ("avx512vl-vnni", "vnni"): "vpdpbusd-256",
-    ("avx512vl-vnni", "lookup"): "vpshufb-256",
-    ("avx-vnni", "vnni"): "vpdpbusd-256",
-    ("avx-vnni", "lookup"): "vpshufb-256",
-    ("avx2", "lookup"): "vpshufb-256",
-    ("avx2", "maddubs-4"): "vpmaddubsw-256",
-    ("avx2", "maddubs-6"): "vpmaddubsw-256",
-    ("avx2", "maddubs-8"): "vpmaddubsw-256",
-    ("avx2", "madd"): "vpmaddwd-256",
-}
 REPEATS = 20
 
 
@@ -59,14 +44,10 @@ def main() -> None:
     speeds: dict[Any, list[float]] = {case: [] for case in cases}
     loops: dict[str, list[float]] = {}
     operands = {case: _operands(*case) for case in cases}
-    with tempfile.TemporaryDirectory() as folder:
-        program = Path(folder) / "peak"
-        source = Path(__file__).with_name("peak.cpp")
-        subprocess.run(["c++", "-std=c++17", "-O2", str(source), "-o", str(program)], check=True)
+    with loop_program() as program:
         for _ in range(arguments.rounds):
-            for line in subprocess.run([program], check=True, capture_output=True, text=True).stdout.splitlines():
-                loop, speed = line.split()
-                loops.setdefault(loop, []).append(float(speed))
+            for loop, speed in loop_speeds(program).items():
+                loops.setdefault(loop, []).append(speed)
             for case, (matrix, left, sums) in operands.items():
                 m, n, k = case[3]
                 speeds[case].append(1e-9 * m * n * k / matrix.multiply(left, sums, REPEATS))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import pytest
 import typer.main
 import yaml
 
+import qvit
 from qvit.cli import app as cli
 
 ROOT = Path(__file__).parents[1]
@@ -301,12 +303,35 @@ def test_the_citation_says_what_the_package_says() -> None:
     assert f'license = "{citation["license"]}"' in PYPROJECT
 
 
+def test_one_version_is_told_everywhere() -> None:
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    version, day, tag = re.findall(r"^## ([\d.]+), (.*) \(tag `v(.*)`\)$", changes, re.MULTILINE)[0]
+    citation = read_yaml(ROOT / "CITATION.cff")
+    package = json.loads((ROOT / "src" / "qvit" / "web" / "package.json").read_text(encoding="utf-8"))
+    assert {version, tag, citation["version"], package["version"]} == {qvit.__version__}
+    released = citation["date-released"]
+    assert day == f"{released.day} {released:%B %Y}"
+
+
 @pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
 def test_a_page_can_be_read_at_once_and_says_who_writes_it(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 400, f"{page.name}: split it by topic"
     for name in re.findall(r"^<!-- study: (\w+) -->$", text, re.MULTILINE):
         assert f"--results docs/study/{name}.jsonl --document docs/{page.name}\n" in text, name
+
+
+def test_the_guide_lists_every_command() -> None:
+    listed = re.findall(
+        r"^\| `qvit ([a-z-]+)` \|", (ROOT / "docs" / "guide.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert sorted(listed) == sorted(COMMANDS)
+
+
+def test_the_readme_is_two_screens_and_has_the_front_door_first() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 110
+    assert re.search(r"^    (.*)$", text, re.MULTILINE)[1].startswith("qvit quantize ")  # type: ignore[index]
 
 
 def test_every_page_is_in_the_site() -> None:

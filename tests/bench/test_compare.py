@@ -48,7 +48,7 @@ def test_float_model_of_a_program_has_that_program(make_model: Callable[..., nn.
     assert built(torch.randn(2, *program.input)).shape == (2, program.output)
 
 
-@pytest.mark.parametrize("name", [name for name in PEERS if name != "torch-compile"])
+@pytest.mark.parametrize("name", [name for name in PEERS if not name.startswith("torch-compile")])
 def test_peers_run_the_float_model(case: Case, name: str) -> None:
     for package in PEERS[name].packages:
         pytest.importorskip(package)
@@ -60,7 +60,9 @@ def test_peers_run_the_float_model(case: Case, name: str) -> None:
         assert not np.array_equal(logits, expected)
         assert np.corrcoef(logits.ravel(), expected.ravel())[0, 1] > 0.8
     else:
-        np.testing.assert_allclose(logits, expected, atol=1e-5)
+        # OpenVINO takes bfloat16 by itself where the processor has it.
+        halved = name in ("torch-bf16", "openvino-default")
+        np.testing.assert_allclose(logits, expected, atol=2e-2 if halved else 1e-5)
 
 
 def test_compare_times_each_runtime_once_a_round(packed_file: Path) -> None:

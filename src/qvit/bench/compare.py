@@ -111,14 +111,16 @@ class Comparison:
             panel[timing.runtime] = 1e3 * timing.median
         return panels
 
-    def table(self, title: str) -> Table:
-        """Return the timings as a table."""
+    def table(self, title: str, shares: Callable[[Timing], float | None] | None = None) -> Table:
+        """Return the timings as a table, with a column of the share of the products' peak if ``shares`` tells it."""
         from rich.table import Table
 
         table = Table(title=title, caption=f"ratio: time to that of {self.packed[0]}")
         for column in ("runtime", "batch", "threads", "ms", "images/s", "ratio"):
             first = column == "runtime"
             table.add_column(column, justify="left" if first else "right", no_wrap=first)
+        if shares is not None:
+            table.add_column("share of peak", justify="right")
         for index, timing in enumerate(self.timings):
             last = self.timings[index + 1 : index + 2]
             table.add_row(
@@ -128,9 +130,14 @@ class Comparison:
                 f"{1e3 * timing.median:.2f}",
                 f"{timing.batch / timing.median:.1f}",
                 f"{self.ratio(timing):.2f}",
+                *([] if shares is None else [_percent(shares(timing))]),
                 end_section=bool(last) and (last[0].batch, last[0].threads) != (timing.batch, timing.threads),
             )
         return table
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.0f} %"
 
 
 def compare(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,31 +95,31 @@ def export_onnx(case: Case) -> Path:
     return case.onnx
 
 
-def _torch_eager(case: Case) -> Runner:
+def _torch_eager(case: Case, dtype: str = "float32") -> Runner:
     model = _float_model(case)
     import torch
 
     _torch_threads(case.threads)
-
-    def run(images: Images) -> NDArray[np.float32]:
-        with torch.inference_mode():
-            logits: NDArray[np.float32] = model(torch.from_numpy(images)).numpy()
-        return logits
-
-    return run
+    return _torch_runner(model.to(getattr(torch, dtype)), dtype)
 
 
-def _torch_compile(case: Case) -> Runner:
+def _torch_compile(case: Case, dtype: str = "float32") -> Runner:
     import torch
 
     _torch_threads(case.threads)
     torch._dynamo.reset()
     # Frozen weights are folded and laid out for the matrix products once.
-    model = torch.compile(_float_model(case), dynamic=False, options={"freezing": True})
+    model = _float_model(case).to(getattr(torch, dtype))
+    return _torch_runner(torch.compile(model, dynamic=False, options={"freezing": True}), dtype)
+
+
+def _torch_runner(model: Any, dtype: str) -> Runner:
+    """Return what runs a model of that type; images and logits are converted, as its users have to."""
+    import torch
 
     def run(images: Images) -> NDArray[np.float32]:
         with torch.no_grad():
-            logits: NDArray[np.float32] = model(torch.from_numpy(images)).numpy()
+            logits: NDArray[np.float32] = model(torch.from_numpy(images).to(getattr(torch, dtype))).float().numpy()
         return logits
 
     return run
@@ -134,6 +135,15 @@ def _torch_threads(threads: int) -> None:
 
 def _onnxruntime(case: Case) -> Runner:
     return onnx_session(export_onnx(case), case.threads)
+
+
+def _onnxruntime_transformers(case: Case) -> Runner:
+    from onnxruntime.transformers.optimizer import optimize_model
+
+    path = case.onnx.with_suffix(".transformers.onnx")
+    # It finds heads and width by itself; attention of today's PyTorch export it does not fuse, norms and GELU it does.
+    optimize_model(str(export_onnx(case)), model_type="vit", num_heads=0, hidden_size=0).save_model_to_file(str(path))
+    return onnx_session(path, case.threads)
 
 
 def _onnxruntime_int8_dynamic(case: Case) -> Runner:
@@ -244,7 +254,14 @@ _EXPORT = ("torch", "timm", "onnx", "onnxscript")
 PEERS = {
     "torch": Peer("PyTorch eager, float32", ("torch", "timm"), _torch_eager),
     "torch-compile": Peer("PyTorch compile, float32", ("torch", "timm"), _torch_compile),
+    "torch-bf16": Peer("PyTorch eager, bfloat16", ("torch", "timm"), partial(_torch_eager, dtype="bfloat16")),
+    "torch-compile-bf16": Peer(
+        "PyTorch compile, bfloat16", ("torch", "timm"), partial(_torch_compile, dtype="bfloat16")
+    ),
     "onnxruntime": Peer("ONNX Runtime, float32", ("onnxruntime", *_EXPORT), _onnxruntime),
+    "onnxruntime-transformers": Peer(
+        "ONNX Runtime, transformer optimizer", ("onnxruntime", *_EXPORT), _onnxruntime_transformers
+    ),
     "onnxruntime-dynamic": Peer("ONNX Runtime, int8 dynamic", ("onnxruntime", *_EXPORT), _onnxruntime_int8_dynamic),
     "onnxruntime-static": Peer("ONNX Runtime, int8 static QDQ", ("onnxruntime", *_EXPORT), _onnxruntime_int8_static),
     "openvino": Peer("OpenVINO, float32", ("openvino", *_EXPORT), _openvino),

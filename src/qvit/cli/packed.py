@@ -59,8 +59,9 @@ def bench(
     peers: Annotated[
         str | None,
         typer.Option(
-            help="What to compare with, comma-separated, or none: torch, torch-compile, onnxruntime, "
-            "onnxruntime-dynamic, onnxruntime-static, openvino, openvino-int8 [default: all that are installed]."
+            help="What to compare with, comma-separated, or none: torch, torch-compile, torch-bf16, "
+            "torch-compile-bf16, onnxruntime, onnxruntime-transformers, onnxruntime-dynamic, onnxruntime-static, "
+            "openvino, openvino-default, openvino-int8 [default: all that are installed]."
         ),
     ] = None,
     rounds: Annotated[int, typer.Option(help="Times each runtime is timed; the median counts.", min=1)] = 20,
