@@ -116,10 +116,10 @@ def test_an_edited_description_runs_or_is_refused_in_a_sentence(node: Node, data
 
     def walk(value: object, owner: object, key: object) -> None:
         places.append((owner, key))
-        for name, each in (
+        for name, array in (
             value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else [])
         ):
-            walk(each, value, name)
+            walk(array, value, name)
 
     for name in ("parts", "input", "outputs", "classes", "preprocessing", "version"):
         walk(description[name], description, name)

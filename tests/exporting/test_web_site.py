@@ -104,8 +104,8 @@ def test_classes_and_vectors_of_pixels(node: Node) -> None:
     got = node.call("classify", file=file, **picture_of, top=3)
     expected = Engine(packed, threads=1).predict(pixels, 3)[0]
     assert (got["name"], got["outputs"]) == ("tiny", 5)
-    assert [each["name"] for each in got["classes"]] == [name for name, _ in expected]
-    np.testing.assert_allclose([each["probability"] for each in got["classes"]], [p for _, p in expected], rtol=1e-4)
+    assert [entry["name"] for entry in got["classes"]] == [name for name, _ in expected]
+    np.testing.assert_allclose([entry["probability"] for entry in got["classes"]], [p for _, p in expected], rtol=1e-4)
     with pytest.raises(NodeError, match="tiny is a classifier: export a model without its head"):
         node.call("embed", file=file, **picture_of)
     with pytest.raises(NodeError, match=r"absent\.qvit cannot be read: ENOENT"):
