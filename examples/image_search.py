@@ -59,8 +59,11 @@ def main() -> None:
         args.index.mkdir(parents=True, exist_ok=True)
         pictures = sorted(p for p in args.pictures.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
         quantize(args.model, args.weights, pictures[:: len(pictures) // 512 + 1], args.bits, args.steps, file)
-        np.savez(index, names=[str(path) for path in pictures], vectors=vectors(qvit.load(file), pictures))
+        names = [str(path) for path in pictures]
+        np.savez(index, names=names, vectors=vectors(qvit.load(file), pictures), model=args.model)
     known = np.load(index)
+    if known["model"] != args.model:
+        parser.error(f"{args.index} holds vectors of {known['model']}: give another --index for {args.model}")
     cosines = known["vectors"] @ vectors(qvit.load(file), [args.query])[0]
     for place in np.argsort(-cosines)[: args.count]:
         print(f"{cosines[place]:.3f}  {known['names'][place]}")

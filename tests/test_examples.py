@@ -82,6 +82,9 @@ def test_pictures_are_found_by_vectors_of_few_bits(photos: Path, tmp_path: Path,
     (photos / "9.png").write_bytes((photos / "3.png").read_bytes())
     run(*command)
     assert capfd.readouterr().out.splitlines() == shown, "what is found again is that of the index"
+    with pytest.raises(SystemExit, match="2"):
+        run(*command, "--model", "vit_base_patch16_224")
+    assert "index holds vectors of test_vit: give another --index" in capfd.readouterr().err
 
 
 LITTLE = ["--epochs", "1", "--float-epochs", "1", "--bits", "3"]

@@ -61,8 +61,8 @@ def test_peers_run_the_float_model(case: Case, name: str) -> None:
         assert np.corrcoef(logits.ravel(), expected.ravel())[0, 1] > 0.8
     else:
         # OpenVINO takes bfloat16 by itself where the processor has it.
-        halved = name in ("torch-bf16", "openvino-default")
-        np.testing.assert_allclose(logits, expected, atol=2e-2 if halved else 1e-5)
+        tolerance = {"torch-bf16": 2e-2, "openvino-default": 5e-3}.get(name, 1e-5)
+        np.testing.assert_allclose(logits, expected, atol=tolerance)
 
 
 def test_compare_times_each_runtime_once_a_round(packed_file: Path) -> None:

@@ -103,7 +103,12 @@ def _child(
     torch.set_num_threads(1)
     warnings.simplefilter("error", FutureWarning)  # of something that a later PyTorch takes away
     if world > 1:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world),
+            "LOCAL_WORLD_SIZE": str(world),
+        }
         torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     function(*args, **kwargs)
     if world > 1:
