@@ -27,8 +27,8 @@ Run = Callable[..., Done]
 _TERMINAL = ("TERM", "FORCE_COLOR", "NO_COLOR", "PY_COLORS", "TTY_COMPATIBLE", "TTY_INTERACTIVE")
 
 
-def run(*arguments: str | Path, encoding: str = "utf-8") -> Done:
-    """Run ``qvit`` with these arguments."""
+def run(*arguments: str | Path, encoding: str = "utf-8", main: Callable[[], None] = cli.main) -> Done:
+    """Run ``qvit``, or another program's ``main``, with these arguments."""
     streams = [io.TextIOWrapper(io.BytesIO(), encoding, newline="\n") for _ in range(2)]
     status = 0
     with pytest.MonkeyPatch.context() as patch:
@@ -39,7 +39,7 @@ def run(*arguments: str | Path, encoding: str = "utf-8") -> Done:
         patch.setattr(sys, "stdout", streams[0])
         patch.setattr(sys, "stderr", streams[1])
         try:
-            cli.main()
+            main()
         except SystemExit as stop:
             status = int(stop.code or 0)
         for stream in streams:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import commands
+from commands import Done
+from study import main
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 PLAN = """
@@ -28,27 +33,33 @@ experiments:
     against: chain
 """
 
-# The program, which gets SIGTERM when it has saved its first epoch: the teacher's first of two.
+# The program in a process of its own, whose time is up when the first epoch is saved: the teacher's first of two.
 STOPPED = """
-import os, runpy, signal, sys
+import runpy, sys, threading
 from qvit.train.run import Run
 
-save = Run.save
+save, timers = Run.save, []
 
-def save_and_stop(run, **options):
+class Clock(threading.Timer):
+    def start(self):
+        timers.append(self)
+
+def save_and_look_at_the_clock(run, **options):
     save(run, **options)
-    os.kill(os.getpid(), signal.SIGTERM)
+    for timer in timers:
+        timer.function(*timer.args)
 
-Run.save = save_and_stop
+threading.Timer, Run.save = Clock, save_and_look_at_the_clock
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def study(*arguments: str | Path, stopped: bool = False) -> subprocess.CompletedProcess[str]:
-    program = str(BENCHMARKS / "study.py")
-    start = ["-c", f"import sys; sys.argv[0] = {program!r}; sys.path.insert(0, {str(BENCHMARKS)!r}){STOPPED}"]
-    command = [sys.executable, *(start if stopped else [program]), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+def study(*arguments: str | Path) -> Done:
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        return commands.run(*arguments, main=main)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture(scope="module")
@@ -56,19 +67,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("study")
     (folder / "plan.yaml").write_text(PLAN)
     run = ["run", folder / "plan.yaml", "--data", "digits", "--out", folder / "runs"]
-    # Stopped by its own clock before anything, in the middle of the teacher, and started again.
-    clock = study(*run, "--minutes", "0")
-    assert clock.returncode == 143, clock.stderr
-    assert clock.stderr.startswith("qvit: Stopped by SIGTERM ")
-    signal = study(*run, stopped=True)
-    assert signal.returncode == 143, signal.stderr
-    assert "at the end of epoch 1" in signal.stderr
+    program = str(BENCHMARKS / "study.py")
+    start = f"import sys; sys.argv[0] = {program!r}; sys.path.insert(0, {str(BENCHMARKS)!r}){STOPPED}"
+    command = [sys.executable, "-c", start, *map(str, run), "--minutes", "600"]
+    stopped = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert stopped.returncode == 143, stopped.stderr
+    assert stopped.stderr.startswith("qvit: Stopped by SIGTERM at the end of epoch 1")
     again = study(*run)
-    assert again.returncode == 0, again.stderr
+    assert again.status == 0, again.err
     results = folder / "tiny.jsonl"
     done = study("collect", folder / "plan.yaml", "--data", "digits", "--out", folder / "runs", "--results", results)
-    assert done.returncode == 0, done.stderr
-    assert "5 runs and their teacher" in done.stdout
+    assert done.status == 0, done.err
+    assert "5 runs and their teacher" in done.out
     return folder
 
 
@@ -88,7 +98,7 @@ def test_report_is_made_from_that_file_alone(folder: Path, tmp_path: Path) -> No
     document = tmp_path / "results.md"
     document.write_text("before\n<!-- study: tiny -->\nold\n<!-- end of study -->\nafter\n")
     done = study("report", folder / "plan.yaml", "--results", folder / "tiny.jsonl", "--document", document)
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.err
     text = document.read_text()
     assert text.startswith("before\n<!-- study: tiny -->\n")
     assert text.endswith("<!-- end of study -->\nafter\n")
@@ -107,7 +117,7 @@ def test_report_is_made_from_that_file_alone(folder: Path, tmp_path: Path) -> No
     assert figures == [f"tiny-chain-{kind}.svg" for kind in ("bars", "curves", "layers", "queries")]
     assert all(f"figures/{name}" in text for name in figures)
     again = study("report", folder / "plan.yaml", "--results", folder / "tiny.jsonl", "--document", document)
-    assert again.returncode == 0, again.stderr
+    assert again.status == 0, again.err
     assert document.read_text() == text
 
 
@@ -115,15 +125,15 @@ def test_what_is_no_plan_is_named(tmp_path: Path) -> None:
     plan = tmp_path / "plan.yaml"
     plan.write_text(PLAN.replace("rows:", "methods:"))
     done = study("run", plan, "--data", "digits", "--out", tmp_path)
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"qvit: {plan} is no plan of a study:")
-    assert "methods" in done.stderr
+    assert done.status == 2
+    assert done.err.startswith(f"qvit: {plan} is no plan of a study:")
+    assert "methods" in done.err
 
 
 def test_a_document_without_a_place_for_it_is_named(folder: Path, tmp_path: Path) -> None:
     document = tmp_path / "results.md"
     document.write_text("nothing\n")
     done = study("report", folder / "plan.yaml", "--results", folder / "tiny.jsonl", "--document", document)
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"qvit: {document} has no lines <!-- study: tiny -->")
+    assert done.status == 2
+    assert done.err.startswith(f"qvit: {document} has no lines <!-- study: tiny -->")
     assert document.read_text() == "nothing\n"
