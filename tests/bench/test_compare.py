@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import nn
 import qvit
 from commands import run
 from members import MEMBERS, SIZES
-from qvit.bench.compare import Comparison, Timing, compare
+from qvit.bench.compare import Comparison, Timing, compare, interleaved
 from qvit.bench.peers import PEERS, Case, Peer
 from qvit.errors import ConfigError
 from qvit.format.packed import read_packed
@@ -63,6 +64,16 @@ def test_peers_run_the_float_model(case: Case, name: str) -> None:
         # OpenVINO takes bfloat16 by itself where the processor has it.
         tolerance = {"torch-bf16": 2e-2, "openvino-default": 5e-3}.get(name, 1e-5)
         np.testing.assert_allclose(logits, expected, atol=tolerance)
+
+
+def test_nobody_always_follows_the_same_neighbour(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qvit.bench.compare.PAUSE", 0)
+    turns: list[str] = []
+    seconds = interleaved({name: lambda name=name: turns.append(name) or 1.0 for name in "abc"}, 15)
+    assert {name: len(times) for name, times in seconds.items()} == dict.fromkeys("abc", 15)
+    assert all(sorted(turns[at : at + 3]) == ["a", "b", "c"] for at in range(0, 45, 3))
+    neighbours = {pair for at in range(0, 45, 3) for pair in itertools.pairwise(turns[at : at + 3])}
+    assert len(neighbours) == 6
 
 
 def test_compare_times_each_runtime_once_a_round(packed_file: Path) -> None:

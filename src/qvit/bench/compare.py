@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import multiprocessing
 import os
+import random
 import statistics
 import sys
 import tempfile
@@ -209,9 +210,8 @@ def interleaved(timers: Mapping[_Key, Callable[[], float]], rounds: int) -> dict
     """Return the seconds that each of ``timers`` has measured, one a round: all take turns, with a pause between."""
     seconds: dict[_Key, list[float]] = {key: [] for key in timers}
     for number in range(rounds):
-        # Another one starts each round, so that nobody always follows the same neighbour.
-        order = list(timers)
-        for key in order[number % len(order) :] + order[: number % len(order)]:
+        # In another order each round, so that nobody always follows the same neighbour.
+        for key in random.Random(number).sample(list(timers), len(timers)):
             seconds[key].append(timers[key]())
             time.sleep(PAUSE)
     return seconds
