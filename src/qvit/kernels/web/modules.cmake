@@ -1,7 +1,6 @@
 # The modules of WebAssembly, one for every set of vector instructions: the same sources but for wasm.cpp.
 set(SIMD -mcpu=generic+simd128)
 target_compile_options(qvit_kernels PUBLIC ${SIMD} -fno-exceptions -fno-rtti)
-target_sources(qvit_kernels PRIVATE ${KERNELS}/web/thread_pool.cpp)
 foreach(instructions simd128 relaxed-simd)
   add_executable(${instructions} ${KERNELS}/web/api.cpp ${KERNELS}/wasm.cpp)
   target_link_options(${instructions} PRIVATE -mexec-model=reactor -Wl,-z,stack-size=1048576)

@@ -1,4 +1,4 @@
-// Threads of WebAssembly: workers that JavaScript starts, each with an instance of the module on the same memory.
+// The pool of WebAssembly, which has the caller's thread alone.
 #pragma once
 
 #include <cstddef>
@@ -6,19 +6,16 @@
 
 namespace qvit {
 
-// As the pool of thread_pool.h. There are no exceptions here: what fails ends all of the module's instances.
+// As the pool of thread_pool.h. There are no exceptions here: what fails ends the module's instance.
 class ThreadPool {
   public:
-    explicit ThreadPool(size_t threads) : threads_(threads) {}
+    explicit ThreadPool(size_t) {}
     ThreadPool(const ThreadPool&) = delete;
     ThreadPool& operator=(const ThreadPool&) = delete;
 
-    size_t threads() const { return threads_; }
-    void run(const std::function<void(size_t)>& work);
-    void barrier();
-
-  private:
-    size_t threads_;
+    size_t threads() const { return 1; }
+    void run(const std::function<void(size_t)>& work) { work(0); }
+    void barrier() {}
 };
 
 }  // namespace qvit
