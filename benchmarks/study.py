@@ -33,7 +33,7 @@ from qvit.data.resident import decode_once
 from qvit.data.sources import ImageSets
 from qvit.errors import TrainingStopped
 from qvit.files import printable, write_text
-from qvit.models.checkpoint import load_checkpoint, save_checkpoint, weights_checksum
+from qvit.models.checkpoint import load_checkpoint, weights_checksum, write_checkpoint
 from qvit.models.spec import ModelSpec
 from qvit.runtime.environment import machine
 from qvit.study.ablation import ablate, read_results, rows_named, teacher_statistics
@@ -88,7 +88,7 @@ def train_teacher(plan: Plan, spec: ModelSpec, sets: ImageSets, folder: Path, co
                 options = Options(folder, resume=can_go_on(folder), **plan.teacher)
                 train_full_precision(spec, sets, recipe, options, console)
             model, spec = load_checkpoint(folder / "last.pt")
-            save_checkpoint(finished, spec, model)  # without the optimizer: what the experiments need of it
+            write_checkpoint(finished, spec, model)  # without the optimizer: what the experiments need of it
     return FloatModel(*load_checkpoint(finished))
 
 

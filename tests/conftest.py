@@ -21,7 +21,7 @@ import qvit
 from members import CLASSES, vary
 from node import Node, need_modules
 from qvit.data.sources import ImageSets, open_data
-from qvit.models.checkpoint import save_checkpoint
+from qvit.models.checkpoint import write_checkpoint
 from qvit.models.spec import describe
 from qvit.train.methods import FloatModel, train_full_precision
 from qvit.train.options import Options
@@ -64,7 +64,7 @@ def make_vit(name: str = "vit_tiny_patch16_224", **kwargs: Any) -> nn.Module:
 def save_float(path: Path, model: nn.Module) -> Path:
     """Write a model like :func:`make_vit`'s as a float checkpoint."""
     arguments = {name: value for name, value in TINY.items() if name != "num_classes"}
-    save_checkpoint(path, describe(MODEL, arguments, CLASSES, {}), model)
+    write_checkpoint(path, describe(MODEL, arguments, CLASSES, {}), model)
     return path
 
 

@@ -13,7 +13,7 @@ import torch
 import qvit
 from qvit import DistillationLoss, QuantConfig, calibrate, quantize
 from qvit.exporting.packed import export_checkpoint
-from qvit.models.checkpoint import load_checkpoint, save_checkpoint
+from qvit.models.checkpoint import load_checkpoint, write_checkpoint
 from qvit.models.float_models import load_float
 from qvit.models.spec import describe
 
@@ -39,7 +39,7 @@ def test_model_goes_from_its_weights_to_the_engine(tmp_path: Path, name: str) ->
     DistillationLoss(teacher)(student, images, labels).backward()
     optimizer.step()
     spec = dataclasses.replace(spec, quant_config=QuantConfig(8, 8).to_dict())
-    save_checkpoint(tmp_path / "best.pt", spec, student)
+    write_checkpoint(tmp_path / "best.pt", spec, student)
 
     loaded, _ = load_checkpoint(tmp_path / "best.pt")
     export_checkpoint(tmp_path / "best.pt", tmp_path / "model.safetensors")

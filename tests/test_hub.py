@@ -25,7 +25,7 @@ from packed_models import random_packed
 from qvit import QuantConfig, calibrate, hub, quantize
 from qvit.errors import CheckpointError, HubError
 from qvit.format.packed import write_packed
-from qvit.models.checkpoint import read_checkpoint, save_checkpoint
+from qvit.models.checkpoint import read_checkpoint, write_checkpoint
 from qvit.models.spec import describe
 from qvit.train.recipe import load_recipe
 
@@ -76,7 +76,7 @@ def checkpoint(tmp_path: Path, make_model: Callable[..., nn.Module], images: tor
         recipe=load_recipe("digits").to_dict(),
     )
     path = tmp_path / "best.pt"
-    save_checkpoint(path, spec, student, {"optimizer": {"state": torch.zeros(10)}})
+    write_checkpoint(path, spec, student, {"optimizer": {"state": torch.zeros(10)}})
     return path
 
 
@@ -156,7 +156,7 @@ def test_float_checkpoint_has_a_spec_and_is_a_teacher(
 
     float_model = make_model()
     spec = describe("vit_tiny_patch16_224", ARGS, [str(i) for i in range(10)], {})
-    save_checkpoint(tmp_path / "float.pt", spec, float_model)
+    write_checkpoint(tmp_path / "float.pt", spec, float_model)
     hub.push_to_hub(tmp_path / "float.pt", "me/teacher")
     assert "in full precision" in (remote / "me/teacher/README.md").read_text()
     teacher, loaded_spec = load_float("hf-hub:me/teacher", spec, print)

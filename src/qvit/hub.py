@@ -51,11 +51,11 @@ def push_to_hub(path: str | Path, repository: str, *, private: bool = False) -> 
             file = Path(folder) / PACKED
             write_packed(file, content)
         else:
-            from qvit.models.checkpoint import load_checkpoint, save_checkpoint
+            from qvit.models.checkpoint import load_checkpoint, write_checkpoint
 
             model, content = load_checkpoint(path)
             file = Path(folder) / CHECKPOINT
-            save_checkpoint(file, content, model)
+            write_checkpoint(file, content, model)
         write_text(Path(folder) / "README.md", model_card(content, repository, file.stat().st_size))
         try:
             api = huggingface_hub.HfApi()

@@ -24,7 +24,7 @@ from qvit.config import Bits
 from qvit.errors import CheckpointError, ConfigError
 from qvit.exporting.packed import export_checkpoint
 from qvit.format.packed import packed_size, write_packed
-from qvit.models.checkpoint import save_checkpoint
+from qvit.models.checkpoint import write_checkpoint
 from qvit.models.spec import describe
 from qvit.runtime.engine import Engine
 from qvit.study import complexity as study
@@ -89,7 +89,7 @@ def test_size_of_a_quantized_checkpoint_is_that_of_its_file(tmp_path: Path, case
     qvit.calibrate(student, [torch.randn(2, 3, 32, 32)])
     spec = dataclasses.replace(spec, quant_config=config.to_dict(), metrics={"val_top1": 12.5})
     checkpoint, packed = tmp_path / "q.pt", tmp_path / "q.safetensors"
-    save_checkpoint(checkpoint, spec, student)
+    write_checkpoint(checkpoint, spec, student)
     export_checkpoint(checkpoint, packed)
 
     counted, of_file = complexity(str(checkpoint)), complexity(str(packed))
@@ -99,7 +99,7 @@ def test_size_of_a_quantized_checkpoint_is_that_of_its_file(tmp_path: Path, case
     folded = 26 if case == "vit" else -(2 * 8)  # the class token's position; merging has no bias, and 0 in the file
     assert counted.parameters - of_file.parameters == folded
 
-    save_checkpoint(tmp_path / "float.pt", dataclasses.replace(spec, quant_config=None), model)
+    write_checkpoint(tmp_path / "float.pt", dataclasses.replace(spec, quant_config=None), model)
     same = complexity(str(tmp_path / "float.pt"), config)
     assert same.program == counted.program
     assert abs(same.file_size - counted.file_size) < 20  # how it was made, in the header

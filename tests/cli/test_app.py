@@ -15,7 +15,7 @@ from PIL import Image
 
 from commands import Run, run, sentence
 from qvit._version import __version__
-from qvit.models.checkpoint import load_checkpoint, save_checkpoint, weights_checksum
+from qvit.models.checkpoint import load_checkpoint, weights_checksum, write_checkpoint
 from qvit.quantization.distill import DistillationLoss
 
 MODEL = "vit_tiny_patch16_224"
@@ -212,7 +212,7 @@ def test_a_resumed_run_has_the_same_settings(qvit: Run, finished: list[str], nam
 def test_a_resumed_run_has_the_same_teacher(qvit: Run, finished: list[str], teacher: Path, tmp_path: Path) -> None:
     model, spec = load_checkpoint(teacher)
     torch.nn.init.zeros_(model.norm.bias)
-    save_checkpoint(tmp_path / "other.pt", spec, model)
+    write_checkpoint(tmp_path / "other.pt", spec, model)
     said = sentence(qvit(*finished, "--resume", "--teacher", tmp_path / "other.pt"))
     assert "last.pt is of a run with teacher " in said
     assert qvit(*finished, "--resume", "--workers", "1", "--save-every", "7").status == 0

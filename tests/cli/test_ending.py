@@ -23,7 +23,7 @@ from conftest import TINY, make_vit
 from members import images_for, student_of
 from qvit.cli.app import TOGETHER, app
 from qvit.cli.ending import less_memory
-from qvit.models.checkpoint import save_checkpoint
+from qvit.models.checkpoint import write_checkpoint
 from qvit.models.spec import describe
 from qvit.runtime import info
 
@@ -36,7 +36,7 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     spec = describe("vit_tiny_patch16_224", arguments, [f"class {n}" for n in range(10)], {})
     path = tmp_path_factory.mktemp("student") / "q.pt"
     model = student_of(make_vit(), images_for(3, (16, 16)), config)
-    save_checkpoint(path, dataclasses.replace(spec, quant_config=config.to_dict()), model)
+    write_checkpoint(path, dataclasses.replace(spec, quant_config=config.to_dict()), model)
     return path
 
 

@@ -22,7 +22,7 @@ from qvit import calibrate as calibrate_student
 from qvit.cli.options import parse_overrides
 from qvit.errors import ConfigError, OutputError
 from qvit.format.packed import read_packed
-from qvit.models.checkpoint import save_checkpoint
+from qvit.models.checkpoint import write_checkpoint
 from qvit.models.spec import describe
 from qvit.quantization import calibrate
 from qvit.search import find, timing
@@ -161,7 +161,7 @@ def test_what_is_no_float_model_is_refused(search: Callable[..., Done], tmp_path
     student = quantize(make_vit(), QuantConfig(4, rectifier=None))
     spec = describe(MODEL, {name: value for name, value in TINY.items() if name != "num_classes"}, CLASSES, {})
     spec.quant_config = QuantConfig(4, rectifier=None).to_dict()
-    save_checkpoint(tmp_path / "q.pt", spec, student)
+    write_checkpoint(tmp_path / "q.pt", spec, student)
     assert "a teacher must be a float one" in sentence(search("--budget-mb", "1", source=tmp_path / "q.pt"))
     calibrate_student(student, [torch.randn(2, 3, 16, 16)])
     export(student, tmp_path / "q.safetensors", preprocessing=spec.preprocessing, classes=CLASSES)

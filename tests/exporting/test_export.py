@@ -32,7 +32,7 @@ from qvit.errors import CheckpointError, ConfigError, PackedFileError, Uncalibra
 from qvit.exporting.packed import export_checkpoint
 from qvit.format.branches import Residual
 from qvit.format.packed import read_packed
-from qvit.models.checkpoint import save_checkpoint
+from qvit.models.checkpoint import write_checkpoint
 from qvit.models.spec import describe
 from qvit.nn.quantizer import Quantizer
 
@@ -266,7 +266,7 @@ def test_checkpoint_becomes_a_file_that_says_where_it_came_from(make_model, tmp_
     config = QuantConfig(3, 4)
     student = student_of(make_model(), images, config)
     quantized = dataclasses.replace(spec, quant_config=config.to_dict(), method="q-vit", metrics={"val_top1": 80.5})
-    save_checkpoint(tmp_path / "q.pt", quantized, student)
+    write_checkpoint(tmp_path / "q.pt", quantized, student)
     export_checkpoint(tmp_path / "q.pt", tmp_path / "m.safetensors")
     model = read_packed(tmp_path / "m.safetensors")
     assert model.classes == CLASSES
@@ -279,7 +279,7 @@ def test_checkpoint_becomes_a_file_that_says_where_it_came_from(make_model, tmp_
 
 def test_float_checkpoint_is_refused_with_the_way_out(make_model, tmp_path: Path) -> None:
     arguments = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
-    save_checkpoint(tmp_path / "f.pt", describe(VIT, arguments, CLASSES, {}), make_model())
+    write_checkpoint(tmp_path / "f.pt", describe(VIT, arguments, CLASSES, {}), make_model())
     with pytest.raises(CheckpointError, match="holds a float model: quantize it first, qvit train"):
         export_checkpoint(tmp_path / "f.pt", tmp_path / "m.safetensors")
 
@@ -288,7 +288,7 @@ def test_command_exports_and_informs(make_model, tmp_path: Path, images: Tensor)
     arguments = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
     spec = describe(VIT, arguments, CLASSES, {})
     student = student_of(make_model(), images, QuantConfig())
-    save_checkpoint(tmp_path / "q.pt", dataclasses.replace(spec, quant_config=QuantConfig().to_dict()), student)
+    write_checkpoint(tmp_path / "q.pt", dataclasses.replace(spec, quant_config=QuantConfig().to_dict()), student)
     done = run("export", tmp_path / "q.pt", tmp_path / "m.safetensors")
     assert done.status == 0, done.err
     assert "MB" in done.out

@@ -18,7 +18,7 @@ from members import CLASSES, VIT, images_for, student_of
 from onnx_runs import session
 from qvit import QuantConfig
 from qvit.format.packed import read_packed
-from qvit.models.checkpoint import save_checkpoint
+from qvit.models.checkpoint import write_checkpoint
 from qvit.models.spec import describe
 from qvit.runtime.reference import ReferenceEngine
 from test_import import WITHOUT_TORCH
@@ -45,7 +45,7 @@ def test_a_checkpoint_becomes_onnx(tmp_path: Path) -> None:
     arguments = {name: value for name, value in TINY.items() if name != "num_classes"}
     student = student_of(make_vit(), images_for(3, (16, 16)), QuantConfig(2, 2))
     spec = dataclasses.replace(describe(VIT, arguments, CLASSES, {}), quant_config=QuantConfig(2, 2).to_dict())
-    save_checkpoint(tmp_path / "q.pt", spec, student)
+    write_checkpoint(tmp_path / "q.pt", spec, student)
     for name in ("m.safetensors", "m.onnx"):
         done = run("export", tmp_path / "q.pt", tmp_path / name)
         assert done.status == 0, done.err

@@ -10,7 +10,7 @@ import torch
 from qvit.config import QuantConfig
 from qvit.errors import CheckpointError, ConfigError, OutputError
 from qvit.files import write_atomically
-from qvit.models.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
+from qvit.models.checkpoint import load_checkpoint, read_checkpoint, write_checkpoint
 from qvit.models.float_models import load_float
 from qvit.models.spec import create_model, describe
 from qvit.quantization.calibrate import calibrate
@@ -31,7 +31,7 @@ def test_quantized_checkpoint_gives_the_same_logits(tmp_path: Path, images: torc
     student = quantize(create_model(spec), config)
     calibrate(student, [images])
     path = tmp_path / "q.pt"
-    save_checkpoint(path, dataclasses.replace(spec, quant_config=config.to_dict()), student)
+    write_checkpoint(path, dataclasses.replace(spec, quant_config=config.to_dict()), student)
     loaded, loaded_spec = load_checkpoint(path)
     assert loaded_spec.classes == ["a", "b", "c"]
     assert torch.equal(loaded(images), student.eval()(images))
@@ -40,7 +40,7 @@ def test_quantized_checkpoint_gives_the_same_logits(tmp_path: Path, images: torc
 def test_uncalibrated_checkpoint_is_refused(tmp_path: Path) -> None:
     spec = describe("vit_tiny_patch16_224", ARGS, ["a", "b"], {})
     student = quantize(create_model(spec), QuantConfig())
-    save_checkpoint(tmp_path / "q.pt", dataclasses.replace(spec, quant_config=QuantConfig().to_dict()), student)
+    write_checkpoint(tmp_path / "q.pt", dataclasses.replace(spec, quant_config=QuantConfig().to_dict()), student)
     with pytest.raises(CheckpointError, match="input_quantizer.log_scale is no usable scale"):
         load_checkpoint(tmp_path / "q.pt")
 
@@ -69,7 +69,7 @@ def test_quantized_model_is_no_teacher(tmp_path: Path, images: torch.Tensor) -> 
     student = quantize(create_model(spec), QuantConfig())
     calibrate(student, [images])
     spec.quant_config = QuantConfig().to_dict()
-    save_checkpoint(tmp_path / "q.pt", spec, student)
+    write_checkpoint(tmp_path / "q.pt", spec, student)
     with pytest.raises(CheckpointError, match="quantized model"):
         load_float(tmp_path / "q.pt", spec, print)
 

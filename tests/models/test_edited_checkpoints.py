@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from edits import NONSENSE, edited, places
 from qvit import QuantConfig, calibrate, quantize
 from qvit.errors import CheckpointError, QvitError
-from qvit.models.checkpoint import VERSION, build, load_checkpoint, parts_of, read_checkpoint, save_checkpoint
+from qvit.models.checkpoint import VERSION, build, load_checkpoint, parts_of, read_checkpoint, write_checkpoint
 from qvit.models.float_models import load_float
 from qvit.models.spec import ModelSpec, create_model, describe
 
@@ -144,7 +144,7 @@ def spec_of() -> ModelSpec:
 
 
 def test_spec_that_is_written_is_read(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path / "c.pt", spec_of(), CONTENTS["weights"], {"progress": {}})
+    write_checkpoint(tmp_path / "c.pt", spec_of(), CONTENTS["weights"], {"progress": {}})
     assert read_checkpoint(tmp_path / "c.pt")[0] == spec_of()
 
 

@@ -104,11 +104,11 @@ def test_a_student_can_start_from_the_same_architecture(tmp_path: Path, expected
 
 
 def test_spec_builds_the_same_model_again(tmp_path: Path, expected: ModelSpec, images: torch.Tensor) -> None:
-    from qvit.models.checkpoint import load_checkpoint, save_checkpoint
+    from qvit.models.checkpoint import load_checkpoint, write_checkpoint
 
     saved(tmp_path, "DeiT", num_attention_heads=4, hidden_act="gelu_new")
     model, spec = load(tmp_path, expected)
-    save_checkpoint(tmp_path / "float.pt", spec, model)
+    write_checkpoint(tmp_path / "float.pt", spec, model)
     again, _ = load_checkpoint(tmp_path / "float.pt")
     assert torch.equal(again(images), model(images))
 

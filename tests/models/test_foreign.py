@@ -207,11 +207,11 @@ def test_position_embedding_of_another_image_size_is_resampled_and_said(tmp_path
 
 
 def test_checkpoint_of_qvits_of_another_image_size_is_resampled_and_said(tmp_path: Path) -> None:
-    from qvit.models.checkpoint import save_checkpoint
+    from qvit.models.checkpoint import write_checkpoint
 
     spec = describe(VIT, ARGS, ["a", "b", "c"], {})
     model = trained()
-    save_checkpoint(tmp_path / "best.pt", spec, model)
+    write_checkpoint(tmp_path / "best.pt", spec, model)
     expected = describe(VIT, {**ARGS, "img_size": 24}, ["a", "b", "c"], {})
     said: list[str] = []
     loaded, loaded_spec = load_float(tmp_path / "best.pt", expected, said.append)
@@ -226,15 +226,15 @@ def test_checkpoint_of_qvits_of_another_image_size_is_resampled_and_said(tmp_pat
     model.set_input_size((24, 24))  # type: ignore[operator]
     images = torch.randn(2, 3, 24, 24)
     assert torch.equal(loaded(images), model(images))
-    save_checkpoint(tmp_path / "again.pt", loaded_spec, loaded)
+    write_checkpoint(tmp_path / "again.pt", loaded_spec, loaded)
     assert torch.equal(load(tmp_path / "again.pt", expected)[0](images), model(images))
 
 
 def test_images_of_other_channels_are_refused(tmp_path: Path) -> None:
-    from qvit.models.checkpoint import save_checkpoint
+    from qvit.models.checkpoint import write_checkpoint
 
     spec = describe(VIT, ARGS, ["a", "b", "c"], {})
-    save_checkpoint(tmp_path / "best.pt", spec, trained())
+    write_checkpoint(tmp_path / "best.pt", spec, trained())
     grey = describe(VIT, {**ARGS, "in_chans": 1}, ["a", "b", "c"], {"mean": [0.5], "std": [0.5]})
     assert "takes images of 3 channels, the images have 1" in refusal(tmp_path / "best.pt", grey)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import qvit
 from qvit.exporting.packed import export_checkpoint
-from qvit.models.checkpoint import VERSION, load_checkpoint, save_checkpoint, weights_checksum
+from qvit.models.checkpoint import VERSION, load_checkpoint, weights_checksum, write_checkpoint
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 OLD = FIXTURES / "checkpoint-version-1.pt"
@@ -44,7 +44,7 @@ def test_version_1_gives_its_logits_and_its_checksum(expected, images: Tensor) -
 
 def test_version_1_goes_through_the_chain(tmp_path: Path, expected, images: Tensor) -> None:
     model, spec = load_checkpoint(OLD)
-    save_checkpoint(tmp_path / "new.pt", spec, model)
+    write_checkpoint(tmp_path / "new.pt", spec, model)
     again, _ = load_checkpoint(tmp_path / "new.pt")
     assert weights_checksum(again) == expected["sha256"]
     assert torch.load(tmp_path / "new.pt", weights_only=True)["version"] == VERSION

@@ -23,7 +23,7 @@ from timm.models import VisionTransformer
 
 from qvit.errors import CheckpointError, ConfigError, QvitError
 from qvit.models.arguments import ARGUMENTS, check_arguments
-from qvit.models.checkpoint import load_checkpoint, save_checkpoint
+from qvit.models.checkpoint import load_checkpoint, write_checkpoint
 from qvit.models.families import FAMILIES
 from qvit.models.float_models import load_float
 from qvit.models.spec import ModelSpec, create_model, describe, same_architecture
@@ -179,7 +179,7 @@ def test_name_with_a_tag_says_where_the_weights_are_given() -> None:
 @pytest.mark.parametrize(("name", "value"), [*DANGEROUS.items(), ("depth", 10**5), ("patch_size", 0), ("num_heads", 0)])
 def test_checkpoint_is_refused(tmp_path: Path, name: str, value: Any) -> None:
     evil = dataclasses.replace(spec(), model_args={**ARGS, name: value})
-    save_checkpoint(tmp_path / "evil.pt", evil, create_model(spec()))
+    write_checkpoint(tmp_path / "evil.pt", evil, create_model(spec()))
     with pytest.raises(CheckpointError, match=r"evil\.pt was edited or damaged: "):
         load_checkpoint(tmp_path / "evil.pt")
     with pytest.raises(CheckpointError, match=r"evil\.pt was edited or damaged: "):

@@ -17,7 +17,7 @@ from qvit.analysis.bottleneck import PARTS
 from qvit.analysis.examination import Examination
 from qvit.errors import OutputError
 from qvit.files import printable
-from qvit.models.checkpoint import load_checkpoint, save_checkpoint
+from qvit.models.checkpoint import load_checkpoint, write_checkpoint
 from qvit.models.spec import create_model, describe
 from qvit.study import analysis, analysis_report
 
@@ -44,9 +44,9 @@ def checkpoints(tmp_path):
         config = qvit.QuantConfig(2, 2)
         images = torch.randn(8, *spec.preprocessing["input_size"])
         paths = [tmp_path / "runs" / name / "best.pt" for name in HOSTILE]
-        save_checkpoint(paths[0], spec, model)
+        write_checkpoint(paths[0], spec, model)
         spec.quant_config, spec.method = config.to_dict(), "<b>ptq"
-        save_checkpoint(paths[1], spec, student_of(model, images, config))
+        write_checkpoint(paths[1], spec, student_of(model, images, config))
         return paths
 
     return make

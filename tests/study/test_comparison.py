@@ -22,7 +22,7 @@ from qvit.data.sources import open_validation
 from qvit.errors import OutputError
 from qvit.exporting.packed import export_checkpoint
 from qvit.files import printable
-from qvit.models.checkpoint import save_checkpoint
+from qvit.models.checkpoint import write_checkpoint
 from qvit.models.packed_model import load_model
 from qvit.models.spec import describe
 from qvit.study import comparison
@@ -51,7 +51,7 @@ def checkpoint(
         model = qvit.quantize(model, config)
         qvit.calibrate(model, [torch.randn(4, channels, 16, 16)])
         spec = dataclasses.replace(spec, quant_config=config.to_dict())
-    save_checkpoint(path, spec, model)
+    write_checkpoint(path, spec, model)
     return path
 
 

@@ -64,7 +64,7 @@ def quantized_by(model: VisionTransformer, spec: ModelSpec) -> VisionTransformer
     return quantize(model, dataclasses.replace(config, overrides=overrides))
 
 
-def save_checkpoint(
+def write_checkpoint(
     path: Path,
     spec: ModelSpec,
     model: nn.Module | Mapping[str, Any],

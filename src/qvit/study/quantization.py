@@ -21,7 +21,7 @@ from qvit.data.pictures import open_pictures
 from qvit.errors import CheckpointError, NonFiniteLossError, OutputError
 from qvit.exporting.packed import export, origin_of
 from qvit.files import printable, write_text
-from qvit.models.checkpoint import check_weights, read_checkpoint, save_checkpoint, weights_checksum
+from qvit.models.checkpoint import check_weights, read_checkpoint, weights_checksum, write_checkpoint
 from qvit.models.spec import ModelSpec
 from qvit.quantization.calibrate import calibrate
 from qvit.quantization.convert import quantize
@@ -145,7 +145,7 @@ def _quantized(request: Request, options: Options, console: Console, targets: Ta
     spec.method, spec.metrics = _METHODS[told["kept"]], _metrics(kept)
     targets.check()  # something may have come there meanwhile
     with all_or_none([targets.checkpoint, targets.packed]):
-        save_checkpoint(targets.checkpoint, spec, student)
+        write_checkpoint(targets.checkpoint, spec, student)
         export(student, targets.packed, preprocessing=spec.preprocessing, classes=spec.classes, origin=origin_of(spec))
     targets.partial.unlink(missing_ok=True)
     return Result(
@@ -228,7 +228,7 @@ def _reconstruct(
     def save() -> None:
         nonlocal saved
         saved = time.monotonic()
-        save_checkpoint(partial, spec, student, {"settings": command, "reconstruction": run.state_dict()})
+        write_checkpoint(partial, spec, student, {"settings": command, "reconstruction": run.state_dict()})
 
     with Interrupts() as interrupts, timed_task(bar, "reconstruction", 1.0) as task:
 

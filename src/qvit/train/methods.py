@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from qvit.config import QuantConfig, RectifierKind
 from qvit.data.sources import ImageSets, open_data
 from qvit.errors import ConfigError, TeacherMismatchError
-from qvit.models.checkpoint import quantized_by, save_checkpoint
+from qvit.models.checkpoint import quantized_by, write_checkpoint
 from qvit.models.spec import ModelSpec, check_class_name, create_model, describe, shape_of
 from qvit.nn.quantizer import Quantizer
 from qvit.quantization.calibrate import calibrate
@@ -202,7 +202,7 @@ def train_quantized(
         accuracy = evaluate(student, val, device, skip_corrupt=options.skip_corrupt)
         spec.metrics = _metrics(accuracy)
         if make_accelerator(options).is_main_process:
-            save_checkpoint(options.out / "best.pt", spec, student)
+            write_checkpoint(options.out / "best.pt", spec, student)
         return Result(student.eval(), spec, accuracy, [])
     loss: Loss = LabelLoss()
     if teacher is not None:

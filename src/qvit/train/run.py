@@ -32,7 +32,7 @@ from qvit.data.order import TrainOrder
 from qvit.data.randomness import random_state, set_random_state
 from qvit.errors import CheckpointError, ConfigError, NewerCheckpointError, NonFiniteLossError
 from qvit.files import printable
-from qvit.models.checkpoint import check_weights, read_checkpoint, save_checkpoint
+from qvit.models.checkpoint import check_weights, read_checkpoint, write_checkpoint
 from qvit.models.spec import ModelSpec
 from qvit.train.distributed import whole_weights
 from qvit.train.oscillation import Oscillation
@@ -172,8 +172,8 @@ class Run:
         }
         if self.accelerator.is_main_process:
             if best:
-                save_checkpoint(self.folder / "best.pt", self.spec, weights)
-            save_checkpoint(self.folder / LAST, self.spec, weights, training, previous=self.folder / PREVIOUS)
+                write_checkpoint(self.folder / "best.pt", self.spec, weights)
+            write_checkpoint(self.folder / LAST, self.spec, weights, training, previous=self.folder / PREVIOUS)
         self.saved_at = time.monotonic()
 
     def restore(self, saved: Saved) -> None:
