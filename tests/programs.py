@@ -24,6 +24,8 @@ BITS = st.integers(MIN_BITS, MAX_BITS) | st.just(MIN_BITS)
 PAIRS = st.builds(Bits, BITS, BITS) | BITS.map(lambda bits: Bits(bits, bits))
 SCALES = st.floats(0.01, 4.0)
 NORM_KINDS = st.sampled_from(("layer", "rms"))
+NORMS, FIRST_NORMS = st.integers(0, 2), st.sampled_from(12 * (0,) + 12 * (1,) + (2,))
+"""How many follow one another; of the patches, where the engine refuses two before tokens, seldom more than one."""
 EPSILONS = st.sampled_from((1e-5, 1e-6, 1e-12))
 MLP_KINDS = ("plain", "glu", "glu_gate_last", "swiglu")
 SIDES = st.sampled_from((1, 2, 3, 4, 6, 8))
@@ -145,7 +147,7 @@ def attention_pools(draw: st.DrawFn, x: Stream, name: str) -> AttentionPool:
 def pools(draw: st.DrawFn, x: Stream) -> Pool:
     kind = draw(st.sampled_from(("token", "avg", "max", "avgmax")))
     if kind == "token":
-        return Pool(kind, tokens=draw(st.integers(1, min(x.tokens, 3))))
+        return Pool(kind, tokens=draw(st.integers(1, min(x.tokens, 3)) | st.integers(1, x.tokens)))
     return Pool(kind, skip=draw(st.integers(0, min(x.tokens - 1, 3))))
 
 
@@ -216,6 +218,7 @@ def window_programs(draw: st.DrawFn) -> Program:
     for stage in range(draw(st.integers(1, 3))):
         if stage and line.can_merge():
             line.add(draw(merges(line.x, f"layers.{stage}.merge")))
+        _add_norms(draw, line, f"layers.{stage}.norm")
         for block in range(draw(st.integers(1, 2))):
             line.add(draw(residuals(line.x, f"layers.{stage}.{block}", windows=True)))
     return _end(draw, line)
@@ -236,7 +239,7 @@ def pooled_programs(draw: st.DrawFn) -> Program:
     line = _start(draw, prefix=draw(st.booleans()))
     for block in range(draw(st.integers(0, 2))):
         line.add(draw(residuals(line.x, f"blocks.{block}")))
-    line.add(draw(maybe(norms("norm"))))
+    _add_norms(draw, line, "norm")
     line.add(draw(attention_pools(line.x, "attn_pool")))
     for block in range(draw(st.integers(0, 2))):
         line.add(draw(residuals(line.x, f"attn_pool.{block}")))
@@ -261,18 +264,22 @@ def programs(draw: st.DrawFn, families: Collection[str] = tuple(FAMILIES)) -> Pr
 def _start(draw: st.DrawFn, prefix: bool) -> _Line:
     line = _Line((draw(st.integers(1, 3)), draw(SIDES), draw(SIDES)))
     line.add(draw(embeds(line.x)))
-    for index in range(draw(st.sampled_from(12 * (0,) + 12 * (1,) + (2,)))):
-        line.add(draw(norms(f"patch_embed.norm.{index}")))
+    _add_norms(draw, line, "patch_embed.norm", FIRST_NORMS)
     position = draw(st.booleans())
     line.add(draw(tokens(line.x)) if prefix else Tokens(position=position))
-    line.add(draw(maybe(norms("norm_pre"))))
+    _add_norms(draw, line, "norm_pre")
     return line
 
 
+def _add_norms(draw: st.DrawFn, line: _Line, name: str, counts: st.SearchStrategy[int] = NORMS) -> None:
+    for index in range(draw(counts)):
+        line.add(draw(norms(f"{name}.{index}")))
+
+
 def _end(draw: st.DrawFn, line: _Line) -> Program:
-    line.add(draw(maybe(norms("final_norm"))))
+    _add_norms(draw, line, "final_norm")
     line.add(draw(pools(line.x)))
-    line.add(draw(maybe(norms("fc_norm"))))
+    _add_norms(draw, line, "fc_norm")
     if draw(st.booleans()):
         line.add(draw(classifiers(line.x)))
     return Program("random", line.size, tuple(line.operations))

@@ -21,7 +21,9 @@ from members import CLASSES, FAMILY_MEMBERS, MEMBERS, SIZES, family_member, imag
 from packed_models import make_packed, random_packed
 from programs import programs
 from qvit import QuantConfig
+from qvit.config import Bits
 from qvit.errors import ConfigError
+from qvit.format.ops import Embed, Layer, Norm, Pool
 from qvit.format.packed import read_packed, write_packed
 from qvit.format.program import Program
 from qvit.runtime.engine import Engine, instruction_sets, load
@@ -53,6 +55,17 @@ def test_every_instruction_set_computes_what_the_file_says(program: Program, see
                 raise
             return
         check(path, images)
+
+
+@pytest.mark.parametrize("count", [1, 400])
+def test_any_number_of_vectors_goes_through_every_norm_behind_the_pool(count: int) -> None:
+    """More of them than rows of a task, whose memory they once overran; of two norms the first was left out."""
+    layer = Layer("patch_embed", 1, 12, Bits(4, 4))
+    norms = (Norm("first", "layer", 1e-6), Norm("second", "rms", 1e-6))
+    program = Program("pooled", (1, 20, 20), (Embed((1, 1), layer), Pool("token", tokens=count), *norms))
+    images = np.random.default_rng(0).standard_normal((2, *program.input)).astype(np.float32)
+    file = random_packed(program)
+    check_codes(file, Engine(file, threads=1), images)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

@@ -59,7 +59,7 @@ void Plan::tokens(const float* prefix, size_t count, const float* positions) {
 void Plan::norm(Norm norm) {
     ++operations;
     if (pooled) {
-        pooling.after = std::move(norm);
+        pooling.after.push_back(std::move(norm));
     } else if (phases.back().steps.back().kind == Step::Kind::embed && !embedding.norm.present && stage().prefix == 0 &&
                embedding.positions.empty()) {
         embedding.norm = std::move(norm);  // of the patches, before their positions
@@ -134,7 +134,6 @@ void Plan::pool(Pool pool) {
     pooled = true;
     ++operations;
     pooling = std::move(pool);
-    widen(largest_row, stage().width);
     // A norm just before the pooling is applied to the rows that are looked at alone.
     if (std::vector<Step>& steps = phases.back().steps; steps.back().kind == Step::Kind::norm) {
         pooling.before = std::move(norms.back());

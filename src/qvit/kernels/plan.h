@@ -127,7 +127,8 @@ struct Merge {
 struct Pool {
     enum class Kind { token, average, largest, both } kind = Kind::token;
     size_t tokens = 1, skip = 0;
-    Norm before, after;
+    Norm before;
+    std::vector<Norm> after;
 };
 
 // A step of a pass over some rows: what it does, and which of the plan's parts of that kind it is.

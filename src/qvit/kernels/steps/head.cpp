@@ -43,32 +43,30 @@ void finish(const Plan& plan, Pass& pass, Scratch& s, size_t image) {
     Clock clock(pass.timed, s.seconds);
     const Pool& pool = plan.pooling;
     const Stage& stage = plan.stage();
-    const size_t width = stage.width, vectors = pool.tokens;
+    const size_t width = stage.width;
     const Span<float> x = pass.stream(plan.stages.size() - 1, image, 0, stage.tokens);
-    const Span<float> pooled = s.first.rows(vectors, width);
-    if (pool.kind == Pool::Kind::token) {
-        std::copy_n(x.get(vectors, width), vectors * width, pooled.get(vectors, width));
-        if (pool.before.present) ops.normalize(pooled, vectors, pool.before.part(), pooled);
-    } else {
-        pool_tokens(plan, pool, stage, x, s, pooled);
-    }
-    if (pool.after.present) ops.normalize(pooled, vectors, pool.after.part(), pooled);
+    const Span<float> vector = s.first.rows(1, width);
     float* outputs = pass.outputs + image * plan.outputs();
-    if (plan.classifiers.empty()) {
-        for (size_t i = 0; i < vectors; ++i)
-            outputs = std::copy_n(pooled.row(i, stage.channels), stage.channels, outputs);
-        clock.lap(kRest);
-        return;
-    }
     // The mean of the classifiers, each with a vector of its own.
-    std::fill_n(outputs, plan.outputs(), 0.0f);
-    const float weight = 1.0f / static_cast<float>(plan.classifiers.size());
-    for (size_t head = 0; head < plan.classifiers.size(); ++head) {
-        const Linear& layer = plan.classifiers[head];
+    const float weight = 1.0f / static_cast<float>(pool.tokens);
+    if (!plan.classifiers.empty()) std::fill_n(outputs, plan.outputs(), 0.0f);
+    for (size_t index = 0; index < pool.tokens; ++index) {
+        if (pool.kind == Pool::Kind::token) {
+            std::copy_n(x.row(index, width), width, vector.get(1, width));
+            if (pool.before.present) ops.normalize(vector, 1, pool.before.part(), vector);
+        } else {
+            pool_tokens(plan, pool, stage, x, s, vector);
+        }
+        for (const Norm& norm : pool.after) ops.normalize(vector, 1, norm.part(), vector);
+        if (plan.classifiers.empty()) {
+            outputs = std::copy_n(vector.row(0, stage.channels), stage.channels, outputs);
+            continue;
+        }
+        const Linear& layer = plan.classifiers[index];
         const Span<uint8_t> codes = s.codes.rows(1, width);
-        ops.quantize(pooled.part(head, 1, 0, width), 1, width, layer.input.rounding(), codes);
+        ops.quantize(vector, 1, width, layer.input.rounding(), codes);
         if (pass.trace != nullptr)
-            pass.trace->see({plan.classifier_place.operation, head, "head"}, image, 1, 0, 1, stage.channels, codes);
+            pass.trace->see({plan.classifier_place.operation, index, "head"}, image, 1, 0, 1, stage.channels, codes);
         each_tile(layer, operand(*layer.product, codes, 1, width, s.packed), 1, layer.channels, s.sums, clock, kRest,
                   [&](const Tile& tile) {
                       const int32_t* sums = tile.get();
@@ -77,6 +75,7 @@ void finish(const Plan& plan, Pass& pass, Scratch& s, size_t image) {
                               weight * (static_cast<float>(sums[c]) * tile.scale[c] + tile.shift[c]);
                   });
     }
+    clock.lap(kRest);
 }
 
 }  // namespace qvit
