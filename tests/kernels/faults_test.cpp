@@ -56,6 +56,35 @@ void check_meetings(ThreadPool& pool, size_t calls) {
     for (size_t thread = 0; thread < threads; ++thread) expect(seen[thread] == sum, "threads meet at barriers");
 }
 
+#if defined(__linux__)
+// A thread that joins itself meets one on its processor.
+void check_spread() {
+    cpu_set_t allowed, after;
+    sched_getaffinity(0, sizeof allowed, &allowed);
+    const auto join = [&] {
+        Spread spread;
+        spread.begin();
+        const int before = sched_getcpu();
+        spread.join();
+        return sched_getcpu() != before;
+    };
+    int moves = 0;  // the scheduler may undo one
+    for (int n = 0; n < 20; ++n) {
+        moves += join();
+        sched_getaffinity(0, sizeof after, &after);
+        expect(CPU_EQUAL(&allowed, &after), "a thread may use the same processors after a call");
+    }
+    expect(moves > 0 || CPU_COUNT(&allowed) == 1, "a thread leaves the processor of another one");
+
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    CPU_SET(sched_getcpu(), &one);
+    sched_setaffinity(0, sizeof one, &one);
+    expect(!join(), "a thread that is tied to a processor stays there");
+    sched_setaffinity(0, sizeof allowed, &allowed);
+}
+#endif
+
 void check_exceptions(ThreadPool& pool) {
     for (size_t bad = 0; bad < pool.threads(); ++bad)
         for (int step = 0; step < 3; ++step) {
@@ -203,6 +232,9 @@ int main() {
         check_exceptions(pool);
     }
     check_starts();
+#if defined(__linux__)
+    check_spread();
+#endif
     const std::vector<float> right = call(*make_model(1));
     check_turns(right);
     check_allocations(right);

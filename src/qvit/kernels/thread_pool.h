@@ -14,6 +14,8 @@
 #include <thread>
 #include <vector>
 
+#include "spread.h"
+
 namespace qvit {
 
 // Not all threads could be started.
@@ -21,9 +23,9 @@ struct ThreadError : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
-// Workers sleep between calls, so that an idle engine takes nothing from NumPy's or PyTorch's threads. They linger a
-// fraction of a millisecond first: a call that follows at once finds them awake and on processors of their own. Within
-// a call they wait for one another by spinning for some microseconds and then giving way.
+// Workers sleep between calls, so that an idle engine takes nothing from NumPy's or PyTorch's threads. They linger some
+// microseconds first: a call that follows at once finds them awake. Within a call they wait for one another by spinning
+// as long and then giving way.
 class ThreadPool {
   public:
     // All of them are there afterwards, or none.
@@ -48,6 +50,7 @@ class ThreadPool {
     std::vector<std::thread> workers_;
     std::mutex mutex_;
     std::condition_variable wake_, done_;
+    Spread spread_;
     const std::function<void(size_t)>* work_ = nullptr;
     std::exception_ptr error_;
     std::atomic<unsigned long> call_{0};
