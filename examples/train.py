@@ -17,7 +17,7 @@ from digits import CLASSES, PREPROCESSING, float_model, loaders, top1
 
 
 def main() -> None:
-    """Train on the digits, export, and run the file."""
+    """Train on the digits, keep a checkpoint, export, and run the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bits", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=20)
@@ -47,6 +47,8 @@ def main() -> None:
             schedule.step()
         print(f"epoch {epoch}: loss {loss.item():.3f}, top-1 {top1(student.eval(), val):.2f} %")
 
+    checkpoint = args.out.with_suffix(".pt")  # for qvit eval, analyze, compare, or to train on from
+    qvit.save_checkpoint(student, checkpoint, preprocessing=PREPROCESSING, classes=CLASSES, replace=True)
     qvit.export(student, args.out, preprocessing=PREPROCESSING, classes=CLASSES)
     engine = qvit.load(args.out)
     in_engine = top1(lambda images: torch.from_numpy(engine(images.numpy())), val)

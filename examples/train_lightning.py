@@ -46,7 +46,7 @@ class Training(lightning.LightningModule):
 
 
 def main() -> None:
-    """Train on the digits and export."""
+    """Train on the digits, keep a checkpoint, and export."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bits", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=20)
@@ -63,7 +63,9 @@ def main() -> None:
     trainer = lightning.Trainer(max_epochs=args.epochs, logger=False, enable_checkpointing=False)
     trainer.fit(Training(student, teacher), train, val)
 
-    qvit.export(student.cpu(), args.out, preprocessing=PREPROCESSING, classes=CLASSES)
+    student, checkpoint = student.cpu(), args.out.with_suffix(".pt")
+    qvit.save_checkpoint(student, checkpoint, preprocessing=PREPROCESSING, classes=CLASSES, replace=True)
+    qvit.export(student, args.out, preprocessing=PREPROCESSING, classes=CLASSES)
     print(f"{args.out}: {args.out.stat().st_size / 1e3:.0f} kB, top-1 {top1(student.eval(), val):.2f} %")
 
 

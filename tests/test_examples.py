@@ -91,10 +91,11 @@ LITTLE = ["--epochs", "1", "--float-epochs", "1", "--bits", "3"]
 
 
 def check_trained(printed: str) -> None:
-    """Check what a training of little prints, and the file that it writes."""
+    """Check what a training of little prints, and the files that it writes."""
     assert re.search(r"^digits.safetensors: \d+ kB, ", printed, re.MULTILINE)
     codes = qvit.load("digits.safetensors").codes(np.zeros((1, 1, 8, 8), np.float32))
     assert max(values.max() for name, values in codes.items() if name.startswith("blocks.")) < 2**3
+    assert qvit.load_checkpoint("digits.pt")[1].quant_config == qvit.QuantConfig(3, 3).to_dict()
 
 
 @pytest.mark.parametrize("name", ["train.py", "train_lightning.py"])

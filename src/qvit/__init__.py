@@ -17,6 +17,8 @@ from qvit.errors import QvitError
 if TYPE_CHECKING:
     from qvit.analysis.agreement import agreement
     from qvit.exporting.packed import export
+    from qvit.models.checkpoint import load_checkpoint
+    from qvit.models.keeping import save_checkpoint
     from qvit.quantization.calibrate import calibrate
     from qvit.quantization.convert import quantize
     from qvit.quantization.distill import DistillationLoss
@@ -35,14 +37,18 @@ __all__ = [
     "errors",
     "export",
     "load",
+    "load_checkpoint",
     "quantize",
     "reconstruct",
+    "save_checkpoint",
     "search_bits",
 ]
 
 _HOMES = {
     "Engine": "runtime.engine",
     "load": "runtime.engine",
+    "save_checkpoint": "models.keeping",
+    "load_checkpoint": "models.checkpoint",
     "quantize": "quantization.convert",
     "calibrate": "quantization.calibrate",
     "reconstruct": "quantization.reconstruct",

@@ -176,7 +176,7 @@ def test_what_is_refused_is_refused_in_a_sentence(checkpoints, image_folder, tmp
         ([copy, "--data", data, "--images", data], "Give either --data, whose"),
         ([copy, "--images", ""], "--images is empty"),
         ([copy, copy, "--data", data], "is given twice"),
-        ([copy, tmp_path / "patch.pt", "--data", data], "differ in their model args"),
+        ([copy, tmp_path / "patch.pt", "--data", data], "differ in their architecture"),
         ([copy, "--data", data, "--teacher", tmp_path / "patch.pt"], "what is compared is of one architecture"),
         ([copy, "--data", data, "--blocks", "2"], "There is no block 2: the attention layers are 0 to 0"),
         ([copy, "--data", data, "--blocks", "x"], "--blocks takes whole numbers"),

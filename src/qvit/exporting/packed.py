@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 from qvit._version import __version__
-from qvit.errors import CheckpointError, ConfigError, PackedFileError, UncalibratedError
-from qvit.format.header import check_classes, check_preprocessing
+from qvit.errors import CheckpointError
 from qvit.format.packed import PackedModel, write_packed
 from qvit.models.checkpoint import load_checkpoint
-from qvit.models.families import lower
+from qvit.models.keeping import described
 from qvit.models.lowering import refuse
-from qvit.models.spec import ModelSpec, unnamed_classes
+from qvit.models.spec import ModelSpec
 from qvit.nn.quantizer import Quantizer
+from qvit.quantization.convert import check_calibrated, check_known
 
 
 def export(
@@ -49,22 +49,14 @@ def export(
         PackedFileError: if the model holds a NaN, an infinity or a scale that float32 rounds to 0.
         OutputError: if the file cannot be written.
     """
-    _check_quantized(student)
-    settings = {name: list(v) if isinstance(v, tuple) else v for name, v in preprocessing.items()}
-    size = settings.get("input_size")
-    if not isinstance(size, list) or len(size) != 3 or not all(type(side) is int for side in size):
-        raise ConfigError(f"preprocessing.input_size must be channels, height and width, not {size!r}.")
-    program, lowering = lower(student, (size[1], size[2]))
-    if classes is None:
-        classes = unnamed_classes(program.output) if program.classifies else []
-    try:
-        check_classes(list(classes), program)
-        check_preprocessing(settings, program.input)
-    except PackedFileError as error:
-        raise ConfigError(f"Cannot export {program.name}: {error}") from error
+    check_known(student, "export")
+    if not any(isinstance(module, Quantizer) for module in student.modules()):
+        refuse("the model", student, "it has no quantizers: pass what qvit.quantize returned")
+    check_calibrated(student)
+    program, settings, names, lowering = described(student, preprocessing, classes)
     with torch.no_grad():
         tensors = lowering.tensors()
-    write_packed(path, PackedModel(program, settings, list(classes), dict(origin or {}), tensors))
+    write_packed(path, PackedModel(program, settings, names, dict(origin or {}), tensors))
 
 
 def export_checkpoint(checkpoint: str | Path, path: str | Path) -> None:
@@ -92,14 +84,3 @@ def origin_of(spec: ModelSpec) -> dict[str, Any]:
         "quantization": spec.quant_config,
         "recipe": spec.recipe,
     }
-
-
-def _check_quantized(student: nn.Module) -> None:
-    quantizers = {name: module for name, module in student.named_modules() if isinstance(module, Quantizer)}
-    if not quantizers:
-        refuse("the model", student, "it has no quantizers: pass what qvit.quantize returned")
-    for name, quantizer in quantizers.items():
-        if not quantizer.enabled:
-            refuse(name, quantizer, "it is switched off, so that this part of the model is in floating point")
-        if not quantizer.calibrated:
-            raise UncalibratedError(f"{name} has no scale yet: call qvit.calibrate(model, batches) before exporting.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -183,6 +184,15 @@ class Program:
             return [rest(value) for value in part] if isinstance(part, list) else part
 
         return [rest(operation) for operation in self.to_list()]
+
+
+def first_difference(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> str:
+    """Return from which operation on two programs, as plain data, differ, in words that follow "from"; or nothing."""
+    for index, pair in enumerate(itertools.zip_longest(first, second)):
+        if pair[0] != pair[1]:
+            operation = pair[0] or pair[1]
+            return f"operation {index + 1} on, {operation['op']!r}"
+    return ""
 
 
 def read_program(name: Any, size: Any, data: Any) -> Program:

@@ -11,7 +11,7 @@ from torch import nn
 from qvit.errors import QvitError, UnsupportedModelError
 from qvit.files import first_line
 from qvit.format.branches import Attention, AttentionPool
-from qvit.format.program import Program
+from qvit.format.program import Program, first_difference
 from qvit.models import swin, swinv2, vit
 from qvit.models.families import lower
 from qvit.quantization.convert import quantize
@@ -67,10 +67,5 @@ def _difference(model: nn.Module, program: Program) -> str:
         built, _ = lower(quantize(model), program.input[1:])
     except QvitError as error:
         return f"timm's is none that qvit knows ({str(error).removesuffix('.')})"
-    expected, rebuilt = program.computation(), built.computation()
-    for index, (first, second) in enumerate(zip(expected, rebuilt, strict=False)):
-        if first != second:
-            return f"timm's differs from operation {index + 1} on, {first['op']!r}"
-    if len(expected) != len(rebuilt):
-        return f"timm's has {len(rebuilt)} operations and not {len(expected)}"
-    return ""
+    place = first_difference(program.computation(), built.computation())
+    return f"timm's differs from {place}" if place else ""

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from timm.layers import LayerScale
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from qvit.config import QuantConfig
-from qvit.errors import ConfigError, UnsupportedModelError
+from qvit.errors import ConfigError, UncalibratedError, UnsupportedModelError
 from qvit.models.families import MODELS, family_of, image_size_of, lower
 from qvit.models.lowering import NORMS, refuse
 from qvit.nn.attention import QuantAttention
@@ -33,7 +34,8 @@ def quantize(teacher: nn.Module, config: QuantConfig | None = None) -> Any:
     Every linear layer and both attention products work on codes, the patch embedding and the heads on 8 bits. The copy
     keeps timm's module names and loads the float model's state dict. Its scales are not set yet: pass it to
     :func:`qvit.calibrate` before running it. It is in training mode; its ``no_weight_decay()`` names what timm's
-    optimizers must leave alone: beside timm's own list every log_scale, offset, gamma and beta.
+    optimizers must leave alone: beside timm's own list every log_scale, offset, gamma and beta. Its ``quant_config``
+    says how it was quantized.
 
     What this accepts can be exported: the copy is lowered to the program of a packed file at once.
 
@@ -79,6 +81,7 @@ def quantize(teacher: nn.Module, config: QuantConfig | None = None) -> Any:
     kept += [f"_orig_mod.{name}" for name in kept]
     # Of this one model, not of its class; a partial of plain data, that copies and pickles of the student take along.
     student.no_weight_decay = functools.partial(set, kept)
+    student.quant_config = config
     student.register_load_state_dict_pre_hook(_drop_scales)
     return student.train()
 
@@ -127,20 +130,38 @@ def check_quantized(model: nn.Module) -> None:
 
 
 def _check_float(model: nn.Module) -> None:
-    """Refuse what is no float model of a family, and say what to do: unwrap it, take timm's, or leave it as it is.
+    """Refuse what is no float model of a family.
+
+    Raises:
+        UnsupportedModelError: in one sentence.
+    """
+    if any(isinstance(module, Quantizer) for module in model.modules()):
+        raise UnsupportedModelError(
+            f"Cannot quantize the model ({type(model).__name__}): it is quantized already; calibrate or train it as it "
+            "is, or quantize the float model that it came from."
+        )
+    check_known(model, "quantize")
+
+
+def check_known(model: nn.Module, verb: str) -> None:
+    """Refuse what is no model of a family, and say what to do: unwrap it, take timm's, or gather it.
+
+    Args:
+        model: a float one, or a student.
+        verb: what cannot be done with it.
 
     Raises:
         UnsupportedModelError: in one sentence.
     """
     kind, origin = type(model).__name__, type(model).__module__.partition(".")[0]
-    if any(isinstance(module, Quantizer) for module in model.modules()):
-        way = "it is quantized already; calibrate or train it as it is, or quantize the float model that it came from"
-    elif type(model) in MODELS:
+    if type(model) in MODELS:
         return
-    elif isinstance(model, torch.jit.ScriptModule):
+    if isinstance(model, torch.jit.ScriptModule):
         way = "it is compiled to TorchScript; give the model that it was made of"
     elif inside := next(((name, m) for name, m in model.named_modules() if name and type(m) in MODELS), None):
         way = f"a {type(inside[1]).__name__} is inside it; give model.{inside[0]}"
+    elif isinstance(model, MODELS) and any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        way = "its weights are sharded (FSDP); gather them with get_model_state_dict and load them into one that is not"
     elif isinstance(model, MODELS):
         way = "it may compute otherwise than the class of timm's that it extends; give one of that class"
     elif origin == "transformers":
@@ -152,7 +173,21 @@ def _check_float(model: nn.Module) -> None:
         known = ", ".join(kind.__name__ for kind in MODELS)
         source = " of torchvision" if origin == "torchvision" else ""
         way = f"it is a model{source} and not timm's; timm.create_model makes those that qvit knows ({known})"
-    raise UnsupportedModelError(f"Cannot quantize the model ({kind}): {way}.")
+    raise UnsupportedModelError(f"Cannot {verb} the model ({kind}): {way}.")
+
+
+def check_calibrated(student: nn.Module) -> None:
+    """Refuse a student of which a quantizer is switched off or has no scale.
+
+    Raises:
+        UnsupportedModelError: naming the quantizer that is off.
+        UncalibratedError: naming the one without a scale.
+    """
+    for name, module in student.named_modules():
+        if isinstance(module, Quantizer) and not module.enabled:
+            refuse(name, module, "it is switched off, so that this part of the model is in floating point")
+        if isinstance(module, Quantizer) and not module.calibrated:
+            raise UncalibratedError(f"{name} has no scale yet: call qvit.calibrate(model, batches) first.")
 
 
 def _check_plain(name: str, module: nn.Module) -> None:

@@ -14,7 +14,7 @@ from qvit.data.pictures import open_pictures
 from qvit.data.sources import ImageSets, check_classes, open_data
 from qvit.errors import ConfigError
 from qvit.models.checkpoint import load_checkpoint
-from qvit.models.spec import ModelSpec
+from qvit.models.spec import ModelSpec, same_architecture
 from qvit.train.methods import FloatModel
 
 CALIBRATION_IMAGES = 512
@@ -58,14 +58,16 @@ def open_subjects(paths: Sequence[Path]) -> list[Subject]:
         model, spec = load_checkpoint(path)
         if whole in absolute[: len(subjects)]:
             raise ConfigError(f"{path} is given twice.")
-        for what in ("name", "model_args", "classes", "preprocessing"):
-            expected, present = (
-                getattr(described, what) for described in (subjects[0].spec if subjects else spec, spec)
-            )
-            if expected != present:
+        first = subjects[0].spec if subjects else spec
+        for what, alike in (
+            ("architecture", same_architecture(first, spec)),
+            ("classes", first.classes == spec.classes),
+            ("preprocessing", first.preprocessing == spec.preprocessing),
+        ):
+            if not alike:
                 raise ConfigError(
-                    f"{path} and {paths[0]} differ in their {what.replace('_', ' ')}: analyze models of one "
-                    "architecture together, on images that are prepared in one way."
+                    f"{path} and {paths[0]} differ in their {what}: analyze models of one architecture together, on "
+                    "images that are prepared in one way."
                 )
         subjects.append(Subject(str(Path(*whole.parts[-depth:])), model, spec))
     return subjects
@@ -78,7 +80,7 @@ def teacher_for(subjects: Sequence[Subject], teacher: FloatModel, source: str) -
         ConfigError: if it is of another architecture.
     """
     spec = subjects[0].spec
-    if (teacher.spec.name, teacher.spec.model_args) != (spec.name, spec.model_args):
+    if not same_architecture(teacher.spec, spec):
         raise ConfigError(
             f"{source} holds a {teacher.spec.name} with {teacher.spec.model_args}, the checkpoints a {spec.name} with "
             f"{spec.model_args}: what is compared is of one architecture."
