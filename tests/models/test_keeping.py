@@ -223,3 +223,12 @@ def test_nothing_is_replaced_unasked(vit: nn.Module, tmp_path: Path) -> None:
     saved(vit, tmp_path, replace=True)
     assert [path.name for path in tmp_path.iterdir()] == ["own.pt"]
     qvit.load_checkpoint(tmp_path / "own.pt")
+
+
+def test_the_guides_lines_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    guide = (Path(__file__).parents[2] / "docs" / "guide.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n((?:(?!```).)*save_checkpoint.*?)```", guide, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    assert names["spec"].classes == ["cat", "dog", "horse"]
