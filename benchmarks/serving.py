@@ -2,7 +2,8 @@
 
 A DeiT with random weights, small JPEG files, and wrk as the client on the same machine. The engine alone computes
 batches of prepared pictures with a thread per processor; with decoding, an engine per processor takes the files' bytes.
-Engine and server take turns. Then one request in a hundred is hostile, while other clients send a byte now and then.
+Engine and server take turns; pictures a second of one processor's time suffer less from other programs. Then one
+request in a hundred is hostile, while other clients send a byte now and then.
 
 Example: python benchmarks/serving.py --json serving.json
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
 import json
 import re
@@ -22,9 +24,9 @@ import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -32,7 +34,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from qvit.runtime.engine import load
+from qvit.runtime.engine import Engine, load
 from qvit.runtime.preprocess import preprocess_batch
 from qvit.runtime.processors import processors
 from random_models import MODELS, write_random
@@ -43,6 +45,25 @@ HOSTILE_EVERY = 100
 SLOW_CLIENTS = 20
 LARGEST_BODY = 16 * 2**20
 SCRIPT = Path(__file__).with_suffix(".lua")
+
+
+class Spent(NamedTuple):
+    """What pictures took."""
+
+    pictures: float
+    seconds: float
+    cpu: float
+    """Seconds of all processors together."""
+
+    @property
+    def rate(self) -> float:
+        """Pictures a second."""
+        return self.pictures / self.seconds
+
+    @property
+    def cpu_rate(self) -> float:
+        """Pictures a second of one processor that has nothing else to do."""
+        return self.pictures / self.cpu
 
 
 def write_pictures(folder: Path, count: int, side: int) -> list[Path]:
@@ -83,7 +104,7 @@ def serving(model: Path) -> Iterator[tuple[psutil.Popen, int]]:
     command = [sys.executable, "-m", "qvit.cli", "serve", str(model), "--port", "0", "--max-bytes", str(LARGEST_BODY)]
     process = psutil.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
-        found = re.search(r":(\d+)$", process.stdout.readline().strip())
+        found = re.search(r"http://\S+:(\d+)", process.stdout.readline())
         assert found, "the server has not started"
         yield process, int(found[1])
     finally:
@@ -97,38 +118,45 @@ def ask(port: int, seconds: float, connections: int, pictures: list[Path], hosti
     every = HOSTILE_EVERY if hostile else 0
     command = ["wrk", "--threads=1", f"--connections={connections}", f"--duration={seconds:.0f}s", "--timeout=60s"]
     command += [f"--script={SCRIPT}", f"http://127.0.0.1:{port}/predict", "--", str(every), str(len(pictures))]
+    before = psutil.Process().cpu_times()
     done = subprocess.run([*command, *map(str, [*pictures, *hostile])], capture_output=True, text=True, check=True)
+    after = psutil.Process().cpu_times()
     figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return figures
+    spent = after.children_user + after.children_system - before.children_user - before.children_system
+    return {**figures, "cpu": spent}
 
 
-def rate(call: Callable[[], int], seconds: float) -> float:
-    """Return pictures a second of a call that returns how many it has computed."""
-    call()
-    count, start = 0, time.perf_counter()
-    while (passed := time.perf_counter() - start) < seconds:
-        count += call()
-    return count / passed
+def computed(calls: Sequence[Callable[[], int]], seconds: float) -> Spent:
+    """Make calls side by side, each again and again; they return how many pictures they have computed."""
+    counts = [0] * len(calls)
 
+    def work(number: int) -> None:
+        while time.perf_counter() < start + seconds:
+            counts[number] += calls[number]()
 
-def engine_rates(model: Path, pictures: list[Path], seconds: float) -> tuple[float, float]:
-    """Return pictures a second of the engine alone: of prepared pictures, and with decoding."""
-    contents = [path.read_bytes() for path in pictures[:BATCH]]
-    engine = load(model)
-    prepared = preprocess_batch(contents, engine.preprocessing)
-    alone = rate(lambda: len(engine(prepared)), seconds)
-    found: list[float] = []
-
-    def decode() -> None:
-        single = load(model, threads=1)
-        found.append(rate(lambda: len(single.predict(contents)), seconds))
-
-    workers = [threading.Thread(target=decode) for _ in range(processors())]
+    for call in calls:
+        call()
+    workers = [threading.Thread(target=work, args=[number]) for number in range(len(calls))]
+    start, cpu = time.perf_counter(), time.process_time()
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    return alone, sum(found)
+    return Spent(sum(counts), time.perf_counter() - start, time.process_time() - cpu)
+
+
+def engine_alone(model: Path, pictures: list[Path], seconds: float) -> tuple[Spent, Spent]:
+    """Return what the engine alone needs: for prepared pictures, and with decoding."""
+    contents = [path.read_bytes() for path in pictures[:BATCH]]
+
+    def decode(engine: Engine) -> int:
+        return len(engine.predict(contents))
+
+    engine = load(model)
+    prepared = preprocess_batch(contents, engine.preprocessing)
+    singles = [load(model, threads=1) for _ in range(processors())]
+    alone = computed([lambda: len(engine(prepared))], seconds)
+    return alone, computed([functools.partial(decode, single) for single in singles], seconds)
 
 
 def cpu_times(process: psutil.Popen) -> tuple[float, float]:
@@ -185,42 +213,49 @@ def main() -> None:
         model = write_random(folder / "model.safetensors", arguments.model, arguments.bits)
         pictures = write_pictures(folder, BATCH, arguments.side)
         hostile = write_hostile(folder, pictures[0].read_bytes())
-        alone, decoding, turns, spent = [], [], [], []
+        spent: dict[str, list[Spent]] = {"engine": [], "engine, decoding": [], "server": []}
+        turns, http, client = [], [], []
         for _ in range(arguments.rounds):
-            rates = engine_rates(model, pictures, arguments.seconds / 2)
-            alone.append(rates[0])
-            decoding.append(rates[1])
+            alone, decoding = engine_alone(model, pictures, arguments.seconds / 2)
+            spent["engine"].append(alone)
+            spent["engine, decoding"].append(decoding)
             with serving(model) as (process, port):
                 ask(port, 1, arguments.connections, pictures, [])
                 before = cpu_times(process)
-                turns.append(ask(port, arguments.seconds, arguments.connections, pictures, []))
+                turn = ask(port, arguments.seconds, arguments.connections, pictures, [])
                 after = cpu_times(process)
-            spent.append([1e3 * (b - a) / turns[-1]["requests"] for a, b in zip(before, after, strict=True)])
-        served = statistics.median(turn["requests"] / turn["seconds"] for turn in turns)
+            turns.append(turn)
+            spent["server"].append(Spent(turn["requests"], turn["seconds"], after[1] - before[1]))
+            http.append(1e3 * (after[0] - before[0]) / turn["requests"])
+            client.append(1e3 * turn["cpu"] / turn["requests"])
         report: dict[str, Any] = {
-            "engine": statistics.median(alone),
-            "engine, decoding": statistics.median(decoding),
-            "server": served,
+            "rate": {what: statistics.median(turn.rate for turn in found) for what, found in spent.items()},
+            "cpu_rate": {what: statistics.median(turn.cpu_rate for turn in found) for what, found in spent.items()},
             "p50": statistics.median(turn["p50"] for turn in turns),
             "p99": statistics.median(turn["p99"] for turn in turns),
             "refused": sum(turn["refused"] + turn["broken"] for turn in turns),
-            "HTTP": statistics.median(http for http, _ in spent),
-            "CPU": statistics.median(total for _, total in spent),
+            "HTTP": statistics.median(http),
+            "client": statistics.median(client),
         }
         if arguments.requests:
             report["hostile"] = endure(model, pictures, hostile, arguments.requests, arguments.connections)
     table = Table(title=f"{arguments.model}, {arguments.bits} bits, {arguments.side} pixels, {processors()} processors")
-    for column in ("what", "pictures/s", "of the engine", "of the engine with decoding"):
-        table.add_column(column, justify="left" if column == "what" else "right")
-    for what in ("engine", "engine, decoding", "server"):
-        parts = [f"{report[what] / report[whole]:.0%}" for whole in ("engine", "engine, decoding")]
-        table.add_row(what, f"{report[what]:.0f}", *parts)
+    shares = ("engine", "decoding")
+    for column in ("", "pictures/s", *shares, "CPU", *shares):
+        table.add_column(column, justify="right" if column else "left")
+    for what in spent:
+        cells = []
+        for rates in (report["rate"], report["cpu_rate"]):
+            parts = [f"{rates[what] / rates[whole]:.0%}" for whole in ("engine", "engine, decoding")]
+            cells += [f"{rates[what]:.0f}", *parts]
+        table.add_row(what, *cells)
     console = Console()
     console.print(table)
+    console.print("CPU: pictures a second of one processor; engine and decoding: parts of what the engine gives alone.")
     console.print(
         f"Latency of {arguments.connections} clients: median {report['p50']:.1f} ms, p99 {report['p99']:.1f} ms; "
-        f"{report['refused']} answers were no 200. CPU per request: "
-        f"{report['CPU']:.2f} ms, of it {report['HTTP']:.2f} for HTTP."
+        f"{report['refused']} answers were no 200. CPU of a request: {1e3 / report['cpu_rate']['server']:.2f} ms, "
+        f"of it {report['HTTP']:.2f} for HTTP, and {report['client']:.2f} of wrk."
     )
     if arguments.requests:
         told = report["hostile"]

@@ -292,7 +292,8 @@ def _identified(stream: IO[bytes]) -> Image.Image:
             return Image.open(stream, formats=_COMMON)
         with contextlib.suppress(UnidentifiedImageError):
             return Image.open(stream, formats=_other_formats())
-    raise ValueError("its content has none of the formats that Pillow decodes")
+    stream.seek(0)
+    raise ValueError("its content has none of the formats that Pillow decodes" if stream.read(1) else "it is empty")
 
 
 def _check_size(image: Image.Image) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import json
 import threading
@@ -41,7 +42,14 @@ def engine(packed_file: Path) -> Engine:
 
 @pytest.fixture
 def client(engine: Engine) -> Iterator[TestClient]:
-    with TestClient(app.make_app(Batcher([engine], top_k=3, waiting=64), largest_body=20_000)) as client:
+    with asked(engine) as client:
+        yield client
+
+
+@contextlib.contextmanager
+def asked(engine: Engine) -> Iterator[TestClient]:
+    batcher = Batcher([engine], top_k=3, waiting=64)
+    with batcher, TestClient(app.make_app(batcher, largest_body=20_000), raise_server_exceptions=False) as client:
         yield client
 
 
@@ -66,7 +74,7 @@ def test_a_body_and_a_form_get_what_predict_says(client: TestClient, engine: Eng
 def test_a_feature_extractor_answers_with_its_vector() -> None:
     engine = Engine(random_packed(feature_program()), threads=1)
     content = picture()
-    with TestClient(app.make_app(Batcher([engine], top_k=3, waiting=1), largest_body=20_000)) as client:
+    with asked(engine) as client:
         answer = client.post("/predict", content=content, headers=JPEG)
     assert answer.json() == {"embedding": engine.embed(content)[0].tolist()}
 
@@ -94,7 +102,7 @@ def form(body: str) -> bytes:
 
 
 REFUSED: dict[str, tuple[int, str, bytes, dict[str, str]]] = {
-    "empty": (422, "none of the formats that Pillow decodes.", b"", JPEG),
+    "empty": (422, "it is empty.", b"", JPEG),
     "no image": (422, "none of the formats that Pillow decodes.", b"no image", JPEG),
     "cut": (422, "The picture cannot be read as an image", picture()[:300], JPEG),
     "bomb": (422, "pixels", bomb(), JPEG),
@@ -146,9 +154,14 @@ def test_a_body_that_is_too_large_is_not_read(client: TestClient) -> None:
         for _ in range(30):
             yield bytes(1000)
 
-    assert client.post("/predict", content=bytes(20_001), headers=JPEG).status_code == 413
-    assert client.post("/predict", content=endless(), headers=JPEG).status_code == 413
-    assert client.post("/predict", files={"image": bytes(20_001)}).status_code == 413
+    for request in (
+        {"content": bytes(20_001), "headers": JPEG},
+        {"content": endless(), "headers": JPEG},
+        {"content": endless(), "headers": FORM},
+        {"files": {"image": bytes(20_001)}},
+    ):
+        answer = client.post("/predict", **request)  # type: ignore[arg-type]
+        assert (answer.status_code, answer.json()) == (413, {"error": "The body is larger than 20000 bytes."})
     assert client.post("/predict", content=bytes(20_000), headers=JPEG).status_code == 422
 
 
@@ -190,10 +203,11 @@ def test_a_full_queue_sends_the_next_one_away_and_answers_those_that_wait(
         return answers(*arguments)
 
     monkeypatch.setattr(batches, "answers", answers_later)
-    served = app.make_app(Batcher([engine], top_k=3, waiting=2), largest_body=20_000)
+    batcher = Batcher([engine], top_k=3, waiting=2)
+    transport = httpx2.ASGITransport(app.make_app(batcher, largest_body=20_000))
 
     async def ask() -> list[Any]:
-        async with httpx2.AsyncClient(transport=httpx2.ASGITransport(served), base_url="http://server") as client:
+        async with httpx2.AsyncClient(transport=transport, base_url="http://server") as client:
 
             def post() -> asyncio.Task[Any]:
                 return asyncio.create_task(client.post("/predict", content=picture()))
@@ -204,10 +218,12 @@ def test_a_full_queue_sends_the_next_one_away_and_answers_those_that_wait(
             pending = set(requests)
             while len(pending) > 3:
                 _, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            assert (await client.get("/health")).status_code == 200  # whoever watches it does not end what is busy
             go_on.set()
             return await asyncio.gather(*requests)
 
-    told = asyncio.run(ask())
+    with batcher:
+        told = asyncio.run(ask())
     assert sorted(answer.status_code for answer in told) == [200] * 3 + [503] * 3
     for answer in told:
         if answer.status_code == 503:
@@ -229,8 +245,11 @@ def test_health_and_metrics_tell_what_has_been(client: TestClient) -> None:
     assert (count(200), count(422)) == (before[0] + 1, before[1] + 1)
     assert 'qvit_batch_pictures_bucket{le="1.0"}' in client.get("/metrics").text
     assert client.get("/health").json() == {"model": "vit_tiny_patch16_224"}
-    assert client.get("/predict").status_code == 405
-    assert client.get("/").json() == {"error": "Not Found"}
+    for path, status in (("/predict", 405), ("/", 404)):
+        answer = client.get(path)
+        assert answer.status_code == status
+        assert answer.json() == {"error": "There is POST /predict, GET /health and GET /metrics."}
+    assert client.get("/predict").headers["allow"] == "POST"
 
 
 def test_every_engine_has_its_batch_and_no_batch_is_larger_than_said(
@@ -248,9 +267,80 @@ def test_every_engine_has_its_batch_and_no_batch_is_larger_than_said(
     batcher = Batcher([load(packed_file, threads=1) for _ in range(2)], top_k=1, waiting=64)
 
     async def ask() -> None:
-        await asyncio.gather(*(batcher.process(picture()) for _ in range(30)))
-        await batcher.stop(force=True)
+        await asyncio.gather(*(batcher.answer(picture()) for _ in range(30)))
 
-    asyncio.run(ask())
+    with batcher:
+        asyncio.run(ask())
     assert sum(sizes) == 30
     assert max(sizes) == LARGEST_BATCH
+
+
+def test_engines_that_are_free_divide_what_waits(packed_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+
+    def answers_at_once(_: Engine, pictures: list[bytes], __: int) -> Any:
+        sizes.append(len(pictures))
+        return [{}] * len(pictures)
+
+    monkeypatch.setattr(batches, "answers", answers_at_once)
+    batcher = Batcher([load(packed_file, threads=1) for _ in range(2)], top_k=1, waiting=64)
+
+    async def ask() -> None:
+        while batcher._free < 2:
+            await asyncio.sleep(0)
+        with batcher._change:  # nothing is taken before all four wait
+            requests = [asyncio.create_task(batcher.answer(b"")) for _ in range(4)]
+            await asyncio.sleep(0)
+        await asyncio.gather(*requests)
+
+    with batcher:
+        asyncio.run(ask())
+    assert sizes[0] == 2
+
+
+def test_a_fault_is_told_and_the_next_picture_is_answered(
+    client: TestClient, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("a fault")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(batches, "answers", fails)
+        answer = client.post("/predict", content=picture())
+    assert answer.status_code == 500
+    assert answer.json() == {"error": "The server has failed at this request: its log says where."}
+    assert client.post("/predict", content=picture()).json() == classes(engine, picture())
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_clients_that_are_gone_leave_the_others_and_a_quiet_end(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computing, go_on = threading.Event(), threading.Event()
+
+    def answers_later(engine: Engine, pictures: list[bytes], top_k: int) -> Any:
+        computing.set()
+        go_on.wait()
+        return answers(engine, pictures, top_k)
+
+    monkeypatch.setattr(batches, "answers", answers_later)
+
+    async def ask(batcher: Batcher) -> None:
+        first = asyncio.create_task(batcher.answer(picture()))
+        await asyncio.to_thread(computing.wait)
+        requests = [first, *(asyncio.create_task(batcher.answer(picture(seed))) for seed in range(3))]
+        await asyncio.sleep(0)
+        first.cancel()
+        requests[2].cancel()
+        go_on.set()
+        told = await asyncio.gather(*requests, return_exceptions=True)
+        assert [told[1], told[3]] == [classes(engine, picture(0)), classes(engine, picture(2))]
+        go_on.clear()
+        computing.clear()
+        last = asyncio.create_task(batcher.answer(picture()))
+        await asyncio.to_thread(computing.wait)
+        last.cancel()  # and the loop is closed before the answer comes
+
+    with Batcher([engine], top_k=3, waiting=9) as batcher:
+        asyncio.run(ask(batcher))
+        go_on.set()

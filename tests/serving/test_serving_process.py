@@ -20,6 +20,7 @@ import pytest
 from PIL import Image
 
 from commands import run, sentence
+from qvit.errors import ConfigError
 from qvit.runtime.engine import load
 from qvit.serving import server
 
@@ -37,7 +38,8 @@ def serving(*arguments: str | Path) -> Iterator[Server]:
         try:
             assert served.stdout is not None
             said = served.stdout.readline()
-            found = re.fullmatch(rf"{re.escape(str(arguments[0]))} is served at http://127\.0\.0\.1:(\d+)\n", said)
+            start, place, end = map(re.escape, (f"{arguments[0]}: ", " is served at http://127.0.0.1:", " (engines: "))
+            found = re.fullmatch(rf"{start}\w+{place}(\d+){end}\d+, threads of each: 1\)\n", said)
             assert found, served.communicate()
             yield served, int(found[1])
         finally:
@@ -123,6 +125,23 @@ def test_a_port_that_another_program_has_is_told(packed_file: Path) -> None:
         port = other.getsockname()[1]
         said = sentence(run("serve", packed_file, "--port", str(port)))
     assert said == f"qvit: Nothing can listen at 127.0.0.1, port {port}: Address already in use; give another."
+
+
+@pytest.mark.parametrize(("host", "shown"), [("::1", "[::1]"), ("localhost", "localhost")])
+def test_the_address_can_be_opened_as_it_is_told(packed_file: Path, host: str, shown: str) -> None:
+    try:
+        server.listen(host, 0).close()
+    except ConfigError:
+        pytest.skip(f"this machine has no {host}")
+    said = []
+
+    def report(start: str) -> None:
+        said.append(start)
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):  # and the engines' threads end, or the test would not
+        server.serve(packed_file, host, 0, threads=1, top_k=1, waiting=1, largest_body=9, report=report)
+    assert re.search(rf" is served at http://{re.escape(shown)}:\d+ \(engines: ", said[0])
 
 
 def test_what_cannot_be_served_is_told(packed_file: Path, tmp_path: Path) -> None:

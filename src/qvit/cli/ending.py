@@ -37,7 +37,7 @@ TRAINING_PACKAGES = (
     "jinja2",
     "huggingface_hub",
 )
-SERVING_PACKAGES = ("uvicorn", "starlette", "anyio", "async_batcher", "starlette_exporter", "prometheus_client")
+SERVING_PACKAGES = ("uvicorn", "starlette", "anyio", "starlette_exporter", "prometheus_client")
 EXTRAS = {
     **dict.fromkeys(TRAINING_PACKAGES, "train"),
     **dict.fromkeys(SERVING_PACKAGES, "serve"),

@@ -35,8 +35,8 @@ def serve(
     """
     from qvit.serving.server import serve as run
 
-    def report(address: str) -> None:
-        print(printable(f"{model} is served at {address}"), flush=True)
+    def report(start: str) -> None:
+        print(printable(f"{model}: {start}"), flush=True)
 
     run(
         model,

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import AsyncIterator
+import queue
 
 import anyio
-from async_batcher.exceptions import QueueFullException
 from starlette.applications import Starlette
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
@@ -14,6 +12,7 @@ from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import Message, Receive
 from starlette_exporter import PrometheusMiddleware, handle_metrics
 
 from qvit.errors import CorruptImageError
@@ -34,31 +33,48 @@ def make_app(batcher: Batcher, *, largest_body: int) -> Starlette:
     """
 
     async def predict(request: Request) -> Response:
-        return JSONResponse(await batcher.process(await _picture(request)))
+        limited = Request(request.scope, _limited(request, largest_body))
+        return JSONResponse(await batcher.answer(await _picture(limited)))
 
     async def health(_: Request) -> Response:
         return JSONResponse({"model": batcher.program.name})
 
-    @contextlib.asynccontextmanager
-    async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        yield
-        await batcher.stop(force=True)  # nothing waits any more: the server has answered all that it took
-
     return Starlette(
         routes=[
-            Route("/predict", predict, methods=["POST"], max_body_size=largest_body),
+            Route("/predict", predict, methods=["POST"]),
             Route("/health", health),
             Route("/metrics", handle_metrics),
         ],
         middleware=[Middleware(PrometheusMiddleware, prefix="qvit", app_name=batcher.program.name)],
         exception_handlers={
+            404: _absent,
+            405: _absent,
             HTTPException: _refused,
             CorruptImageError: _unreadable,
-            QueueFullException: _full,
+            queue.Full: _full,
             ClientDisconnect: _gone,
+            Exception: _failed,
         },
-        lifespan=lifespan,
     )
+
+
+def _limited(request: Request, largest: int) -> Receive:
+    """Return what receives a request's body and refuses it beyond ``largest`` bytes: at once where its length is told.
+
+    Starlette's ``max_body_size`` does the same and answers in plain text.
+    """
+    received = 0
+
+    async def receive() -> Message:
+        nonlocal received
+        if int(request.headers.get("content-length", 0)) <= largest:
+            message = await request.receive()
+            received += len(message.get("body", b""))
+            if received <= largest:
+                return message
+        raise HTTPException(413, f"The body is larger than {largest} bytes.")
+
+    return receive
 
 
 async def _picture(request: Request) -> bytes:
@@ -94,6 +110,11 @@ async def _refused(_: Request, error: Exception) -> Response:
     return _error(error.status_code, error.detail, dict(error.headers or {}))
 
 
+async def _absent(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return _error(error.status_code, "There is POST /predict, GET /health and GET /metrics.", dict(error.headers or {}))
+
+
 async def _unreadable(_: Request, error: Exception) -> Response:
     return _error(422, str(error))
 
@@ -104,3 +125,7 @@ async def _full(_: Request, error: Exception) -> Response:
 
 async def _gone(_: Request, error: Exception) -> Response:
     return _error(400, "The connection was closed before the body had come.")
+
+
+async def _failed(_: Request, error: Exception) -> Response:
+    return _error(500, "The server has failed at this request: its log says where.")

@@ -1,14 +1,16 @@
-"""Pictures that wait, computed together: async-batcher collects them, and each batch goes to one of several engines."""
+"""Pictures that wait, computed together: each engine has a thread, which takes its share of them when it is free."""
 
 from __future__ import annotations
 
+import asyncio
+import collections
+import contextlib
+import queue
+import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from queue import SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from async_batcher.batcher import AsyncBatcher
 from numpy.typing import NDArray
 from prometheus_client import Histogram
 
@@ -16,45 +18,97 @@ from qvit.errors import CorruptImageError
 from qvit.runtime.engine import Engine
 from qvit.runtime.preprocess import preprocess
 
-LARGEST_BATCH = 2
+LARGEST_BATCH = 4
 """Pictures of a batch; engines are as fast with more of them, and the first one would wait for the last."""
 Answer = dict[str, Any]
 _SIZES = Histogram("qvit_batch_pictures", "Pictures that were computed together", buckets=range(1, LARGEST_BATCH + 1))
 
 
-class Batcher(AsyncBatcher[bytes, Answer]):
-    """Answers pictures: as many batches at once as there are engines, and a queue of those that wait.
+class _Waiting(NamedTuple):
+    picture: bytes
+    answer: asyncio.Future[Answer]
 
-    No picture waits for others to come: an engine that is free takes what is there.
+
+class Batcher:
+    """Answers pictures while it is entered as a context: as many batches at once as there are engines.
+
+    No picture waits for others to come: an engine that is free takes what is there, or its part of it where others are
+    free too.
 
     Args:
         engines: of one model.
         top_k: classes of a picture.
-        waiting: pictures that may wait; :meth:`process` raises ``QueueFullException`` beyond them.
+        waiting: pictures that may wait.
     """
 
     def __init__(self, engines: Sequence[Engine], *, top_k: int, waiting: int) -> None:
-        super().__init__(
-            max_batch_size=LARGEST_BATCH,
-            max_queue_time=0,
-            max_queue_size=waiting,
-            concurrency=len(engines),
-            executor=ThreadPoolExecutor(len(engines), "engine"),
-        )
         self.program = engines[0].program
         self._top_k = top_k
-        self._idle: SimpleQueue[Engine] = SimpleQueue()
-        for engine in engines:
-            self._idle.put(engine)
+        self._most = waiting
+        self._waiting: collections.deque[_Waiting] = collections.deque()
+        self._free = 0
+        self._open = True
+        self._change = threading.Condition()
+        self._threads = [threading.Thread(target=self._work, args=[engine], name="engine") for engine in engines]
 
-    def process_batch(self, batch: list[bytes]) -> list[Answer | CorruptImageError]:
-        """Return what each picture shows; of one that cannot be read, the error. Called in the executor's threads."""
-        _SIZES.observe(len(batch))
-        engine = self._idle.get()  # there is one: no more batches run at once than there are engines
-        try:
-            return answers(engine, batch, self._top_k)
-        finally:
-            self._idle.put(engine)
+    def __enter__(self) -> Batcher:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the threads when they have answered what they compute; what waits still is not answered."""
+        with self._change:
+            self._open = False
+            self._change.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    async def answer(self, picture: bytes) -> Answer:
+        """Return what a picture shows, as :func:`answers` has it.
+
+        Raises:
+            CorruptImageError: if it cannot be read.
+            queue.Full: if as many as may wait do.
+        """
+        item = _Waiting(picture, asyncio.get_running_loop().create_future())
+        with self._change:
+            if len(self._waiting) >= self._most:
+                raise queue.Full
+            self._waiting.append(item)
+            self._change.notify()
+        return await item.answer
+
+    def _work(self, engine: Engine) -> None:
+        """Answer pictures with one engine: a thread."""
+        while batch := self._taken():
+            _SIZES.observe(len(batch))
+            told: Sequence[Answer | Exception]
+            try:
+                told = answers(engine, [item.picture for item in batch], self._top_k)
+            except Exception as error:  # a fault of the program: the clients hear of it, the thread goes on
+                told = [error] * len(batch)
+            with contextlib.suppress(RuntimeError):  # the loop has been closed: no client is left
+                batch[0].answer.get_loop().call_soon_threadsafe(_settle, batch, told)
+
+    def _taken(self) -> list[_Waiting]:
+        """Return the next batch as soon as there is one, or none at the end."""
+        with self._change:
+            self._free += 1
+            self._change.wait_for(lambda: self._waiting or not self._open)
+            count = min(-(-len(self._waiting) // self._free), LARGEST_BATCH) if self._open else 0
+            self._free -= 1
+            return [self._waiting.popleft() for _ in range(count)]
+
+
+def _settle(batch: Sequence[_Waiting], told: Sequence[Answer | Exception]) -> None:
+    for item, answer in zip(batch, told, strict=True):
+        if item.answer.done():  # cancelled: its client is gone
+            continue
+        if isinstance(answer, Exception):
+            item.answer.set_exception(answer)
+        else:
+            item.answer.set_result(answer)
 
 
 def answers(engine: Engine, pictures: Sequence[bytes], top_k: int) -> list[Answer | CorruptImageError]:

@@ -40,16 +40,19 @@ def serve(
         top_k: classes of a picture.
         waiting: pictures that may wait, see :class:`qvit.serving.batches.Batcher`.
         largest_body: bytes of a request's body.
-        report: told where the server listens, as soon as it does.
+        report: told what is served, where and with what, as soon as the server listens.
 
     Raises:
         PackedFileError: if the model cannot be read.
         ConfigError: for more threads than processors, or a port that cannot be had.
     """
-    batcher = Batcher(make_engines(model, threads), top_k=top_k, waiting=waiting)
+    engines = make_engines(model, threads)
+    batcher = Batcher(engines, top_k=top_k, waiting=waiting)
     config = uvicorn.Config(make_app(batcher, largest_body=largest_body), log_level="error", access_log=False)
-    with listen(host, port) as listener:
-        report(f"http://{host}:{listener.getsockname()[1]}")
+    with listen(host, port) as listener, batcher:
+        where = f"[{host}]" if listener.family == socket.AF_INET6 and ":" in host else host
+        address = f"http://{where}:{listener.getsockname()[1]}"
+        report(f"{batcher.program.name} is served at {address} (engines: {len(engines)}, threads of each: {threads})")
         logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a client's mistake is told to the client alone
         # uvicorn answers what it has taken, then raises the signal again.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
