@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import LinearConstraint
 
+from qvit.search import solve
 from qvit.search.solve import UnmetError, choose, total
 
 SMALL = st.integers(0, 9)
+ROUNDING = 1e-15
+"""Of a sum."""
 
 
 @st.composite
@@ -22,10 +29,9 @@ def problems(draw: st.DrawFn) -> tuple[list[list[float]], dict[str, list[list[fl
     names = [f"cost {index}" for index in range(len(rows) - 1)]
     costs = dict(zip(names, rows[1:], strict=True))
     limits = {}
-    for name in names:  # of some choice: at the very edge
-        limits[name] = total(costs[name], [draw(st.integers(0, n - 1)) for n in sizes]) - draw(
-            st.sampled_from([0, 0, 1])
-        )
+    for name in names:  # of some choice: at the very edge, or as far below it as a sum in another order may be
+        edge = total(costs[name], [draw(st.integers(0, n - 1)) for n in sizes])
+        limits[name] = draw(st.sampled_from([edge, edge * (1 - ROUNDING), edge - 1]))
     return rows[0], costs, limits
 
 
@@ -38,7 +44,9 @@ def test_the_choice_is_the_best_of_all(
     every = list(itertools.product(*(range(len(item)) for item in values)))
 
     def within(names: list[str]) -> list[tuple[int, ...]]:
-        return [c for c in every if all(total(costs[name], c) <= limits[name] for name in names)]
+        return [
+            c for c in every if all(total(costs[name], c) <= limits[name] + 1e-9 * abs(limits[name]) for name in names)
+        ]
 
     names = list(limits)
     unmet = next((place for place in range(len(names)) if not within(names[: place + 1])), None)
@@ -66,3 +74,28 @@ def test_a_limit_that_cannot_be_kept_tells_the_least_within_those_before_it() ->
         with pytest.raises(UnmetError) as unmet:
             choose([[0.0, 0.0]], costs, limits)
         assert (unmet.value.limit, unmet.value.least) == told
+
+
+def test_many_choices_that_rounding_put_beyond_a_limit_are_not_refused_one_by_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All of one cost: each was refused by itself, after the solver had taken it for one within the limit."""
+    rounds = Mock(wraps=solve.milp)
+    monkeypatch.setattr(solve, "milp", rounds)
+    costs = {"ms": [[size * bits * 1e-7 for bits in (2, 3, 4, 8)] for size in (1769472, 589824, 2359296, 2359296)] * 3}
+    values = [[4.0**-bits for bits in (2, 3, 4, 8)]] * 12
+    limit = total(costs["ms"], [2] * 6 + [1] * 6)
+    found = choose(values, costs, {"ms": limit})
+    assert choose(values, costs, {"ms": limit * (1 - ROUNDING)}) == found
+    assert rounds.call_count == 2
+
+
+def test_what_the_solver_takes_for_kept_and_is_not_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def loosely(objective: Any, constraints: list[LinearConstraint], **options: Any) -> Any:
+        limited = [LinearConstraint(c.A, c.lb, c.ub + 1e-4 * np.isinf(c.lb)) for c in constraints]
+        return milp(objective, constraints=limited, **options)
+
+    milp = solve.milp
+    monkeypatch.setattr(solve, "milp", loosely)
+    costs = {"ms": [[0.0, 0.5], [0.0, 0.50003]]}
+    assert choose([[3.0, 0.0], [2.0, 0.0]], costs, {"ms": 1.0}) == [1, 0]

@@ -14,6 +14,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 Numbers = Sequence[Sequence[float]]
 """A number for every candidate of every item."""
 _TOLERANCE = 1e-9
+"""Of a limit: what is beyond it by no more is within, as a sum in another order may be."""
 _RANGE = 1e4
 """What the sum of all values is scaled to: HiGHS takes sums that differ by less than 1e-6 for equal."""
 
@@ -46,10 +47,10 @@ def choose(values: Numbers, costs: Mapping[str, Numbers], limits: Mapping[str, f
     """
     kept: dict[str, float] = {}
     for name, limit in limits.items():
-        least = total(costs[name], _least(costs[name], costs, kept))
-        if least > limit:
+        least, most = total(costs[name], _least(costs[name], costs, kept)), limit + _TOLERANCE * abs(limit)
+        if least > most:
             raise UnmetError(name, least)
-        kept[name] = limit
+        kept[name] = most
     return _least(values, costs, kept)
 
 
@@ -63,7 +64,7 @@ def _least(values: Numbers, costs: Mapping[str, Numbers], limits: Mapping[str, f
     if not limits:
         return [item.index(min(item)) for item in map(list, values)]
     # Of each item what could be chosen: what fits beside the least of all others, and is not worse in everything.
-    slack = {name: limit - sum(map(min, costs[name])) + _TOLERANCE * abs(limit) for name, limit in limits.items()}
+    slack = {name: limit - sum(map(min, costs[name])) for name, limit in limits.items()}
     candidates: list[list[int]] = []
     for number, item in enumerate(values):
         rows = [(costs[name][number], min(costs[name][number]) + room) for name, room in slack.items()]
