@@ -105,8 +105,9 @@ void run_nibbles(const uint8_t* rows, size_t stride, size_t count, const uint8_t
 // vpermb and one vpaddb.
 //
 // Layout: [n / 64 groups][64 starts, k / 3 triples][64 channels], a byte a triple w0 + 4 w1 + 16 w2 of the codes modulo
-// 4. A triple is (i, i + T, i + 2 T) with T = ceil(k / 3), so that a row is packed by whole vectors.
-constexpr size_t kGroup = 64, kTriple = 3;
+// 4. A triple is (i, i + T, i + 2 T) with T = ceil(k / 3), so that a row is packed by whole vectors. A row's triple is
+// held times 64, the distance of its table, in 16 bits.
+constexpr size_t kGroup = 64, kTriple = 3, kTableBytes = sizeof(uint16_t);
 constexpr size_t kBeforeWidening = 255 / (kTermRange * kTriple) / 4 * 4;  // steps go by four
 constexpr size_t kTriplesAtOnce = 65535 / (kTermRange * kTriple);         // what a 16-bit sum holds
 
@@ -118,6 +119,8 @@ struct Tables {
     }
 };
 const Tables kTables;
+
+inline const uint8_t* table(size_t distance) { return &kTables.bytes[0][0] + distance; }
 
 size_t triples(size_t k) { return (k + kTriple - 1) / kTriple; }
 
@@ -184,22 +187,27 @@ void lookup_pack_columns(const uint8_t* codes, size_t stride, size_t k, size_t w
     }
 }
 
-size_t lookup_row_bytes(size_t k) { return round_up(triples(k), 64); }
+size_t lookup_row_bytes(size_t k) { return round_up(kTableBytes * triples(k), 64); }
 
 void lookup_pack_rows(const uint8_t* codes, size_t stride, size_t rows, size_t k, uint8_t* out, size_t out_stride) {
     const size_t count = triples(k);
-    for (size_t r = 0; r < rows; ++r)
-        for (size_t i = 0; i < count; i += 64) {
-            const size_t some = std::min<size_t>(count - i, 64);
-            __m512i triple = _mm512_setzero_si512();
-            for (size_t part = kTriple; part-- > 0;) {
-                const size_t first = i + part * count;
-                const __mmask64 mask = first_bytes(std::min(some, first < k ? k - first : 0));
-                const __m512i code = _mm512_maskz_loadu_epi8(mask, codes + r * stride + first);
-                triple = _mm512_or_si512(_mm512_slli_epi16(triple, 2), code);
-            }
-            _mm512_storeu_si512(out + r * out_stride + i, triple);
+    for (size_t i = 0; i < count; i += 32) {
+        __mmask32 masks[kTriple];
+        unrolled<kTriple>([&](auto part) {
+            const size_t first = i + part * count;
+            masks[part] = static_cast<__mmask32>(first_bytes(std::min(count - i, first < k ? k - first : 0)));
+        });
+        for (size_t r = 0; r < rows; ++r) {
+            __m512i words[kTriple];
+            unrolled<kTriple>([&](auto part) {
+                const uint8_t* from = codes + r * stride + i + part * count;
+                words[part] = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(masks[part], from));
+            });
+            const __m512i high = _mm512_or_si512(words[1], _mm512_slli_epi16(words[2], 2));
+            const __m512i triple = _mm512_or_si512(words[0], _mm512_slli_epi16(high, 2));
+            _mm512_storeu_si512(out + r * out_stride + kTableBytes * i, _mm512_slli_epi16(triple, 6));
         }
+    }
 }
 
 template <int Rows, int Groups>
@@ -216,21 +224,25 @@ void lookup_tile(const uint8_t* a, size_t stride, const uint8_t* w, size_t group
             __m512i channels[Groups];
             unrolled<Groups>([&](auto g) { channels[g] = kept(_mm512_loadu_si512(w + g * group_bytes + i * kGroup)); });
             unrolled<Rows>([&](auto r) {
-                const __m512i table = kept(_mm512_load_si512(table_of(r)));
+                const __m512i entries = kept(_mm512_load_si512(table_of(r)));
                 unrolled<Groups>([&](auto g) {
-                    bytes[r][g] = kept(_mm512_add_epi8(bytes[r][g], _mm512_permutexvar_epi8(channels[g], table)));
+                    bytes[r][g] = kept(_mm512_add_epi8(bytes[r][g], _mm512_permutexvar_epi8(channels[g], entries)));
                 });
             });
         };
         for (; at + 4 <= until; at += 4) {
             // A row's four triples by one load: a load of each would hold up those of the tables.
             uint64_t four[Rows];
-            unrolled<Rows>([&](auto r) { four[r] = static_cast<uint32_t>(load_word(a + r * stride + at)); });
-            unrolled<4>([&](auto i) {
-                step(at + i, [&](auto r) { return &kTables.bytes[0][0] + ((four[r] << 6 >> 8 * i) & (63 << 6)); });
-            });
+            unrolled<Rows>([&](auto r) { std::memcpy(&four[r], a + r * stride + kTableBytes * at, sizeof four[r]); });
+            unrolled<4>(
+                [&](auto i) { step(at + i, [&](auto r) { return table(static_cast<uint16_t>(four[r] >> 16 * i)); }); });
         }
-        for (; at < until; ++at) step(at, [&](auto r) { return kTables.bytes[a[r * stride + at]]; });
+        for (; at < until; ++at)
+            step(at, [&](auto r) {
+                uint16_t one;
+                std::memcpy(&one, a + r * stride + kTableBytes * at, sizeof one);
+                return table(one);
+            });
         each_sum<Rows, Groups>([&](auto r, auto g) {
             words[r][g] = _mm512_add_epi16(words[r][g], bytes[r][g]);
             highs[r][g] = _mm512_add_epi16(highs[r][g], _mm512_srli_epi16(bytes[r][g], 8));
@@ -250,16 +262,17 @@ void lookup_tile(const uint8_t* a, size_t stride, const uint8_t* w, size_t group
     });
 }
 
-constexpr LookupTile kLookupTiles[][3] = {
-    {lookup_tile<1, 1>, lookup_tile<2, 1>, lookup_tile<3, 1>},
-    {lookup_tile<1, 2>, lookup_tile<2, 2>, lookup_tile<3, 2>},
-    {lookup_tile<1, 3>, lookup_tile<2, 3>, lookup_tile<3, 3>},
-};
+// As many rows as leave registers for the sums of them all.
+constexpr LookupTile kOneGroup[] = {lookup_tile<1, 1>, lookup_tile<2, 1>, lookup_tile<3, 1>,
+                                    lookup_tile<4, 1>, lookup_tile<5, 1>, lookup_tile<6, 1>};
+constexpr LookupTile kTwoGroups[] = {lookup_tile<1, 2>, lookup_tile<2, 2>, lookup_tile<3, 2>, lookup_tile<4, 2>};
+constexpr LookupTile kThreeGroups[] = {lookup_tile<1, 3>, lookup_tile<2, 3>, lookup_tile<3, 3>};
+constexpr LookupTiles kLookupTiles[] = {kOneGroup, kTwoGroups, kThreeGroups};
 
 void run_lookup(const uint8_t* rows, size_t stride, size_t count, const uint8_t* packed, size_t, size_t k, size_t first,
                 size_t last, int32_t* out, size_t out_stride) {
-    run_lookup_tiles<kGroup, kTriplesAtOnce, 1>(kLookupTiles, rows, stride, count, packed, triples(k), first, last, out,
-                                                out_stride);
+    run_lookup_tiles<kGroup, kTriplesAtOnce, kTableBytes>(kLookupTiles, rows, stride, count, packed, triples(k), first,
+                                                          last, out, out_stride);
 }
 
 constexpr Product kLookup = {"lookup",

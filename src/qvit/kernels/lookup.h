@@ -47,23 +47,31 @@ inline void store_start(uint8_t* group, size_t channel, int total, size_t terms)
 using LookupTile = void (*)(const uint8_t* rows, size_t stride, const uint8_t* packed, size_t group_bytes, size_t steps,
                             const uint8_t* starts, int32_t* out, size_t out_stride);
 
-// All rows with channels first to last, in tiles[groups - 1][rows - 1]: AtOnce steps of k after one another, as many as
+// Tiles of 1, 2, ... rows with some number of groups.
+struct LookupTiles {
+    template <size_t Rows>
+    constexpr LookupTiles(const LookupTile (&tiles_)[Rows]) : tiles(tiles_), rows(Rows) {}
+    const LookupTile* tiles;
+    size_t rows;
+};
+
+// All rows with channels first to last, in tiles of 1, 2, ... groups: AtOnce steps of k after one another, as many as
 // their narrow sums hold. A step is StepBytes of a row and a byte of each channel.
-template <size_t Group, size_t AtOnce, size_t StepBytes, size_t Groups, size_t Rows>
-void run_lookup_tiles(const LookupTile (&tiles)[Groups][Rows], const uint8_t* rows, size_t stride, size_t count,
+template <size_t Group, size_t AtOnce, size_t StepBytes, size_t Groups>
+void run_lookup_tiles(const LookupTiles (&tiles)[Groups], const uint8_t* rows, size_t stride, size_t count,
                       const uint8_t* packed, size_t steps, size_t first, size_t last, int32_t* out, size_t out_stride) {
     const size_t group_bytes = kStarts<Group> + steps * Group;
     for (size_t start = 0; start < steps; start += AtOnce) {
         const size_t some = std::min(AtOnce, steps - start);
-        for (size_t channel = first; channel < last; channel += Groups * Group) {
-            const size_t groups = std::min(Groups, (last - channel) / Group);
+        for (size_t channel = first, groups; channel < last; channel += groups * Group) {
+            const size_t left = (last - channel) / Group;
+            groups = left == Groups + 1 ? (left + 1) / 2 : std::min(Groups, left);  // not one that is left alone
+            const auto [of, height] = tiles[groups - 1];
             const uint8_t* from = packed + channel / Group * group_bytes;
-            for (size_t r = 0; r < count; r += Rows) {
-                const size_t height = std::min(Rows, count - r);
-                tiles[groups - 1][height - 1](
+            for (size_t r = 0; r < count; r += height)
+                of[std::min(height, count - r) - 1](
                     rows + r * stride + StepBytes * start, stride, from + kStarts<Group> + start * Group, group_bytes,
                     some, start == 0 ? from : nullptr, out + r * out_stride + channel - first, out_stride);
-            }
         }
     }
 }

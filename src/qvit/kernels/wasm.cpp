@@ -147,10 +147,9 @@ void lookup_tile(const uint8_t* a, size_t stride, const uint8_t* w, size_t group
     });
 }
 
-constexpr LookupTile kLookupTiles[][3] = {
-    {lookup_tile<1, 1>, lookup_tile<2, 1>, lookup_tile<3, 1>},
-    {lookup_tile<1, 2>, lookup_tile<2, 2>, lookup_tile<3, 2>},
-};
+constexpr LookupTile kOneGroup[] = {lookup_tile<1, 1>, lookup_tile<2, 1>, lookup_tile<3, 1>};
+constexpr LookupTile kTwoGroups[] = {lookup_tile<1, 2>, lookup_tile<2, 2>, lookup_tile<3, 2>};
+constexpr LookupTiles kLookupTiles[] = {kOneGroup, kTwoGroups};
 
 void run_lookup(const uint8_t* rows, size_t stride, size_t count, const uint8_t* packed, size_t, size_t k, size_t first,
                 size_t last, int32_t* out, size_t out_stride) {
