@@ -25,12 +25,14 @@ from rich.table import Table
 WORKER = """
 import sys, time
 from pathlib import Path
-checkout, folder, model, bits, batch, threads = sys.argv[1:]
+checkout, folder, model, bits, batch, threads, activation_bits, instruction_set = sys.argv[1:]
 sys.path.insert(0, f"{checkout}/benchmarks")
 import numpy as np
 from random_models import write_random
 from qvit.runtime.engine import load
-engine = load(write_random(Path(folder) / "model.safetensors", model, int(bits)), threads=int(threads))
+mixed = {"activation_bits": int(activation_bits)} if activation_bits else {}
+file = write_random(Path(folder) / "model.safetensors", model, int(bits), **mixed)
+engine = load(file, threads=int(threads), instruction_set=instruction_set or None)
 images = np.random.default_rng(0).standard_normal((int(batch), 3, 224, 224)).astype(np.float32)
 for _ in range(3):
     logits = engine(images)
@@ -45,9 +47,9 @@ for _ in sys.stdin:
 class Build:
     """A process of one build, which makes one call whenever it is asked."""
 
-    def __init__(self, checkout: Path, folder: str, case: tuple[str, int, int], threads: int) -> None:
+    def __init__(self, checkout: Path, folder: str, case: tuple[str, int, int], options: list[str]) -> None:
         python = checkout / ".venv" / "bin" / "python"
-        command = [str(python), "-c", WORKER, str(checkout), folder, *map(str, case), str(threads)]
+        command = [str(python), "-c", WORKER, str(checkout), folder, *map(str, case), *options]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -81,11 +83,14 @@ def main() -> None:
     parser.add_argument("after", type=Path, help="checkout of the new build, with its .venv")
     parser.add_argument("--models", nargs="+", default=["deit_tiny_patch16_224", "deit_small_patch16_224"])
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 2])
+    parser.add_argument("--activation-bits", type=int, help="those of the weights by default")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--instruction-set", default="", help="the best one by default")
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--limit", type=float, default=1.02, help="largest ratio that passes")
     arguments = parser.parse_args()
+    options = [str(arguments.threads), str(arguments.activation_bits or ""), arguments.instruction_set]
     table = Table("model", "bits", "batch", "before (ms)", "after (ms)", "ratio", "ratio of turns", "outputs")
     failed = False
     for case in [(m, b, n) for m in arguments.models for b in arguments.bits for n in arguments.batches]:
@@ -93,7 +98,7 @@ def main() -> None:
             builds = []
             for checkout in (arguments.before, arguments.after):
                 folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="qvit-builds-"))
-                builds.append(Build(checkout.resolve(), folder, case, arguments.threads))
+                builds.append(Build(checkout.resolve(), folder, case, options))
                 stack.callback(builds[-1].close)
             turns = [[build.seconds() for build in builds] for _ in range(arguments.rounds)]
             before, after = (statistics.median(times) for times in zip(*turns, strict=True))

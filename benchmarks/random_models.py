@@ -22,10 +22,11 @@ from qvit.models.families import lower
 MODELS = ("deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224", "swin_tiny_patch4_window7_224")
 
 
-def program(name: str, bits: int = 4, image_size: int = 224) -> Program:
+def program(name: str, bits: int = 4, image_size: int = 224, activation_bits: int | None = None) -> Program:
     """Return the program of a student of timm's model ``name`` for square images of ``image_size`` pixels."""
+    config = QuantConfig(bits, bits if activation_bits is None else activation_bits)
     with torch.device("meta"):
-        student = quantize(timm.create_model(name, img_size=image_size), QuantConfig(bits, bits))
+        student = quantize(timm.create_model(name, img_size=image_size), config)
     return lower(student, (image_size, image_size))[0]
 
 
@@ -41,9 +42,9 @@ def preprocessing(image_size: int) -> dict[str, Any]:
     }
 
 
-def write_random(path: Path, name: str, bits: int, image_size: int = 224) -> Path:
+def write_random(path: Path, name: str, bits: int, image_size: int = 224, activation_bits: int | None = None) -> Path:
     """Write a packed model with random codes; return ``path``."""
-    model = random_model(program(name, bits, image_size))
+    model = random_model(program(name, bits, image_size, activation_bits))
     write_packed(path, dataclasses.replace(model, preprocessing=preprocessing(image_size)))
     return path
 
@@ -53,10 +54,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=MODELS)
     parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--activation-bits", type=int, help="those of the weights by default")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    write_random(arguments.out, arguments.name, arguments.bits, arguments.image_size)
+    write_random(arguments.out, arguments.name, arguments.bits, arguments.image_size, arguments.activation_bits)
 
 
 if __name__ == "__main__":
