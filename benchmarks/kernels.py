@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
@@ -34,12 +35,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    kernels = [
-        (isa, product, bits)
-        for isa in _kernels.instruction_sets()
-        for product, (left, right) in _kernels.products(isa)
-        for bits in [min(left, right)]
-    ]
+    kernels = [(isa, product, bits) for isa in _kernels.instruction_sets() for product, bits in _kernels.products(isa)]
     cases = [(*kernel, shape) for kernel in kernels for shape in SHAPES]
     speeds: dict[Any, list[float]] = {case: [] for case in cases}
     loops: dict[str, list[float]] = {}
@@ -61,7 +57,8 @@ def main() -> None:
             {
                 "isa": isa,
                 "product": product,
-                "bits": bits,
+                "activation_bits": bits[0],
+                "weight_bits": bits[1],
                 "shape": " x ".join(map(str, shape)),
                 "speed": reached,
                 "loop": its_loop,
@@ -71,21 +68,40 @@ def main() -> None:
         )
     about = machine()
     table = Table(title=f"Products of codes, one thread, {about['cpu']}, median of {arguments.rounds} rounds")
-    for column in ("instructions", "kernel", "bits", "M x N x K", "10^9 multiply-adds/s", "loop", "loop's", "share"):
+    for column in (
+        "instructions",
+        "kernel",
+        "bits (activations, weights)",
+        "M x N x K",
+        "10^9 multiply-adds/s",
+        "loop",
+        "loop's",
+        "share",
+    ):
         table.add_column(column, justify="left" if column in ("instructions", "kernel", "loop") else "right")
     for r in results:
         limit = ("", "") if r["peak"] is None else (f"{r['peak']:.0f}", f"{100 * r['share']:.0f} %")
-        table.add_row(r["isa"], r["product"], str(r["bits"]), r["shape"], f"{r['speed']:.0f}", r["loop"], *limit)
+        table.add_row(
+            r["isa"],
+            r["product"],
+            f"{r['activation_bits']}, {r['weight_bits']}",
+            r["shape"],
+            f"{r['speed']:.0f}",
+            r["loop"],
+            *limit,
+        )
 
     Console().print(table)
     if arguments.json:
         arguments.json.write_text(json.dumps({"machine": about, "results": results}))
 
 
-def _operands(isa: str, product: str, bits: int, shape: tuple[int, int, int]) -> tuple[Any, Any, Any]:
-    rng, (m, n, k) = np.random.default_rng(0), shape
-    codes = rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (n, k), dtype=np.int8)
-    left = rng.integers(0, 2**bits, (m, k), dtype=np.int64).astype(np.uint8)
+def _operands(
+    isa: str, product: str, bits: tuple[int, int], shape: tuple[int, int, int]
+) -> tuple[_kernels.Matrix, NDArray[np.uint8], NDArray[np.int32]]:
+    rng, (m, n, k), (left_bits, right_bits) = np.random.default_rng(0), shape, bits
+    codes = rng.integers(-(2 ** (right_bits - 1)), 2 ** (right_bits - 1), (n, k), dtype=np.int8)
+    left = rng.integers(0, 2**left_bits, (m, k), dtype=np.int64).astype(np.uint8)
     return _kernels.Matrix(isa, product, codes), left, np.empty((m, n), np.int32)
 
 

@@ -23,6 +23,7 @@ LOOPS = {
     ("avx-vnni", "vnni"): "vpdpbusd-256",
     ("avx-vnni", "lookup"): "vpshufb-256",
     ("avx2", "lookup"): "vpshufb-256",
+    ("avx2", "lookup-4"): "vpshufb-4-256",
     ("avx2", "maddubs-4"): "vpmaddubsw-256",
     ("avx2", "maddubs-6"): "vpmaddubsw-256",
     ("avx2", "maddubs-8"): "vpmaddubsw-256",

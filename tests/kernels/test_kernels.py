@@ -43,7 +43,7 @@ def check(isa: str, name: str, bits: tuple[int, int], patterns: tuple[str, str],
 def test_products_are_exact(isa: str, name: str, left: int, right: int, data: st.DataObject) -> None:
     bits = data.draw(st.tuples(st.integers(2, left), st.integers(2, right)), "bits")
     patterns = data.draw(st.tuples(st.sampled_from(PATTERNS), st.sampled_from(PATTERNS)), "patterns")
-    shape = data.draw(st.tuples(st.integers(1, 40), st.integers(1, 150), st.integers(1, 700)), "shape")
+    shape = data.draw(st.tuples(st.integers(1, 40), st.integers(1, 200), st.integers(1, 700)), "shape")
     check(isa, name, bits, patterns, shape)
 
 

@@ -1,7 +1,7 @@
 // AVX2 with FMA.
 #include "simd_avx2.h"
 
-#include "products_256.h"
+#include "lookup_mixed.h"
 #include "row_ops.h"
 
 namespace {
@@ -69,16 +69,17 @@ struct Wide {
     }
 };
 
-constexpr Product kProducts[] = {
+constexpr Product kMoving[] = {
     kLookup,
     dense_product<Narrow<4, 4>>("maddubs-4", 4, 4),
     dense_product<Narrow<6, 6>>("maddubs-6", 6, 6),
     dense_product<Narrow<8, 4>>("maddubs-8", 8, 4),
     dense_product<Wide>("madd", 8, 8),
 };
+constexpr Product kProducts[] = {kLookup, kMixed, kMoving[1], kMoving[2], kMoving[3], kMoving[4]};
 
 }  // namespace
 
 namespace qvit {
-extern const Isa kAvx2 = {"avx2", kProducts, 5, kProducts, 5, kRowOps};
+extern const Isa kAvx2 = {"avx2", kProducts, 6, kMoving, 5, kRowOps};
 }

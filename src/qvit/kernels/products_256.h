@@ -23,10 +23,22 @@ inline __m256i table_of(uint8_t pair) {
     return kept(_mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table))));
 }
 
+// Sums of a group, from those of 16-bit words of two bytes and those of the words' high bytes, which make the low
+// bytes' sum by their difference. To what is in `starts`, or if that is null in `out`.
+[[gnu::always_inline]] inline void add_words(__m256i words, __m256i highs, const uint8_t* starts, int32_t* out) {
+    const __m256i lows = _mm256_sub_epi16(words, _mm256_slli_epi16(highs, 8)), low_word = _mm256_set1_epi32(0xFFFF);
+    const __m256i parts[4] = {_mm256_and_si256(lows, low_word), _mm256_srli_epi32(lows, 16),
+                              _mm256_and_si256(highs, low_word), _mm256_srli_epi32(highs, 16)};
+    const void* from = starts == nullptr ? static_cast<const void*>(out) : starts;
+    unrolled<4>([&](auto p) {
+        const __m256i start = load_vector(static_cast<const int32_t*>(from) + p * kLanes);
+        store_vector(out + p * kLanes, _mm256_add_epi32(start, parts[p]));
+    });
+}
+
 template <int Rows, int Groups>
 void lookup_tile(const uint8_t* a, size_t stride, const uint8_t* w, size_t group_bytes, size_t count,
                  const uint8_t* starts, int32_t* out, size_t out_stride) {
-    // Sums of the 16-bit words as they are, and of their high bytes: the low bytes' sum is the difference.
     __m256i words[Rows][Groups], highs[Rows][Groups];
     each_sum<Rows, Groups>([&](auto r, auto g) { words[r][g] = highs[r][g] = _mm256_setzero_si256(); });
     const __m256i low = _mm256_set1_epi8(15);
@@ -53,17 +65,9 @@ void lookup_tile(const uint8_t* a, size_t stride, const uint8_t* w, size_t group
             highs[r][g] = _mm256_add_epi16(highs[r][g], _mm256_srli_epi16(bytes[r][g], 8));
         });
     }
-    const __m256i low_word = _mm256_set1_epi32(0xFFFF);
     each_sum<Rows, Groups>([&](auto r, auto g) {
-        const __m256i lows = _mm256_sub_epi16(words[r][g], _mm256_slli_epi16(highs[r][g], 8));
-        const __m256i parts[4] = {_mm256_and_si256(lows, low_word), _mm256_srli_epi32(lows, 16),
-                                  _mm256_and_si256(highs[r][g], low_word), _mm256_srli_epi32(highs[r][g], 16)};
-        int32_t* to = out + r * out_stride + g * kGroup;
-        const void* from = starts == nullptr ? static_cast<const void*>(to) : starts + g * group_bytes;
-        unrolled<4>([&](auto p) {
-            const __m256i start = load_vector(static_cast<const int32_t*>(from) + p * kLanes);
-            store_vector(to + p * kLanes, _mm256_add_epi32(start, parts[p]));
-        });
+        add_words(words[r][g], highs[r][g], starts == nullptr ? nullptr : starts + g * group_bytes,
+                  out + r * out_stride + g * kGroup);
     });
 }
 
