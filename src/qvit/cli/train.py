@@ -90,7 +90,7 @@ def train(
 ) -> None:
     """Train a float model, or quantize one and train that.
 
-    Under torchrun or accelerate launch the processes divide each batch of the recipe between them.
+    Under torchrun, or accelerate launch on GPUs, the processes divide each batch of the recipe between them.
 
     The status is 0 for a finished run alone; 143 (128 and the number of SIGTERM, what a shell reports of a program that
     this signal ended) for one that SIGTERM stopped, which has saved itself; 130 after Ctrl-C; 2 where something is

@@ -59,7 +59,7 @@ class Options:
 def make_accelerator(options: Options) -> Accelerator:
     """Return the processes, device, precision and accumulation of a run.
 
-    Under ``torchrun`` or ``accelerate launch`` it joins the other processes.
+    Under ``torchrun``, or ``accelerate launch`` on GPUs, it joins the other processes.
     """
     # Accelerate keeps the first precision for the life of the process; runs that follow one another may differ.
     AcceleratorState._reset_state()
