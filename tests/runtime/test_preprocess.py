@@ -1,16 +1,21 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
+import hypothesis
 import numpy as np
 import pytest
 import timm.data
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from qvit.errors import ConfigError, CorruptImageError
 from qvit.format.header import CROP_MODES, INTERPOLATIONS
 from qvit.images import Picture
-from qvit.runtime.preprocess import preprocess, preprocess_batch
+from qvit.runtime.preprocess import _resize_box, preprocess, preprocess_batch
 
 SIZES = [
     (1, 1),
@@ -90,6 +95,40 @@ def test_same_bits_as_timm_in_grey(mode: str) -> None:
         )
 
 
+def test_a_mean_beyond_all_pixels_fills_with_the_nearest() -> None:
+    for mean in ([1.5, -0.3, 0.5], [-40.0, 90.0, 1.0]):
+        assert_same(noise(20, 33), settings(input_size=[3, 32, 32], crop_mode="border", mean=mean))
+
+
+def test_a_strip_that_its_longer_edge_makes_thinner_than_a_pixel_keeps_one() -> None:
+    chosen = settings(input_size=[3, 32, 32], crop_mode="border", mean=[0.0] * 3, std=[1.0] * 3)
+    for size in ((1, 500), (500, 1)):
+        prepared = preprocess(Image.new("RGB", size, "white"), chosen)
+        assert (prepared == 1).sum() == 3 * 32
+
+
+@st.composite
+def spans(draw: st.DrawFn) -> tuple[int, float, float, int]:
+    """A side's length, where on it a span starts and stops, and how many pixels are made of that."""
+    length = draw(st.integers(1, 90))
+    start = draw(st.floats(0, length - 0.5))
+    return length, start, draw(st.floats(start + 0.5, length)), draw(st.integers(1, 40))
+
+
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+@hypothesis.settings(deadline=None, max_examples=50)
+@given(across=spans(), down=spans())
+def test_a_box_of_an_image_is_resized_with_all_around_it_that_counts(
+    interpolation: str, across: tuple[int, float, float, int], down: tuple[int, float, float, int]
+) -> None:
+    (width, left, right, columns), (height, top, bottom, rows) = across, down
+    size, box, resample = (columns, rows), (left, top, right, bottom), Image.Resampling[interpolation.upper()]
+    image = noise(width, height).convert("L").convert("F")  # in floats nothing is rounded between the axes
+    picture: Any = SimpleNamespace(width=width, height=height, crop=image.crop)
+    found = _resize_box(picture, size, box, resample)
+    np.testing.assert_allclose(np.asarray(found), np.asarray(image.resize(size, resample, box)), atol=0.01)
+
+
 @pytest.mark.parametrize("name", ["deit_small_patch16_224", "vit_base_patch16_clip_224", "vit_tiny_patch16_224"])
 def test_same_bits_as_timm_by_model(name: str) -> None:
     model = timm.create_model(name, depth=1)
@@ -112,6 +151,20 @@ def test_strip_is_cropped_without_resizing_all_of_it() -> None:
     tall = preprocess(ramp.transpose(Image.Transpose.ROTATE_270), chosen)
     np.testing.assert_allclose(wide, 0.5, atol=2 / 255)
     np.testing.assert_allclose(tall, 0.5, atol=2 / 255)
+
+
+@pytest.mark.parametrize("size", [(4000, 1), (1, 4000)])
+def test_an_image_that_is_large_between_its_axes_is_cropped_first(
+    monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]
+) -> None:
+    """Pillow resizes one axis after the other: what lies in between has one side of the image."""
+    whole = Mock(wraps=Image.Image.resize)
+    monkeypatch.setattr(Image.Image, "resize", lambda *arguments: whole(*arguments))
+    for largest, boxed in ((4000 * 53, False), (4000 * 53 - 1, True)):
+        monkeypatch.setattr("qvit.runtime.preprocess.LARGEST", largest)
+        whole.reset_mock()
+        preprocess(noise(*size), settings(input_size=[3, 48, 48], crop_mode="squash"))
+        assert (len(whole.call_args.args) == 4) == boxed  # image, size, filter and box
 
 
 def test_cut_before_resizing_is_the_same_but_for_rounding(monkeypatch: pytest.MonkeyPatch) -> None:

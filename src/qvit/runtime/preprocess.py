@@ -87,7 +87,8 @@ def fit(image: ImageSource | Picture, preprocessing: Mapping[str, Any], name: st
         right, bottom = min((x + kept[0]) * across, picture.width), min((y + kept[1]) * down, picture.height)
         resized = _resize_box(picture, kept, (x * across, y * down, right, bottom), resample)
         left, top = min(left, 0), min(top, 0)
-    fill = [round(255 * min(max(m, 0), 1)) if crop_mode == "border" else 0 for m in preprocessing["mean"]]
+    # Pillow takes what is beyond a byte for its end.
+    fill = [round(255 * m) if crop_mode == "border" else 0 for m in preprocessing["mean"]]
     canvas = Image.new(mode, (crop_width, crop_height), tuple(fill))
     canvas.paste(resized, (-left, -top))
     return np.array(canvas).reshape(crop_height, crop_width, -1).transpose(2, 0, 1)
@@ -111,7 +112,7 @@ def _reached(start: float, stop: float, pixels: int, length: int) -> tuple[int, 
 
     ``pixels`` is the number of pixels that are made of it, ``length`` that of the whole axis.
     """
-    reach = _REACH * max(1.0, (stop - start) / pixels) + 1
+    reach = _REACH * max(1.0, (stop - start) / pixels)
     return max(0, math.floor(start - reach)), min(length, math.ceil(stop + reach))
 
 

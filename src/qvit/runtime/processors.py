@@ -20,7 +20,7 @@ def processors(root: Path = Path("/")) -> int:
     """
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # Half a processor still needs a thread, and a share of three and a half feeds no more than four.
-    return max(1, min([count, *(math.ceil(quota) for quota in _quotas(root))]))
+    return min([count, *(math.ceil(quota) for quota in _quotas(root))])
 
 
 def _quotas(root: Path) -> Iterator[float]:
@@ -50,7 +50,7 @@ def _groups(root: Path) -> Iterator[tuple[str, str]]:
     for line in lines:
         number, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
-        if number == "0" and not controllers:
+        if number == "0":
             yield "", path
         elif "cpu" in controllers.split(","):
             yield "cpu", path
