@@ -6,8 +6,10 @@ import ast
 import importlib
 import inspect
 import json
+import os
 import re
 import shlex
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -185,6 +187,19 @@ def test_an_example_says_how_it_is_run_and_stands_on_the_page(path: Path) -> Non
     for program, *arguments in map(shlex.split, commands):
         assert program == f"examples/{path.name}"
         check_command("python", [program, *arguments], whole=True)
+
+
+def test_the_script_for_a_gpu_calls_benchmarks_with_options_that_they_have(tmp_path: Path) -> None:
+    python, calls = tmp_path / "python", tmp_path / "calls"
+    python.write_text(f'#!/bin/sh\nprintf "%s " "$@" >>"{calls}"\necho >>"{calls}"\n')
+    python.chmod(0o755)
+    script = [str(ROOT / "benchmarks" / "training_gpu.sh"), "results", "model", "data", "recipe", "--batch", "2"]
+    subprocess.run(["sh", *script], cwd=tmp_path, env={**os.environ, "PYTHON": str(python)}, check=True)
+    commands = [shlex.split(line) for line in calls.read_text().splitlines()]
+    assert [Path(program).name for program, *_ in commands] == ["training.py", "loading.py"]
+    assert commands[0][-2:] == ["--batch", "2"]
+    for program, *arguments in commands:
+        check_command("python", [str(Path(program).relative_to(ROOT)), *arguments], whole=True)
 
 
 def test_commands_are_found_and_what_is_wrong_with_them_is_seen(tmp_path: Path) -> None:
