@@ -67,8 +67,9 @@ void mixed_tile(const uint8_t* a, size_t, const uint8_t* w, size_t group_bytes, 
     });
 }
 
-constexpr LookupTile kMixedTiles[][1] = {{mixed_tile<1>}, {mixed_tile<2>}, {mixed_tile<3>},
-                                         {mixed_tile<4>}, {mixed_tile<5>}, {mixed_tile<6>}};
+constexpr LookupTile kOneRow[][1] = {{mixed_tile<1>}, {mixed_tile<2>}, {mixed_tile<3>},
+                                     {mixed_tile<4>}, {mixed_tile<5>}, {mixed_tile<6>}};
+constexpr LookupTiles kMixedTiles[] = {kOneRow[0], kOneRow[1], kOneRow[2], kOneRow[3], kOneRow[4], kOneRow[5]};
 
 void run_mixed(const uint8_t* rows, size_t stride, size_t count, const uint8_t* packed, size_t, size_t k, size_t first,
                size_t last, int32_t* out, size_t out_stride) {
