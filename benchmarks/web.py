@@ -1,7 +1,8 @@
 """Packed models in Chromium beside onnxruntime-web: what is downloaded, time to the first result, and per image.
 
-Random weights; one thread; float32 and both int8 modes of ONNX Runtime's quantizer. In rounds: the runtimes, each in a
-page of its own, take turns with one image. Needs the extras bench and dev, Chromium, Node.js, and
+Random weights; one thread and two; float32 and both int8 modes of ONNX Runtime's quantizer. In rounds the runtimes,
+each in a page of its own, take turns: one image after a pause, then some in a row. Needs the extras bench and dev,
+Chromium, Node.js, and
 
     npm install onnxruntime-web
 
@@ -19,6 +20,7 @@ import tempfile
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,8 @@ from random_models import write_random
 MODELS = ("deit_tiny_patch16_224", "deit_small_patch16_224")
 MODES = {"onnxruntime": ".onnx", "onnxruntime-dynamic": ".dynamic.onnx", "onnxruntime-static": ".static.onnx"}
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+IN_A_ROW = 10
+"""Images of a round, after the first."""
 Run = tuple[str, str, str]
 """Title, kind of runtime and address of a model."""
 
@@ -45,6 +49,11 @@ class _Handler(SimpleHTTPRequestHandler):
     def do_GET(self) -> None:
         self.asked.add(self.path)
         super().do_GET()
+
+    def end_headers(self) -> None:
+        self.send_header("Cross-Origin-Opener-Policy", "same-origin")  # only such pages have threads
+        self.send_header("Cross-Origin-Embedder-Policy", "require-corp")
+        super().end_headers()
 
     def log_message(self, *_: Any) -> None:
         """Say nothing."""
@@ -64,30 +73,36 @@ def prepare(folder: Path, name: str, all_bits: list[int]) -> list[Run]:
     return runs
 
 
-def measure(page_of: Any, folder: Path, asked: set[str], runs: list[Run], rounds: int) -> list[dict[str, Any]]:
-    """Open a page for each run, and let them take turns."""
+def measure(
+    page_of: Any, folder: Path, asked: set[str], runs: list[Run], all_threads: list[int], rounds: int
+) -> list[dict[str, Any]]:
+    """Open a page for every run with every number of threads, and let them take turns."""
     results: list[dict[str, Any]] = []
     pages: list[Page] = []
-    for title, kind, address in runs:
+    for threads, (title, kind, address) in product(all_threads, runs):
         asked.clear()
         page = page_of()
-        first = page.evaluate("run => window.first(run)", [kind, address])
+        first = page.evaluate("run => window.first(run)", [kind, address, threads])
         files = [folder / path.lstrip("/") for path in asked if not path.endswith(".html") and "favicon" not in path]
         contents = [file.read_bytes() for file in files]
         results.append(
             {
                 "title": title,
+                "threads": threads,
                 "version": first["version"],
                 "bytes": sum(map(len, contents)),
                 "gzip": sum(len(gzip.compress(content)) for content in contents),
                 "first": first["milliseconds"],
-                "times": [],
+                "alone": [],
+                "row": [],
             }
         )
         pages.append(page)
     for _ in range(rounds):
         for page, result in zip(pages, results, strict=True):
-            result["times"].append(page.evaluate("() => window.again()"))
+            alone, *row = page.evaluate("count => window.again(count)", IN_A_ROW)
+            result["alone"].append(alone)
+            result["row"] += row
     for page in pages:
         page.close()
     return results
@@ -95,18 +110,23 @@ def measure(page_of: Any, folder: Path, asked: set[str], runs: list[Run], rounds
 
 def table(name: str, results: list[dict[str, Any]]) -> list[str]:
     """Return the lines of a table in Markdown."""
-    peers = [result for result in results if not result["title"].startswith("qvit")]
-    fastest = min(statistics.median(result["times"]) for result in peers)
-    largest = peers[0]["bytes"]
     lines = [
-        f"| {name} | download (MB) | gzip (MB) | of float32's | first result (ms) | image (ms) | times as fast |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        f"| {name} | threads | download (MB) | gzip (MB) | of float32's | first result (ms) "
+        "| image (ms) | times as fast | in a row (ms) | times as fast |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for result in results:
-        time = statistics.median(result["times"])
+        peers = [
+            peer for peer in results if peer["threads"] == result["threads"] and not peer["title"].startswith("qvit")
+        ]
+        times = []
+        for kind in ("alone", "row"):
+            time = statistics.median(result[kind])
+            times += [f"{time:.1f}", f"{min(statistics.median(peer[kind]) for peer in peers) / time:.2f}"]
         lines.append(
-            f"| {result['title']} ({result['version']}) | {result['bytes'] / 1e6:.1f} | {result['gzip'] / 1e6:.1f} | "
-            f"1/{largest / result['bytes']:.1f} | {result['first']:.0f} | {time:.1f} | {fastest / time:.2f} |"
+            f"| {result['title']} ({result['version']}) | {result['threads']} | {result['bytes'] / 1e6:.1f} | "
+            f"{result['gzip'] / 1e6:.1f} | 1/{peers[0]['bytes'] / result['bytes']:.1f} | {result['first']:.0f} | "
+            f"{' | '.join(times)} |"
         )
     return lines
 
@@ -117,6 +137,7 @@ def main() -> None:
     parser.add_argument("onnxruntime_web", type=Path, metavar="DIST", help="onnxruntime-web's folder of scripts")
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 2])
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--folder", type=Path, help="where models are kept, for another run")
     arguments = parser.parse_args()
@@ -137,9 +158,9 @@ def main() -> None:
             page.goto(f"http://127.0.0.1:{server.server_port}/index.html")
             return page
 
-        print(f"Chromium {browser.version}, {machine()['cpu']}, one thread, median of {arguments.rounds} rounds\n")
+        print(f"Chromium {browser.version}, {machine()['cpu']}, median of {arguments.rounds} rounds\n")
         for name, runs in json.loads(prepared.read_text()).items():
-            results = measure(page_of, folder, _Handler.asked, runs, arguments.rounds)
+            results = measure(page_of, folder, _Handler.asked, runs, arguments.threads, arguments.rounds)
             print(*table(name, results), sep="\n", end="\n\n", flush=True)
         browser.close()
 

@@ -1,26 +1,55 @@
 // The engine of the browser in Node, for tests: a JSON object a line in, one a line out.
-import { readFileSync, writeFileSync } from "node:fs";
+import { readFileSync, readdirSync, writeFileSync } from "node:fs";
 import { createInterface } from "node:readline";
+import { setImmediate } from "node:timers/promises";
 import { pathToFileURL } from "node:url";
 
 const web = pathToFileURL(`${process.argv[2]}/`);
-const { Engine } = await import(new URL("engine.js", web));
+const { Engine, sharedMemory } = await import(new URL("engine.js", web));
+const { importsOf } = await import(new URL("imports.js", web));
 const { fit, preprocess } = await import(new URL("preprocess.js", web));
 const { load } = await import(new URL("qvit.js", web));
 
-const module = new WebAssembly.Module(readFileSync(new URL("simd128.wasm", web)));
+const compiled = (name) => new WebAssembly.Module(readFileSync(new URL(name, web)));
+const [module, threadsModule] = [compiled("simd128.wasm"), compiled("simd128-threads.wasm")];
 const floats = (path) => new Float32Array(new Uint8Array(readFileSync(path)).buffer);
 const write = (path, values) => writeFileSync(path, new Uint8Array(values.buffer, values.byteOffset, values.byteLength));
 
 const calls = {
   /** Logits of images, and with `codes` those of every quantizer, one after the other. */
-  run({ file, images, out, slow, codes }) {
-    const engine = new Engine(module, new Uint8Array(readFileSync(file)), slow);
+  async run({ file, images, out, slow, threads, codes }) {
+    const [binary, memory] = threads > 1 ? [threadsModule, sharedMemory()] : [module];
+    const engine = new Engine(binary, new Uint8Array(readFileSync(file)), { memory, threads, slow });
+    await engine.ready;
     write(out, engine.run(floats(images)));
+    const found = codes === undefined ? [] : engine.codes(floats(images));
+    engine.close();
     if (codes === undefined) return null;
-    const found = engine.codes(floats(images));
     writeFileSync(codes, Buffer.concat(found.map(({ values }) => values)));
     return found.map(({ operation, branch, part, rows, width }) => [[operation, branch, part], rows, width]);
+  },
+  /** A call of which another thread has failed. */
+  async abandoned({ file, images }) {
+    const memory = sharedMemory();
+    const engine = new Engine(threadsModule, new Uint8Array(readFileSync(file)), { memory, threads: 2 });
+    await engine.ready;
+    new WebAssembly.Instance(threadsModule, importsOf(memory, "")).exports.abandon();
+    engine.run(floats(images));
+  },
+  /** Threads that a model got; afterwards those of the process are as many as before. */
+  async threads({ file, threads, times = 1 }) {
+    const running = () => readdirSync("/proc/self/task").length;
+    (await load(file, { threads: 1 })).close(); // which starts those that Node reads files with
+    const before = running();
+    let got;
+    for (let time = 0; time < times; ++time) {
+      const model = await load(file, { threads });
+      got = model.threads;
+      await model.run(new Float32Array(model.input.reduce((count, side) => count * side, 1)));
+      model.close();
+    }
+    while (running() > before) await setImmediate();
+    return got;
   },
   fit({ pixels, width, height, preprocessing, out }) {
     writeFileSync(out, Buffer.concat(fit({ data: readFileSync(pixels), width, height }, preprocessing)));

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from browser import chromium, needs_chromium
 from pages import HOSTILE
 from qvit.analysis.figures import svg, training_curves
 from qvit.analysis.report import Figure, Section, Table, write_report
 from qvit.files import printable
 
-sync_api = pytest.importorskip("playwright.sync_api")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on the path")
+pytestmark = needs_chromium
 ROWS = [
     ["item 10", 2.5, "1,200", "90.1 ± 0.3"],
     ["item 9", -1.0, "–", "91.0 ± 0.2"],
@@ -27,10 +25,8 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

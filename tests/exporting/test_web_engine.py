@@ -24,6 +24,7 @@ from qvit.format.program import Program
 from qvit.runtime.engine import Engine
 
 ROOT = Path(__file__).parents[2]
+THREADS = (2, 3)
 QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
 FAMILIES = sorted(path.stem for path in GOLDEN.glob("*.safetensors"))
 
@@ -39,11 +40,16 @@ def test_random_programs_compute_what_the_file_says(node: Node, program: Program
         with pytest.raises(NodeError, match=re.escape(str(error))):
             NodeEngine(node, packed)(images)
         return
-    check_codes(packed, NodeEngine(node, packed), images)
-    plain = NodeEngine(node, packed, slow=True)
-    np.testing.assert_array_equal(plain(images), native(images))
-    expected = native.codes(images)
-    codes = plain.codes(images)
+    engine = NodeEngine(node, packed)
+    check_codes(packed, engine, images)
+    check_same(NodeEngine(node, packed, slow=True), native, images)
+    check_same(NodeEngine(node, packed, threads=THREADS[seed % 2]), engine, images)
+
+
+def check_same(engine: NodeEngine, other: NodeEngine | Engine, images: np.ndarray) -> None:
+    """Outputs and every code are equal to the last bit."""
+    np.testing.assert_array_equal(engine(images), other(images))
+    codes, expected = engine.codes(images), other.codes(images)
     assert codes.keys() == expected.keys()
     for name, values in expected.items():
         np.testing.assert_array_equal(codes[name], values, err_msg=name)
@@ -53,7 +59,10 @@ def test_random_programs_compute_what_the_file_says(node: Node, program: Program
 def test_every_family(node: Node, family: str) -> None:
     packed = read_packed(GOLDEN / f"{family}.safetensors")
     images = images_of(packed.program)
-    check_logits(family, check_codes(packed, NodeEngine(node, packed), images))
+    engine = NodeEngine(node, packed)
+    check_logits(family, check_codes(packed, engine, images))
+    for threads in THREADS:
+        check_same(NodeEngine(node, packed, threads=threads), engine, images)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))

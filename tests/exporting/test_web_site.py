@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-import shutil
-import threading
-from collections.abc import Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +12,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from browser import chromium, needs_chromium, serving
 from commands import run
 from node import Node, NodeError, need_modules
 from packed_models import make_packed
 from qvit.errors import ConfigError, PackedFileError
 from qvit.exporting.web_file import web_file
-from qvit.exporting.web_site import write_site
+from qvit.exporting.web_site import MODULES, write_site
 from qvit.format.packed import PackedModel, write_packed
 from qvit.runtime.engine import Engine
 from qvit.runtime.preprocess import fit, preprocess
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 KERNELS = Path(__file__).parents[2] / "build" / "web" / "kernels_test-relaxed-simd.wasm"
 """Checks every product and row operation; Node 20 has no relaxed vectors."""
 RUN_PROGRAM = """async (encoded) => {
@@ -132,7 +128,7 @@ def site(tmp_path_factory: pytest.TempPathFactory, model: PackedModel) -> Path:
 def test_a_site_is_whole_and_never_replaced(site: Path, tmp_path: Path) -> None:
     names = {path.name for path in site.iterdir()}
     listed = (site / "sw.js").read_text().splitlines()[0]
-    for name in names - {"sw.js", "package.json", "qvit.d.ts"}:
+    for name in names - {*MODULES, "sw.js", "package.json", "qvit.d.ts"}:
         assert f'"{name}"' in listed
     for script in site.glob("*.js"):
         assert "http" not in script.read_text().replace("/^https?:/", "")
@@ -145,7 +141,7 @@ def test_a_site_is_whole_and_never_replaced(site: Path, tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()} == {
         path.name: path.read_bytes() for path in site.iterdir()
     }
-    assert names >= {"index.html", "qvit.js", "qvit.d.ts", "model.qvit", "simd128.wasm", "relaxed-simd.wasm"}
+    assert names >= {"index.html", "qvit.js", "qvit.d.ts", "model.qvit", *MODULES}
 
 
 def test_modules_that_are_not_built_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -156,31 +152,19 @@ def test_modules_that_are_not_built_are_named(monkeypatch: pytest.MonkeyPatch, t
         write_site(path, tmp_path / "site")
 
 
-@pytest.fixture
-def server(site: Path) -> Iterator[ThreadingHTTPServer]:
-    class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, *_: Any) -> None:
-            pass
+@needs_chromium
+def test_the_page_in_a_browser(site: Path, model: PackedModel) -> None:
+    """A picture is classified as natively, on relaxed vectors, also offline; nothing else is asked of anybody.
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(site)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on the path")
-def test_the_page_in_a_browser(server: ThreadingHTTPServer, model: PackedModel) -> None:
-    """A picture is classified as natively, on relaxed vectors, also offline; nothing else is asked of anybody."""
-    playwright = pytest.importorskip("playwright.sync_api")
-    address = f"http://127.0.0.1:{server.server_port}/"
+    Several threads are there from the second visit on, though the server knows nothing of them.
+    """
     file = io.BytesIO()
     Image.fromarray(picture(80, 60)[..., :3]).save(file, "PNG")
     expected = Engine(model, threads=1).predict(file.getvalue(), 5)[0]
-    with playwright.sync_playwright() as started:
-        arguments = ["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
-        context = started.chromium.launch(executable_path=CHROMIUM, args=arguments).new_context()
-        page = context.new_page()
+    arguments = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+    with serving(site) as server, chromium(*arguments) as browser:
+        address = f"http://127.0.0.1:{server.server_port}/"
+        page = browser.new_page()
         requests, complaints = [], []
         page.on("request", lambda request: requests.append(request.url))
         page.on("console", lambda message: complaints.append(message.text))
@@ -192,7 +176,7 @@ def test_the_page_in_a_browser(server: ThreadingHTTPServer, model: PackedModel) 
             return [row.locator("td").all_inner_texts() for row in page.locator("#classes tbody tr").all()]
 
         page.goto(address)
-        page.locator("#status", has_text="Ready").wait_for()
+        page.locator("#status", has_text=re.compile(r"Ready .* with one thread\.")).wait_for()
         classes = [[name, f"{100 * probability:.1f} %"] for name, probability in expected]
         assert [[name, share.strip()] for name, share in shown()] == classes
         page.locator("#take").click()
@@ -206,9 +190,11 @@ def test_the_page_in_a_browser(server: ThreadingHTTPServer, model: PackedModel) 
         server.shutdown()
         server.server_close()
         page.reload()
-        page.locator("#status", has_text="Ready").wait_for()
+        threads = min(4, page.evaluate("navigator.hardwareConcurrency"))
+        page.locator("#status", has_text=f"{threads} threads" if threads > 1 else "one thread").wait_for()
+        assert page.evaluate("crossOriginIsolated")
         assert [[name, share.strip()] for name, share in shown()] == classes
-        context.browser.close()
     assert not complaints
     assert all(url.startswith((address, "blob:")) for url in requests)
     assert f"{address}relaxed-simd.wasm" in requests
+    assert not any("simd128" in url for url in requests)

@@ -19,7 +19,7 @@ from qvit.files import first_line
 from qvit.format.packed import Source, read_packed
 
 MODEL = "model.qvit"
-MODULES = ("simd128.wasm", "relaxed-simd.wasm")
+MODULES = tuple(f"{vectors}{threads}.wasm" for vectors in ("simd128", "relaxed-simd") for threads in ("", "-threads"))
 
 
 def write_site(source: Source, folder: str | Path) -> None:
@@ -69,6 +69,7 @@ def _keeping(files: dict[str, bytes]) -> dict[str, bytes]:
     # Several sites may have one origin, whose caches they share.
     names = 'const SITE = `qvit ${new URL("./", location.href)} `;\n'
     names += f"const CACHE = `${{SITE}}{digest.hexdigest()[:16]}`;\n"
-    kept = ["./", *sorted(name for name in files if name not in ("sw.js", "package.json", "qvit.d.ts")), "site.js"]
+    unkept = (*MODULES, "sw.js", "package.json", "qvit.d.ts")  # which modules a browser has use for, sw.js is told
+    kept = ["./", *sorted(name for name in files if name not in unkept), "site.js"]
     worker = f"const FILES = {json.dumps(kept)};\n{names}{files['sw.js'].decode()}"
     return {"sw.js": worker.encode(), "site.js": f"{names}export {{ CACHE }};\n".encode()}

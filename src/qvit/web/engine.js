@@ -1,9 +1,14 @@
-// The engine of C++ in WebAssembly: a file becomes a model, images become logits. One instance of the module per model.
+// The engine of C++ in WebAssembly: a file becomes a model, images become logits. One memory per model.
+import { QvitError, importsOf, textAt } from "./imports.js";
+import { Threads } from "./threads.js";
 
 const VERSION = 1; // of the files that qvit.exporting.web_file writes
 const LARGEST_SIDE = 2 ** 16;
 const LARGEST_IMAGE = 2 ** 26; // values
-const PAGE = 2 ** 16;
+const LEAST_PAGES = 64; // of a memory, as the modules are linked (modules.cmake)
+const SHARED_PAGES = [2 ** 15, 2 ** 13]; // of 64 KiB: 2 GiB at most, or half a GiB
+const STACK = 2 ** 20;
+const AT_ONCE = 64; // images that are in memory
 
 // A module with one relaxed instruction: whether it is valid says whether the engine of JavaScript has them.
 const RELAXED = Uint8Array.of(
@@ -11,17 +16,25 @@ const RELAXED = Uint8Array.of(
   253, 128, 2, 11,
 );
 
-/** What a file or a call is refused with; its message is one sentence for people. */
-export class QvitError extends Error {
-  constructor(message) {
-    super(message);
-    this.name = "QvitError";
-  }
-}
-
 /** The name of the best module that this browser or Node runs. */
 export function bestModule() {
   return WebAssembly.validate(RELAXED) ? "relaxed-simd" : "simd128";
+}
+
+/**
+ * Memory that threads share; null where there is none: in a page that is not isolated from other origins, or where a
+ * browser refuses its addresses, which it sets aside beforehand.
+ */
+export function sharedMemory() {
+  if (globalThis.crossOriginIsolated === false) return null;
+  for (const maximum of SHARED_PAGES) {
+    try {
+      return new WebAssembly.Memory({ initial: LEAST_PAGES, maximum, shared: true });
+    } catch {
+      // less may be had
+    }
+  }
+  return null;
 }
 
 const need = (condition, reason) => {
@@ -62,34 +75,45 @@ function readDescription(bytes) {
 export class Engine {
   #wasm;
   #memory;
+  #threads = new Threads();
   #images = null; // memory for images and outputs, of as many images as were once given
-  #failure = null; // the sentence that ended the instance
+  #failure = null; // the sentence that ended the engine
 
   /**
-   * @param {WebAssembly.Module} module compiled from simd128.wasm or relaxed-simd.wasm
+   * @param {WebAssembly.Module} module compiled from a module for one thread, or with `memory` for several
    * @param {Uint8Array} bytes of a file that qvit web wrote
-   * @param {boolean} slow whether it computes without vectors, which only tests do
+   * @param {WebAssembly.Memory} [memory] that threads share
+   * @param {number} [threads] how many there are to be: nothing may be run before `ready`
+   * @param {boolean} [slow] whether it computes without vectors, which only tests do
    */
-  constructor(module, bytes, slow = false) {
+  constructor(module, bytes, { memory, threads = 1, slow = false } = {}) {
     const { description, start } = readDescription(bytes);
     const { name, input, outputs, classes, preprocessing } = description;
     Object.assign(this, { name, input, outputs, classes, preprocessing });
-    const { exports } = new WebAssembly.Instance(module, this.#imports());
+    this.#memory = memory ?? new WebAssembly.Memory({ initial: LEAST_PAGES });
+    const { exports } = new WebAssembly.Instance(module, importsOf(this.#memory, name));
     this.#wasm = exports;
-    this.#memory = exports.memory;
     this.#guard(() => {
       exports._initialize();
+      /** Settled when the other threads are there. */
+      this.ready = this.#threads.start(this.#messages(module, threads));
       const size = bytes.length - start;
       const data = exports.allocate(size);
       this.#bytes(data, size).set(bytes.subarray(start));
       const checksum = (exports.checksum(data, size) >>> 0).toString(16).padStart(8, "0");
       need(checksum === description.checksum, "it was damaged or cut short on its way");
-      exports.create(...input, slow);
+      exports.create(...input, threads, slow);
       const read = { data, size };
       for (const part of description.parts) this.#hand(read, "", part);
       need(exports.outputs() === outputs, "its parts give other outputs than it says");
       exports.release(data);
     });
+  }
+
+  /** End the other threads; nothing can be run after it. */
+  close() {
+    this.#failure ??= "The model is closed: load it again.";
+    this.#threads.end();
   }
 
   /**
@@ -114,7 +138,7 @@ export class Engine {
         const start = this.#wasm.traced(index, about);
         const [operation, branch, part, rows, width] = new Uint32Array(this.#memory.buffer, about, 5);
         const values = this.#bytes(start, batch * rows * width).slice();
-        found.push({ operation, branch, part: this.#textAt(part), rows, width, values });
+        found.push({ operation, branch, part: textAt(this.#memory, part), rows, width, values });
       }
       this.#wasm.release(about);
     });
@@ -128,17 +152,36 @@ export class Engine {
       throw new QvitError(`${this.name} takes images of ${this.input.join(" x ")} float32 values.`);
     for (const value of images)
       if (!Number.isFinite(value)) throw new QvitError("The images hold a NaN or an infinity.");
-    return this.#guard(() => {
-      if (this.#images === null || this.#images.batch < batch) {
-        if (this.#images !== null) this.#wasm.release(this.#images.data);
-        this.#images = { batch, data: this.#wasm.allocate(4 * batch * (pixels + this.outputs)) };
-      }
-      const { data } = this.#images;
-      const outputs = data + 4 * batch * pixels;
-      new Float32Array(this.#memory.buffer, data, images.length).set(images);
-      forward(data, batch, outputs);
-      return new Float32Array(this.#memory.buffer, outputs, batch * this.outputs).slice();
-    });
+    const outputs = new Float32Array(batch * this.outputs);
+    for (let image = 0; image < batch; image += AT_ONCE) {
+      const part = images.subarray(image * pixels, (image + AT_ONCE) * pixels);
+      this.#guard(() => outputs.set(this.#callPart(part, part.length / pixels, forward), image * this.outputs));
+    }
+    return outputs;
+  }
+
+  #callPart(images, batch, forward) {
+    if (this.#images === null || this.#images.batch < batch) {
+      if (this.#images !== null) this.#wasm.release(this.#images.data);
+      this.#images = { batch, data: this.#wasm.allocate(4 * (images.length + batch * this.outputs)) };
+    }
+    const { data } = this.#images;
+    const outputs = data + 4 * images.length;
+    new Float32Array(this.#memory.buffer, data, images.length).set(images);
+    forward(data, batch, outputs);
+    return new Float32Array(this.#memory.buffer, outputs, batch * this.outputs);
+  }
+
+  /** What the other threads are started with, each with a stack of its own. */
+  #messages(module, threads) {
+    return Array.from({ length: threads - 1 }, (_, index) => ({
+      module,
+      memory: this.#memory,
+      name: this.name,
+      thread: index + 1,
+      stack: this.#wasm.allocate(STACK) + STACK,
+      locals: this.#wasm.allocate(this.#wasm.__tls_size.value),
+    }));
   }
 
   #bytes(start, length) {
@@ -153,30 +196,9 @@ export class Engine {
     } catch (error) {
       const told = error instanceof QvitError;
       this.#failure = told ? error.message : `${this.name} cannot be run: its file is damaged, or memory is short.`;
+      this.#threads.end();
       throw told ? error : new QvitError(this.#failure);
     }
-  }
-
-  #imports() {
-    const fail = (what) => {
-      const reason = this.#textAt(what);
-      throw new QvitError(
-        reason === "std::bad_alloc"
-          ? `${this.name} needs more memory than there is.`
-          : `The engine cannot run ${this.name}: ${reason}.`,
-      );
-    };
-    const none = () => 8; // EBADF: there are no files
-    const clock_time_get = (clock, precision, out) => {
-      new DataView(this.#memory.buffer).setBigUint64(out, BigInt(Math.round(performance.now() * 1e6)), true);
-      return 0;
-    };
-    return { qvit: { fail }, wasi_snapshot_preview1: { fd_close: none, fd_seek: none, fd_write: none, clock_time_get } };
-  }
-
-  #textAt(start) {
-    const bytes = new Uint8Array(this.#memory.buffer, start);
-    return new TextDecoder().decode(bytes.slice(0, bytes.indexOf(0)));
   }
 
   #text(text) {

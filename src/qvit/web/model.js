@@ -1,5 +1,6 @@
 // A model in the thread it is in: pictures in, classes out.
-import { Engine, QvitError } from "./engine.js";
+import { Engine } from "./engine.js";
+import { QvitError } from "./imports.js";
 import { preprocess } from "./preprocess.js";
 
 const isPixels = (image) =>
@@ -8,7 +9,7 @@ const isPixels = (image) =>
   image.data.length === 4 * image.width * image.height;
 
 /** RGBA pixels of whatever holds an image. */
-async function pixelsOf(image) {
+export async function pixelsOf(image) {
   if (isPixels(image)) return image;
   if (typeof createImageBitmap !== "function" || typeof OffscreenCanvas !== "function")
     throw new QvitError("The image must be {data, width, height} of RGBA pixels: nothing else is decoded here.");
@@ -27,10 +28,23 @@ async function pixelsOf(image) {
 export class Model {
   #engine;
 
-  constructor(module, bytes, instructionSet) {
-    this.#engine = new Engine(module, bytes);
-    const { name, input, outputs, classes } = this.#engine;
-    this.description = { name, input, outputs, classes, instructionSet };
+  /** A model whose threads are there; `memory` is one that they share. */
+  static async load(module, bytes, instructionSet, threads, memory) {
+    const model = new Model();
+    model.#engine = new Engine(module, bytes, { memory, threads });
+    try {
+      await model.#engine.ready;
+    } catch (error) {
+      model.close();
+      throw error;
+    }
+    const { name, input, outputs, classes } = model.#engine;
+    model.description = { name, input, outputs, classes, instructionSet, threads };
+    return model;
+  }
+
+  close() {
+    this.#engine.close();
   }
 
   async classify(image, { top = 5 } = {}) {

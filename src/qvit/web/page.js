@@ -104,11 +104,12 @@ try {
   find("name").textContent = model.name;
   if (model.classes.length === 0) tell("This model is a feature extractor: it has no classes to show.");
   else {
-    tell(`Ready after ${(performance.now() - start).toFixed(0)} ms.`);
+    const threads = model.threads === 1 ? "one thread" : `${model.threads} threads`;
+    tell(`Ready after ${(performance.now() - start).toFixed(0)} ms, with ${threads}.`);
     find("file").disabled = false;
     find("take").disabled = navigator.mediaDevices === undefined;
   }
-  await navigator.serviceWorker?.register("sw.js");
+  await navigator.serviceWorker?.register(`sw.js?${model.instructionSet}`);
 } catch (error) {
   tell(error.message);
 }

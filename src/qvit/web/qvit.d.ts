@@ -35,19 +35,33 @@ export interface Model {
   /** In the order of the outputs; none of a feature extractor. */
   readonly classes: string[];
   readonly instructionSet: "simd128" | "relaxed-simd";
+  /** How many compute together; the results do not depend on it. */
+  readonly threads: number;
   /** The `top` (5) most probable classes of an image. */
   classify(image: Image, options?: { top?: number }): Promise<Classification>;
   /** The vector of an image, of a feature extractor. */
   embed(image: Image): Promise<Float32Array>;
   /** The outputs (batch, outputs) of preprocessed images (batch, channels, height, width). */
   run(images: Float32Array): Promise<Float32Array>;
-  /** Let go of the model's worker and its memory. */
+  /** End the model's threads and let go of its memory. A call that is not answered yet fails. */
   close(): void;
+}
+
+export interface Options {
+  /**
+   * At most this many, from 1 to 64; as many as there are processors, up to 4, if it is not given. A page that is not
+   * isolated from other origins (`crossOriginIsolated`) has one, whatever is given: `model.threads` says it.
+   */
+  threads?: number;
 }
 
 /**
  * Load a model that `qvit web` wrote. In a page it computes in a worker; in a worker and in Node, where it is called.
  * @param source its URL, in Node also its path; or its bytes, or a response of fetch.
- * @throws {QvitError} for a file that is absent, damaged or of another version of qvit, and a browser without SIMD.
+ * @throws {QvitError} for a file that is absent, damaged or of another version of qvit, a browser without SIMD, a number
+ *   of threads that is none, and threads that cannot be started.
  */
-export function load(source: string | URL | ArrayBuffer | Uint8Array | Response): Promise<Model>;
+export function load(
+  source: string | URL | ArrayBuffer | Uint8Array | Response,
+  options?: Options,
+): Promise<Model>;

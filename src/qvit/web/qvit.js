@@ -1,10 +1,12 @@
 // Quantized vision transformers in the browser and in Node: `const model = await load(url)`. See qvit.d.ts.
-import { QvitError, bestModule } from "./engine.js";
+import { bestModule, sharedMemory } from "./engine.js";
+import { QvitError, isNode } from "./imports.js";
 import { Model } from "./model.js";
 
 export { QvitError };
 
-const isNode = typeof process === "object" && process.versions?.node !== undefined;
+const MOST_THREADS = 64;
+const USUAL_THREADS = 4; // more seldom have cores of one speed, and all wait for the slowest
 
 /** The bytes behind a URL, or in Node also behind a path. */
 async function bytesOf(source) {
@@ -87,26 +89,40 @@ class Remote {
   }
 }
 
+/** As many threads as there are processors, and not more than usual. */
+async function usualThreads() {
+  const processors = isNode
+    ? (await import("node:os")).availableParallelism()
+    : navigator.hardwareConcurrency;
+  return Math.min(processors, USUAL_THREADS);
+}
+
 /**
  * Load a model that `qvit web` wrote.
  * @param source its URL, in Node also its path; or its bytes, or a response of fetch
+ * @param {{threads?: number}} options
  */
-export async function load(source) {
+export async function load(source, { threads } = {}) {
+  threads ??= await usualThreads();
+  if (!(Number.isInteger(threads) && threads >= 1 && threads <= MOST_THREADS))
+    throw new QvitError(`threads must be a whole number from 1 to ${MOST_THREADS}.`);
+  const memory = (threads > 1 && sharedMemory()) || undefined;
   const instructionSet = bestModule();
   const [bytes, binary] = await Promise.all([
     bytesOf(source),
-    bytesOf(new URL(`./${instructionSet}.wasm`, import.meta.url)),
+    bytesOf(new URL(`./${instructionSet}${memory ? "-threads" : ""}.wasm`, import.meta.url)),
   ]);
   const module = await WebAssembly.compile(binary).catch(() => {
     throw new QvitError("WebAssembly with vectors is not there: update the browser, or Node to version 20 or later.");
   });
+  const values = [module, bytes, instructionSet, memory ? threads : 1, memory];
   if (typeof Worker !== "function" || typeof document === "undefined") {
-    const model = new Model(module, bytes, instructionSet);
-    return Object.assign(model, model.description, { close() {} });
+    const model = await Model.load(...values);
+    return Object.assign(model, model.description);
   }
   const remote = new Remote();
   try {
-    return Object.assign(remote, await remote.ask("load", [module, bytes, instructionSet]));
+    return Object.assign(remote, await remote.ask("load", values));
   } catch (error) {
     remote.close();
     throw error;

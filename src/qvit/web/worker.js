@@ -5,7 +5,7 @@ let model = null;
 
 async function answer(method, values) {
   if (method !== "load") return model[method](...values);
-  model = new Model(...values);
+  model = await Model.load(...values);
   return model.description;
 }
 

@@ -66,10 +66,10 @@ QVIT_EXPORT(checksum) uint32_t checksum(const uint8_t* data, size_t size) {
 }
 
 // A model without operations; `slow` for plain C++ instead of vectors.
-QVIT_EXPORT(create) void create(size_t channels, size_t height, size_t width, bool slow) {
+QVIT_EXPORT(create) void create(size_t channels, size_t height, size_t width, size_t threads, bool slow) {
     size_t count;
     const Isa* const* isas = available_isas(&count);
-    model = std::make_unique<Model>(Plan(*isas[slow ? count - 1 : 0], channels, height, width), 1);
+    model = std::make_unique<Model>(Plan(*isas[slow ? count - 1 : 0], channels, height, width), threads);
 }
 
 QVIT_EXPORT(open_part) void open_part(const char* name) { open_parts.push_back({name, {}}); }
@@ -112,3 +112,9 @@ QVIT_EXPORT(traced) const uint8_t* traced(size_t index, size_t about[5]) {
     std::copy(std::begin(values), std::end(values), about);
     return codes.values.data();
 }
+
+#if defined(__wasm_atomics__)
+// What an instance of another thread does, and after an error of its own.
+QVIT_EXPORT(serve) void serve(size_t thread) { ThreadPool::serve(thread); }
+QVIT_EXPORT(abandon) void abandon() { ThreadPool::abandon(); }
+#endif
