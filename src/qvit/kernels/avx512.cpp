@@ -129,29 +129,72 @@ size_t lookup_weight_bytes(size_t n, size_t k) { return n / kGroup * (kStarts<kG
 // The first `count` bytes of a vector, or all.
 inline __mmask64 first_bytes(size_t count) { return count < 64 ? (uint64_t{1} << count) - 1 : ~uint64_t{0}; }
 
+// Triples [at, at + 64) of one channel; the sum of its codes is added to `totals`.
+inline __m512i channel_triples(const uint8_t* codes, size_t k, size_t at, int low, __m512i& totals) {
+    const __m512i shift = _mm512_set1_epi8(static_cast<char>(low)), two_bits = _mm512_set1_epi8(3);
+    const size_t count = triples(k), some = std::min<size_t>(count - at, 64);
+    __m512i triple = _mm512_setzero_si512();
+    for (size_t part = kTriple; part-- > 0;) {
+        const size_t first = at + part * count;
+        const __mmask64 mask = first_bytes(std::min(some, first < k ? k - first : 0));
+        const __m512i code = _mm512_maskz_loadu_epi8(mask, codes + first);
+        totals = _mm512_add_epi64(totals, _mm512_sad_epu8(code, _mm512_setzero_si512()));
+        triple = _mm512_or_si512(_mm512_slli_epi16(triple, 2),
+                                 _mm512_and_si512(_mm512_maskz_sub_epi8(mask, code, shift), two_bits));
+    }
+    return triple;
+}
+
+inline void store_channel_start(uint8_t* group, size_t channel, size_t k, int low, __m512i totals) {
+    const int total = static_cast<int>(_mm512_reduce_add_epi64(totals)) - low * static_cast<int>(k);
+    store_start(group, channel % kGroup, total, kTriple * triples(k));
+}
+
 void lookup_pack_channel(uint8_t* packed, size_t k, size_t channel, const uint8_t* codes, int low) {
     const size_t count = triples(k);
     uint8_t* group = packed + channel / kGroup * lookup_weight_bytes(kGroup, k);
     uint8_t* to = group + kStarts<kGroup> + lookup_lane<kGroup>(channel);
-    const __m512i shift = _mm512_set1_epi8(static_cast<char>(low)), two_bits = _mm512_set1_epi8(3);
     __m512i totals = _mm512_setzero_si512();
     for (size_t at = 0; at < count; at += 64) {
-        const size_t some = std::min<size_t>(count - at, 64);
-        __m512i triple = _mm512_setzero_si512();
-        for (size_t part = kTriple; part-- > 0;) {
-            const size_t first = at + part * count;
-            const __mmask64 mask = first_bytes(std::min(some, first < k ? k - first : 0));
-            const __m512i code = _mm512_maskz_loadu_epi8(mask, codes + first);
-            totals = _mm512_add_epi64(totals, _mm512_sad_epu8(code, _mm512_setzero_si512()));
-            triple = _mm512_or_si512(_mm512_slli_epi16(triple, 2),
-                                     _mm512_and_si512(_mm512_maskz_sub_epi8(mask, code, shift), two_bits));
-        }
         alignas(64) uint8_t bytes[64];
-        _mm512_store_si512(bytes, triple);
-        for (size_t i = 0; i < some; ++i) to[(at + i) * kGroup] = bytes[i];
+        _mm512_store_si512(bytes, channel_triples(codes, k, at, low, totals));
+        for (size_t i = 0; i < std::min<size_t>(count - at, 64); ++i) to[(at + i) * kGroup] = bytes[i];
     }
-    const int total = static_cast<int>(_mm512_reduce_add_epi64(totals));
-    store_start(group, channel % kGroup, total - low * static_cast<int>(k), kTriple * count);
+    store_channel_start(group, channel, k, low, totals);
+}
+
+// Sixteen channels at once, a quarter of a group, whose lanes are the same bytes of sixteen words: four triples of each
+// are gathered into these words, and stored one by one where the quarter's bytes are. Other bytes may be another
+// thread's, so they are not written, not even as they are.
+void lookup_pack_channels(uint8_t* packed, size_t k, size_t channel, size_t channels, const uint8_t* codes,
+                          size_t stride, int low) {
+    constexpr size_t kQuarter = kGroup / 4;
+    const __m512i order = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i rows = _mm512_slli_epi32(order, 6);
+    const size_t count = triples(k), last = channel + channels;
+    for (size_t end; channel < last; channel = end) {
+        end = std::min(last, (channel / kQuarter + 1) * kQuarter);
+        uint8_t* group = packed + channel / kGroup * lookup_weight_bytes(kGroup, k);
+        const size_t some = end - channel, lane = lookup_lane<kGroup>(channel), byte = lane % 4;
+        const __mmask64 words = first_bytes(lane - byte + 4 * some) & ~first_bytes(lane - byte);
+        const __mmask64 mask = words & uint64_t{0x1111111111111111} << byte;
+        __m512i totals[kQuarter] = {};
+        for (size_t at = 0; at < count; at += 64) {
+            alignas(64) uint8_t bytes[kQuarter][64];
+            for (size_t i = 0; i < some; ++i)
+                _mm512_store_si512(bytes[lane / 4 + i], channel_triples(codes + i * stride, k, at, low, totals[i]));
+            for (size_t i = 0; i < std::min<size_t>(count - at, 64); i += 4) {
+                const __m512i four = _mm512_i32gather_epi32(rows, bytes[0] + i, 1);
+                uint8_t* to = group + kStarts<kGroup> + (at + i) * kGroup;
+                for (size_t j = 0; j < std::min<size_t>(count - at - i, 4); ++j) {
+                    const __m512i turn = _mm512_set1_epi32(static_cast<int>(8 * (byte + 4 - j)));
+                    _mm512_mask_storeu_epi8(to + j * kGroup, mask, _mm512_rolv_epi32(four, turn));
+                }
+            }
+        }
+        for (size_t i = 0; i < some; ++i) store_channel_start(group, channel + i, k, low, totals[i]);
+        codes += some * stride;
+    }
 }
 
 void lookup_pack_columns(const uint8_t* codes, size_t stride, size_t k, size_t width, int low, uint8_t* packed) {
@@ -285,7 +328,8 @@ constexpr Product kLookup = {"lookup",
                              lookup_row_bytes,
                              lookup_pack_rows,
                              run_lookup,
-                             lookup_pack_columns};
+                             lookup_pack_columns,
+                             lookup_pack_channels};
 constexpr Product kDense = {"vnni",   8,       8,        kChannels, 64, dense_weight_bytes, dense_pack_channel,
                             byte_row, nullptr, run_dense};
 constexpr Product kNibble = {"vnni-4", 8,       4,          kPair, 64, nibble_weight_bytes, nibble_pack_channel,

@@ -47,6 +47,9 @@ struct Product {
     // Null where the layout is the dense one.
     void (*pack_columns)(const uint8_t* codes, size_t stride, size_t k, size_t width, int low,
                          uint8_t* packed) = nullptr;
+    // Put several channels into packed memory, rows of k codes. Null where it is as well to put one after the other.
+    void (*pack_channels)(uint8_t* packed, size_t k, size_t channel, size_t channels, const uint8_t* codes,
+                          size_t stride, int low) = nullptr;
 };
 
 // Every activation function by its name in the file: the enum, the names and the choice of the code come from this

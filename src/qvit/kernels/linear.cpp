@@ -61,6 +61,13 @@ Span<uint8_t> operand(const Product& product, Span<uint8_t> codes, size_t rows, 
     return to;
 }
 
+void pack_channels(const Product& product, Span<uint8_t> codes, size_t count, size_t k, int low, size_t channel,
+                   uint8_t* packed) {
+    if (product.pack_channels != nullptr)
+        return product.pack_channels(packed, k, channel, count, codes.get(count, k), codes.stride(), low);
+    for (size_t r = 0; r < count; ++r) product.pack_channel(packed, k, channel + r, codes.row(r, k), low);
+}
+
 void pack_columns(const Product& product, Span<uint8_t> codes, size_t k, size_t width, int low,
                   Buffer<uint8_t>& packed) {
     const uint8_t* columns = codes.get(k, width);

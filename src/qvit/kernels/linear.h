@@ -50,6 +50,10 @@ class Linear {
 // Rows of k codes in the form that a product reads: themselves, or packed into `packed`.
 Span<uint8_t> operand(const Product& product, Span<uint8_t> codes, size_t rows, size_t k, Buffer<uint8_t>& packed);
 
+// Channels [channel, channel + count) of a right-hand side, rows of k codes.
+void pack_channels(const Product& product, Span<uint8_t> codes, size_t count, size_t k, int low, size_t channel,
+                   uint8_t* packed);
+
 // Values are a right-hand side whose channels are the head's and whose sum runs over tokens.
 void pack_columns(const Product& product, Span<uint8_t> codes, size_t k, size_t width, int low,
                   Buffer<uint8_t>& packed);

@@ -52,6 +52,18 @@ void encode(const Plan& plan, const Task& task, const Attention& a, const Operan
     for (size_t r = 0; r < count; ++r) std::fill_n(codes.row(r, padded) + size, padded - size, uint8_t{0});
 }
 
+// The sum of some codes, added up in 16 bits as far as these hold it.
+int total_of(const uint8_t* codes, size_t count) {
+    constexpr size_t kSome = 256;
+    int total = 0;
+    for (size_t first = 0; first < count; first += kSome) {
+        uint16_t sum = 0;
+        for (size_t i = first; i < std::min(first + kSome, count); ++i) sum = static_cast<uint16_t>(sum + codes[i]);
+        total += sum;
+    }
+    return total;
+}
+
 // Put a segment's codes where the attention reads them.
 void keep(const Attention& a, const Segment& segment, size_t head, KeyValues::Head memory, Span<uint8_t> q,
           Span<uint8_t> k, Span<uint8_t> v) {
@@ -63,12 +75,10 @@ void keep(const Attention& a, const Segment& segment, size_t head, KeyValues::He
         const size_t token = segment.token + r;
         if (!a.pools) std::memcpy(memory.query.row(token, padded), q.row(r, padded), padded);
         std::memcpy(memory.value.row(token, padded), v.row(r, padded), padded);
-        const uint8_t* key = k.row(r, padded);
-        int total = -low * static_cast<int>(size);
-        for (size_t i = 0; i < size; ++i) total += key[i];
-        a.query_key->pack_channel(keys, padded, token, key, low);
+        const int total = total_of(k.row(r, size), size) - low * static_cast<int>(size);
         bias[token] = a.key_bias[head] * static_cast<float>(total);
     }
+    pack_channels(*a.query_key, k, segment.count, padded, low, segment.token, keys);
     if (segment.token + segment.count < a.group) return;
     // Padding: no softmax sees these keys. Another attention may have left wider codes here.
     for (size_t token = a.group; token < a.padded_group; ++token) {
