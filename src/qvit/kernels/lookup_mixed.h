@@ -33,7 +33,7 @@ void mixed_pack_channel(uint8_t* packed, size_t k, size_t channel, const uint8_t
     uint8_t* group = packed + channel / kGroup * mixed_weight_bytes(kGroup, k);
     uint8_t* to = group + kStarts<kGroup> + lookup_lane<kGroup>(channel);
     for (size_t i = 0; i < k; i += 2)
-        to[i / 2 * kGroup] = static_cast<uint8_t>((codes[i] - low & 3) | (codes[i + 1] - low & 3) << 2);
+        to[i / 2 * kGroup] = static_cast<uint8_t>(((codes[i] - low) & 3) | ((codes[i + 1] - low) & 3) << 2);
     const int32_t start = -kLowest * static_cast<int32_t>(k);
     std::memcpy(group + channel % kGroup * sizeof start, &start, sizeof start);
 }
