@@ -73,6 +73,7 @@ def vit_program(bits: int | dict[str, Bits], **fields: Any) -> Program:
         bits: of everything, or of every layer and operand by name.
         fields: see ``TINY``.
     """
+    assert fields.keys() <= TINY.keys(), fields.keys() - TINY.keys()
     f = SimpleNamespace(**{**TINY, **fields})
     width, attention_width, hidden = f.embed_dim, f.num_heads * f.head_dim, f.mlp_hidden
 

@@ -120,7 +120,7 @@ def joined(description: object, data: bytes) -> bytes:
 @settings(deadline=None, max_examples=60, suppress_health_check=QUIET)
 @given(data=st.data())
 def test_an_edited_description_runs_or_is_refused_in_a_sentence(node: Node, data: st.DataObject) -> None:
-    description, arrays = split(web_file(make_packed(4, rectify="token", attention_scale=0.5)))
+    description, arrays = split(web_file(make_packed(4, rectifier="token", attention_scale=0.5)))
     places: list[tuple] = []
 
     def walk(value: object, owner: object, key: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -183,3 +184,16 @@ def test_a_gate_of_its_own_may_have_any_width(bits: int, hidden: int) -> None:
     images = np.random.default_rng(0).standard_normal((9, 3, *model.program.input[1:])).astype(np.float32)
     for isa in instruction_sets():
         check_codes(model, Engine(model, threads=1, instruction_set=isa), images)
+
+
+def test_a_profile_is_of_its_own_calls_alone_and_their_mean() -> None:
+    """No more seconds than went by; those of other calls and of other profiles would be many times that."""
+    engine = Engine(make_packed(4), threads=1)
+    images = np.zeros((8, *engine.program.input), np.float32)
+    engine.profile(images, repeats=300)
+    start = time.perf_counter()
+    profile = engine.profile(images, repeats=30)
+    assert 0 < 30 * sum(profile.values()) <= time.perf_counter() - start
+    for _ in range(300):
+        engine(images)
+    assert not any(seconds for _, seconds in engine._model.profile())

@@ -16,7 +16,7 @@ struct Tasks {
     Tasks(const Plan& plan, size_t number, size_t batch, size_t threads, bool traced)
         : Tasks(plan, plan.phases[number], batch, threads) {
         // With the first tokens for the classifiers, nothing of the other rows is needed after the last attention.
-        if (number + 1 == plan.phases.size() && plan.pooling.kind == Pool::Kind::token && !traced && windows == nullptr)
+        if (number + 1 == plan.phases.size() && plan.pooling.kind == Pool::Kind::token && !traced)
             needed = plan.pooling.tokens;
     }
 

@@ -65,17 +65,16 @@ Steps steps_of(Activation activation, const Quantizer& quantizer) {
         const bool left = activated(a, activation) < activated(b, activation);
         (left ? high : low) = left ? b : a;
     }
-    const double minimum = activation == Activation::relu ? 0.0 : low;
     steps.count = static_cast<size_t>(quantizer.top);
     for (size_t j = 0; j < steps.count; ++j) {
         const double value = quantizer.start + quantizer.scale * (static_cast<double>(j) + 0.5);
-        if (value <= activated(minimum, activation)) {
+        if (value <= activated(low, activation)) {
             steps.rising[j] = static_cast<float>(-nothing);  // every value
             continue;
         }
-        steps.rising[j] = static_cast<float>(reaches(value, minimum, kFar, activation));
-        const double falling = reaches(value, minimum, -kFar, activation);
-        if (activation == Activation::relu || std::isinf(falling)) continue;
+        steps.rising[j] = static_cast<float>(reaches(value, low, kFar, activation));
+        const double falling = reaches(value, low, -kFar, activation);
+        if (std::isinf(falling)) continue;  // relu does not fall
         steps.falling[j] = static_cast<float>(-falling);
         steps.falls = true;
     }
