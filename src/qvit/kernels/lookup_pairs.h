@@ -3,9 +3,9 @@
 // Two codes of a channel are 4 bits, and so are two codes of a row. So a row's pair chooses one of 16 constant tables
 // of 16 bytes, in which one instruction looks up the pairs of as many channels as a vector has bytes.
 //
-// Layout: [n / Group groups][Group starts, k / 4][Group channels], a byte two pairs, each w0 + 4 w1 of the codes modulo
-// 4. Pair i is (i, i + k / 2), so that a row is packed by whole vectors; byte j of a channel holds pairs 2 j and 2 j +
-// 1. A row's pair is held times 16, the distance of its table.
+// Layout: [n / Group groups][Group starts, k / 2 pairs][Group channels], a byte a pair w0 + 4 w1 of the codes modulo 4.
+// Two pairs to a byte would be half the memory, but unpacking them takes longer than loading twice as much. Pair i is
+// (i, i + k / 2), so that a row is packed by whole vectors. A row's pair is held times 16, the distance of its table.
 #pragma once
 
 #include "lookup.h"
@@ -13,8 +13,8 @@
 namespace {
 
 constexpr size_t kPair = 2;
-constexpr size_t kBeforeWidening = 255 / (kTermRange * 2 * kPair);  // bytes of two pairs
-constexpr size_t kBytesAtOnce = 65535 / (kTermRange * 2 * kPair);   // what a 16-bit sum holds
+constexpr size_t kBeforeWidening = 255 / (kTermRange * kPair) / 2 * 2;  // pairs, two at a step
+constexpr size_t kPairsAtOnce = 65535 / (kTermRange * kPair) / 2 * 2;   // what a 16-bit sum holds
 
 struct Tables {
     alignas(64) uint8_t bytes[16][16];
@@ -27,7 +27,7 @@ constexpr Tables kTables;
 
 template <size_t Group>
 size_t lookup_weight_bytes(size_t n, size_t k) {
-    return n / Group * (kStarts<Group> + k / 4 * Group);
+    return n / Group * (kStarts<Group> + k / kPair * Group);
 }
 
 // Eight codes at once, as the bytes of a word.
@@ -46,8 +46,7 @@ void lookup_pack_channel(uint8_t* packed, size_t k, size_t channel, const uint8_
     for (size_t i = 0; i < k; ++i) total += codes[i] - low;
     for (size_t i = 0; i < half; i += 8) {
         const uint64_t pairs = load(i) | load(i + half) << 2;
-        const uint64_t bytes = pairs | pairs >> 4;
-        for (size_t j = 0; j < 4; ++j) to[(i / 2 + j) * Group] = static_cast<uint8_t>(bytes >> 16 * j);
+        for (size_t j = 0; j < 8; ++j) to[(i + j) * Group] = static_cast<uint8_t>(pairs >> 8 * j);
     }
     store_start(group, channel % Group, total, k);
 }
@@ -72,18 +71,16 @@ void lookup_pack_columns(const uint8_t* codes, size_t stride, size_t k, size_t w
         const size_t some = std::min(Group, width - channel);
         int32_t starts[Group];
         std::fill_n(starts, Group, -(kTermLowest + low) * static_cast<int32_t>(k));
-        for (size_t i = 0; i < half; i += 2) {
+        for (size_t i = 0; i < half; ++i) {
             const uint8_t* rows = codes + i * stride + channel;
             uint8_t bytes[Group] = {};
             for (size_t first = 0; first < some; first += kChannels)
                 for (size_t c = first; c < first + kChannels; ++c) {
                     const uint8_t a = rows[c], b = rows[half * stride + c];
-                    const uint8_t d = rows[stride + c], e = rows[(half + 1) * stride + c];
-                    const auto code = [=](uint8_t x) { return (x - low) & 3; };
-                    bytes[c] = static_cast<uint8_t>(code(a) | code(b) << 2 | code(d) << 4 | code(e) << 6);
-                    starts[c] += static_cast<uint8_t>(a + b + d + e);
+                    bytes[c] = static_cast<uint8_t>(((a - low) & 3) | ((b - low) & 3) << 2);
+                    starts[c] += static_cast<uint8_t>(a + b);
                 }
-            store_lanes(bytes, group + kStarts<Group> + i / 2 * Group);
+            store_lanes(bytes, group + kStarts<Group> + i * Group);
         }
         std::memcpy(group, starts, sizeof starts);
     }

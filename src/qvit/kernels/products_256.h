@@ -41,20 +41,17 @@ void lookup_tile(const uint8_t* a, size_t stride, const uint8_t* w, size_t group
                  const uint8_t* starts, int32_t* out, size_t out_stride) {
     __m256i words[Rows][Groups], highs[Rows][Groups];
     each_sum<Rows, Groups>([&](auto r, auto g) { words[r][g] = highs[r][g] = _mm256_setzero_si256(); });
-    const __m256i low = _mm256_set1_epi8(15);
     for (size_t at = 0; at < count;) {
         __m256i bytes[Rows][Groups];
         each_sum<Rows, Groups>([&](auto r, auto g) { bytes[r][g] = kept(_mm256_setzero_si256()); });
         const size_t until = std::min(at + kBeforeWidening, count);
-        for (; at < until; ++at)
-            unrolled<2>([&](auto pair) {
+        for (; at < until; at += 2)
+            unrolled<2>([&](auto i) {
                 __m256i channels[Groups];
-                unrolled<Groups>([&](auto g) {
-                    const __m256i both = load_vector(w + g * group_bytes + at * kGroup);
-                    channels[g] = kept(_mm256_and_si256(pair == 0 ? both : _mm256_srli_epi16(both, 4), low));
-                });
+                unrolled<Groups>(
+                    [&](auto g) { channels[g] = kept(load_vector(w + g * group_bytes + (at + i) * kGroup)); });
                 unrolled<Rows>([&](auto r) {
-                    const __m256i table = table_of(a[r * stride + 2 * at + pair]);
+                    const __m256i table = table_of(a[r * stride + at + i]);
                     unrolled<Groups>([&](auto g) {
                         bytes[r][g] = kept(_mm256_add_epi8(bytes[r][g], _mm256_shuffle_epi8(table, channels[g])));
                     });
@@ -77,7 +74,7 @@ constexpr LookupTiles kLookupTiles[] = {kOneGroup, kTwoGroups};
 
 void run_lookup(const uint8_t* rows, size_t stride, size_t count, const uint8_t* packed, size_t, size_t k, size_t first,
                 size_t last, int32_t* out, size_t out_stride) {
-    run_lookup_tiles<kGroup, kBytesAtOnce, 2>(kLookupTiles, rows, stride, count, packed, k / 4, first, last, out,
+    run_lookup_tiles<kGroup, kPairsAtOnce, 1>(kLookupTiles, rows, stride, count, packed, k / kPair, first, last, out,
                                               out_stride);
 }
 

@@ -110,20 +110,17 @@ void lookup_tile(const uint8_t* a, size_t stride, const uint8_t* w, size_t group
     // Sums of the 16-bit words as they are, and of their high bytes: the low bytes' sum is the difference.
     v128_t words[Rows][Groups], highs[Rows][Groups];
     each_sum<Rows, Groups>([&](auto r, auto g) { words[r][g] = highs[r][g] = wasm_i32x4_splat(0); });
-    const v128_t low = wasm_i8x16_splat(15);
     for (size_t at = 0; at < count;) {
         v128_t bytes[Rows][Groups];
         each_sum<Rows, Groups>([&](auto r, auto g) { bytes[r][g] = wasm_i32x4_splat(0); });
         const size_t until = std::min(at + kBeforeWidening, count);
-        for (; at < until; ++at)
-            unrolled<2>([&](auto pair) {
+        for (; at < until; at += 2)
+            unrolled<2>([&](auto i) {
                 v128_t channels[Groups];
-                unrolled<Groups>([&](auto g) {
-                    const v128_t both = wasm_v128_load(w + g * group_bytes + at * kGroup);
-                    channels[g] = wasm_v128_and(pair == 0 ? both : wasm_u16x8_shr(both, 4), low);
-                });
+                unrolled<Groups>(
+                    [&](auto g) { channels[g] = wasm_v128_load(w + g * group_bytes + (at + i) * kGroup); });
                 unrolled<Rows>([&](auto r) {
-                    const v128_t table = wasm_v128_load(&kTables.bytes[0][0] + a[r * stride + 2 * at + pair]);
+                    const v128_t table = wasm_v128_load(&kTables.bytes[0][0] + a[r * stride + at + i]);
                     unrolled<Groups>(
                         [&](auto g) { bytes[r][g] = wasm_i8x16_add(bytes[r][g], look_up(table, channels[g])); });
                 });
@@ -153,7 +150,7 @@ constexpr LookupTiles kLookupTiles[] = {kOneGroup, kTwoGroups};
 
 void run_lookup(const uint8_t* rows, size_t stride, size_t count, const uint8_t* packed, size_t, size_t k, size_t first,
                 size_t last, int32_t* out, size_t out_stride) {
-    run_lookup_tiles<kGroup, kBytesAtOnce, 2>(kLookupTiles, rows, stride, count, packed, k / 4, first, last, out,
+    run_lookup_tiles<kGroup, kPairsAtOnce, 1>(kLookupTiles, rows, stride, count, packed, k / kPair, first, last, out,
                                               out_stride);
 }
 
