@@ -113,6 +113,11 @@ def test_a_burst_and_hostile_clients_leave_a_server_that_answers(packed_file: Pa
             connection.request("POST", "/predict", content, {"Content-Type": "image/png"})
             assert connection.getresponse().status == status
             connection.close()
+        clients.append(Client(port, b"never sent"))  # the server waits for it, until it is interrupted again
+        served.send_signal(signal.SIGINT)
+        with contextlib.suppress(ConnectionError):  # refused, or reset: it listens no longer
+            while True:
+                socket.create_connection(("127.0.0.1", port)).close()
         served.send_signal(signal.SIGINT)
         out, err = served.communicate()
     assert (served.returncode, out) == (130, "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import signal
 import socket
@@ -48,15 +49,22 @@ def serve(
     """
     engines = make_engines(model, threads)
     batcher = Batcher(engines, top_k=top_k, waiting=waiting)
-    config = uvicorn.Config(make_app(batcher, largest_body=largest_body), log_level="error", access_log=False)
+    app = make_app(batcher, largest_body=largest_body)
+    config = uvicorn.Config(app, lifespan="off", log_level="error", access_log=False)
     with listen(host, port) as listener, batcher:
         where = f"[{host}]" if listener.family == socket.AF_INET6 and ":" in host else host
         address = f"http://{where}:{listener.getsockname()[1]}"
         report(f"{batcher.program.name} is served at {address} (engines: {len(engines)}, threads of each: {threads})")
         logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a client's mistake is told to the client alone
+        logging.getLogger("uvicorn.error").addFilter(_is_a_fault)
         # uvicorn answers what it has taken, then raises the signal again.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         uvicorn.Server(config).run(sockets=[listener])
+
+
+def _is_a_fault(record: logging.LogRecord) -> bool:
+    """Return whether a record tells more than that a second Ctrl-C ended the request."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
 
 
 def make_engines(model: Path, threads: int) -> list[Engine]:
