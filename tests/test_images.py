@@ -89,7 +89,7 @@ def test_text_named_as_image_is_refused(tmp_path: Path) -> None:
         opened(path)
 
 
-@pytest.mark.parametrize("values", [np.float32([[0.5]]), np.int32([[70000]]), np.int32([[-1]])])
+@pytest.mark.parametrize("values", [np.float32([[0.5]]), np.int32([[65536]]), np.int32([[-1]])])
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_pixels_of_unknown_range_are_refused(tmp_path: Path, values: np.ndarray, mode: Mode) -> None:
     path = save(Image.fromarray(values), tmp_path / "science.tiff")

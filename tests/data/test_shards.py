@@ -167,3 +167,31 @@ def test_class_names_that_are_no_text_are_refused(tmp_path: Path, shard: MakeSha
     (tmp_path / "classes.txt").write_bytes(b"caf\xe9\n")
     with pytest.raises(DataError, match="classes.txt cannot be read as text"):
         open_data(str(tmp_path))
+
+
+def test_a_shard_of_a_whole_folder_is_read(tmp_path: Path, shard: MakeShard) -> None:
+    """``tar cf a.tar .`` puts ``./`` before every name, which is no hidden folder."""
+    with tarfile.open(shard("b", range(4))) as tar, tarfile.open(tmp_path / "a.tar", "w") as dotted:
+        for member in tar:
+            member.name = f"./{member.name}"
+            dotted.addfile(member, tar.extractfile(member))
+    images, labels, left_out = read_shards([tmp_path / "a.tar"])
+    assert (len(images), labels, left_out) == (4, [0, 1, 0, 1], {})
+
+
+def test_a_file_with_holes_is_no_image(tmp_path: Path, shard: MakeShard) -> None:
+    """Its bytes do not stand one after the other."""
+    path = shard("a.tar", range(2))
+    with tarfile.open(path, "a") as tar:
+        sparse = tarfile.TarInfo("x/0009.png")
+        sparse.type = tarfile.GNUTYPE_SPARSE
+        tar.addfile(sparse)
+    images, _, left_out = read_shards([path])
+    assert (len(images), left_out) == (2, {".png files": 1})
+
+
+def test_a_class_that_the_training_images_lack_is_refused(tmp_path: Path, shard: MakeShard) -> None:
+    shard("train/a.tar", range(4))
+    shard("val/b.tar", range(4), {"x/0001.cls": b"2"})
+    with pytest.raises(DataError, match="val has an image of class 2, and there are 2 classes"):
+        open_data(str(tmp_path))

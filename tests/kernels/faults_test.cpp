@@ -3,17 +3,21 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <optional>
 #include <random>
 #include <stdexcept>
 #include <thread>
 #include <vector>
 
 #include "faults.h"
+#include "fork.h"
 #include "model.h"
 
 using namespace qvit;
@@ -201,6 +205,32 @@ void check_allocations(const std::vector<float>& right) {
     std::printf("%ld allocations\n", number - 1);
 }
 
+// A child hears of a fork what is there then, in whatever order things were made and went, and may make more.
+void check_who_hears_of_forks() {
+    constexpr int kCount = 4;
+    std::array<int, kCount> order{0, 1, 2, 3};
+    do {
+        std::array<std::optional<OnFork>, kCount> hearers;
+        std::array<int, kCount> heard{}, expected{1, 1, 1, 1};
+        const auto hear = [](void* count) { ++*static_cast<int*>(count); };
+        for (int i = 0; i < kCount; ++i) hearers[i].emplace(hear, &heard[i]);
+        for (const int gone : order) {
+            hearers[gone].reset();
+            expected[gone] = 0;
+            const pid_t child = fork();
+            if (child == 0) {
+                alarm(600);  // else it would wait for ever for a lock that nobody holds
+                const OnFork another(hear, &heard[0]);
+                _exit(heard == expected ? 0 : 1);
+            }
+            int status = 0;
+            waitpid(child, &status, 0);
+            expect(WIFEXITED(status) && WEXITSTATUS(status) == 0,
+                   "a child hears of a fork what is there, and no other");
+        }
+    } while (std::next_permutation(order.begin(), order.end()));
+}
+
 void check_forks(const std::vector<float>& right, size_t threads, int forks) {
     auto model = make_model(threads);
     std::atomic<bool> stop{false};
@@ -226,6 +256,7 @@ void check_forks(const std::vector<float>& right, size_t threads, int forks) {
 }  // namespace
 
 int main() {
+    check_who_hears_of_forks();
     for (const size_t threads : {size_t{1}, size_t{2}, size_t{4}}) {
         ThreadPool pool(threads);
         check_meetings(pool, 50);

@@ -12,6 +12,7 @@
 
 #include "isa.h"
 #include "memory.h"
+#include "quantizer.h"
 
 using namespace qvit;
 
@@ -126,7 +127,7 @@ void check_products(const char* isa, const Product* products, size_t count) {
             for (int right = 2; right <= product.right_bits; ++right)
                 check_product(isa, product, left, right, kRandom, kRandom, {5, 20, 150});
         for (const Pattern right : {kLargest, kSmallest})
-            for (const size_t depth : {size_t{4096}, size_t{9001}})
+            for (const size_t depth : {size_t{4096}, size_t{12001}})  // beyond what any narrow sum holds
                 check_product(isa, product, product.left_bits, product.right_bits, kLargest, right, {3, 17, depth});
     }
 }
@@ -221,8 +222,38 @@ void check_sums(const char* isa, const RowOps& ops) {
     for (size_t c = 0; c < width; ++c) check_code(isa, "half to even", codes[c], 0.5 * sums[c], 15.0, 0.0);
 }
 
+// The codes of an activation function by counting, of quantizers whose borders lie anywhere: around its minimum, beyond
+// its values, and where it is as good as a line.
+void check_steps(const char* isa, const RowOps& ops) {
+    constexpr size_t width = 4096;
+    Buffer<int32_t> sums(width);
+    for (size_t c = 0; c < width; ++c) sums[c] = static_cast<int32_t>(c) - static_cast<int32_t>(width / 2);
+    for (const Activation activation : kActivations) {
+        double minimum = 0.0;
+        for (double x = -5.0; x < 0.0; x += 1e-3) minimum = std::min(minimum, activated(x, activation));
+        std::vector<Quantizer> quantizers{{300.0, 450.0, 2}, {300.0, -900.0, 2}};
+        for (int n = 0; n < 10; ++n) quantizers.emplace_back(real(0.02, 1.0), real(-1.0, 1.5), 2);
+        // The lowest border lies above the start by half a step, and the start below the offset by two.
+        for (const double beside : {-1e-3, 1e-3, 4e-3}) quantizers.emplace_back(0.1, minimum + beside + 0.15, 2);
+        for (const Quantizer& quantizer : quantizers)
+            for (const float unit : {0.003f, 1.0f}) {
+                const Steps steps = steps_of(activation, quantizer);
+                check_value(isa, "steps", static_cast<double>(steps.count), 3, 0.0);
+                Buffer<float> scale(width), shift(width);
+                for (size_t c = 0; c < width; ++c) scale[c] = unit;
+                Buffer<uint8_t> codes(width);
+                ops.step_sums(sums.data(), width, 1, width, scale.data(), shift.data(), steps, codes.data(), width);
+                for (size_t c = 0; c < width; ++c) {
+                    const double y = activated(static_cast<double>(sums[c]) * unit, activation);
+                    check_code(isa, "step_sums", codes[c], (y - quantizer.start) / quantizer.scale, 3.0, 1e-4);
+                }
+            }
+    }
+    check_value(isa, "no steps", static_cast<double>(steps_of(Activation::silu, Quantizer(0.1, 0.0, 3)).count), 0, 0.0);
+}
+
 void check_softmax(const char* isa, const RowOps& ops, size_t width, double spread) {
-    constexpr size_t rows = 2;
+    constexpr size_t rows = 6;         // some of them side by side, and some that are left
     const size_t columns = width - 5;  // the rest is padding
     Buffer<int32_t> sums(rows * width);
     for (size_t i = 0; i < sums.size(); ++i) sums[i] = integer(-1000, 1000);
@@ -257,7 +288,7 @@ void check_softmax(const char* isa, const RowOps& ops, size_t width, double spre
 }
 
 void check_norms(const char* isa, const RowOps& ops, size_t width, bool rms, bool rectifier) {
-    constexpr size_t rows = 3;
+    constexpr size_t rows = 6;
     const size_t padded = round_up(width, kChannels), stride = padded + 16;
     Buffer<float> x(rows * stride), weight(padded), bias(padded), inner(padded);
     for (size_t c = 0; c < width; ++c) {
@@ -350,6 +381,7 @@ int main() {
         check_products(isa.name, isa.products, isa.product_count);
         check_products(isa.name, isa.moving, isa.moving_count);
         check_sums(isa.name, isa.ops);
+        check_steps(isa.name, isa.ops);
         for (const size_t width : {size_t{16}, size_t{208}, size_t{4112}})
             for (const double spread : {0.5, 20.0, 400.0}) check_softmax(isa.name, isa.ops, width, spread);
         for (const size_t width : {size_t{1}, size_t{24}, size_t{40}, size_t{384}})

@@ -197,3 +197,17 @@ def test_a_profile_is_of_its_own_calls_alone_and_their_mean() -> None:
     for _ in range(300):
         engine(images)
     assert not any(seconds for _, seconds in engine._model.profile())
+
+
+def test_classes_of_large_and_of_equal_logits_have_their_probabilities_in_order() -> None:
+    engine = Engine(make_packed(4, class_count=20), threads=1)
+    logits = np.full((2, 20), -2000, np.float32)
+    logits[0, 3:], logits[1, [7, 4]] = 1000, 2000
+    equal, pair = engine.most_probable(logits, 17)
+    assert equal == [(name, pytest.approx(1 / 17)) for name in engine.classes[3:]]
+    assert pair[:3] == [(engine.classes[4], 0.5), (engine.classes[7], 0.5), (engine.classes[0], 0.0)]
+
+
+def test_an_engine_takes_no_more_threads_than_it_may_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qvit.runtime.engine.processors", lambda: 5000)
+    assert Engine(make_packed(4)).threads == 1024
