@@ -35,7 +35,7 @@ from random_models import write_random
 MODELS = ("deit_tiny_patch16_224", "deit_small_patch16_224")
 MODES = {"onnxruntime": ".onnx", "onnxruntime-dynamic": ".dynamic.onnx", "onnxruntime-static": ".static.onnx"}
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-IN_A_ROW = 10
+IN_A_ROW = 5
 """Images of a round, after the first."""
 Run = tuple[str, str, str]
 """Title, kind of runtime and address of a model."""
