@@ -2,8 +2,9 @@
 
 A step is forward and backward pass: of the float model, of the student alone, and the whole Q-ViT step (teacher,
 student and guided distillation). On the CPU each is eager, compiled, and compiled under bfloat16 autocast; on a GPU,
-the default where there is one, compiled under bfloat16 autocast. All run in turn in every round of one process, times
-are medians. There are two ratios: to the first row, and ("alike") to the float step that runs in the same way.
+the default where there is one, compiled under bfloat16 autocast. All run in turn in every round of one process, each
+twice, of which the second is measured; times are medians. There are two ratios: to the first row, and ("alike") to the
+float step that runs in the same way.
 
 Memory is the highest sum of the tensors that a step allocates: on the CPU what PyTorch's allocator hands out (exact and
 the same in every run, without the scratch memory of the matrix library), on the GPU torch.cuda.max_memory_allocated.
@@ -172,6 +173,7 @@ def measure(steps: dict[str, Step], rounds: int, batch: int, device: torch.devic
     times: dict[str, list[float]] = {name: [] for name in running}
     for _ in range(rounds):
         for name, step in running.items():
+            step()  # the heap is as another model's step left it: this one faults pages in that it would have in a run
             times[name].append(seconds(step, device))
     records: list[dict[str, Any]] = []
     for name in steps:
