@@ -213,3 +213,20 @@ FAMILIES: dict[str, Program] = {
     "features": feature_program(),
 }
 """A program per family, of which each operation, branch, field and choice of the format is in at least one."""
+
+
+def shifted_program() -> Program:
+    """Return a program of shifted windows, more than one task takes, whose logits differ by more than their mask."""
+    attention = Attention(
+        name="attn",
+        heads=2,
+        head_dim=6,
+        qkv=Layer("qkv", 12, 36, Bits(4, 4)),
+        proj=Layer("proj", 12, 12, Bits(4, 4)),
+        scale=40.0,
+        window=(2, 4),
+        shift=(1, 2),
+        **dict.fromkeys(OPERANDS, 8),
+    )
+    embed = Embed((1, 1), Layer("patch_embed", 1, 12, Bits(4, 4)))
+    return Program("shifted", (1, 8, 16), (embed, Residual((attention,)), Pool("avg")))

@@ -16,7 +16,7 @@ from onnx import TensorProto
 from onnx.reference import ReferenceEvaluator
 
 from conftest import make_vit
-from family_programs import FAMILIES
+from family_programs import FAMILIES, shifted_program
 from following import check_codes
 from members import FAMILY_MEMBERS, MEMBERS, SIZES
 from onnx_runs import OnnxEngine, session
@@ -60,6 +60,12 @@ def test_every_family_is_the_reference_with_any_batch(family: str, exact: bool) 
     alone = session(onnx_model(packed, exact=exact))  # without its codes as outputs more of it is fused
     assert_close(alone.run(None, {"images": images})[0], expected)
     assert_close(alone.run(None, {"images": images[1:2]})[0], expected[1:2])
+
+
+@MODES
+def test_the_mask_of_a_shifted_window_is_a_hundred(exact: bool) -> None:
+    packed = random_packed(shifted_program())
+    check_codes(packed, OnnxEngine(packed, exact=exact), images_for(packed.program, 2))
 
 
 @settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from conftest import make_vit
+from family_programs import shifted_program
 from following import Following, check_codes
 from members import CLASSES, FAMILY_MEMBERS, MEMBERS, SIZES, family_member, images_for, packed, student_of
 from packed_models import make_packed, random_packed
@@ -23,8 +24,7 @@ from programs import programs
 from qvit import QuantConfig
 from qvit.config import Bits
 from qvit.errors import ConfigError
-from qvit.format.branches import Attention, Residual
-from qvit.format.ops import OPERANDS, Embed, Layer, Norm, Pool, Tokens
+from qvit.format.ops import Embed, Layer, Norm, Pool, Tokens
 from qvit.format.packed import read_packed, write_packed
 from qvit.format.program import Program
 from qvit.runtime.engine import Engine, instruction_sets, load
@@ -80,23 +80,8 @@ def test_tokens_that_come_too_late_are_refused_and_no_others(norms: int, tokens:
 
 @pytest.mark.parametrize("isa", instruction_sets())
 def test_a_hundred_less_is_not_never(isa: str) -> None:
-    """Tokens of a shifted window that are no neighbours count where their logits are larger by 100, as in timm.
-
-    The windows are more than one task takes.
-    """
-    attention = Attention(
-        name="attn",
-        heads=2,
-        head_dim=6,
-        qkv=Layer("qkv", 12, 36, Bits(4, 4)),
-        proj=Layer("proj", 12, 12, Bits(4, 4)),
-        scale=40.0,
-        window=(2, 4),
-        shift=(1, 2),
-        **dict.fromkeys(OPERANDS, 8),
-    )
-    embed = Embed((1, 1), Layer("patch_embed", 1, 12, Bits(4, 4)))
-    program = Program("shifted", (1, 8, 16), (embed, Residual((attention,)), Pool("avg")))
+    """Tokens of a shifted window that are no neighbours count where their logits are larger by 100, as in timm."""
+    program = shifted_program()
     file = random_packed(program)
     images = np.random.default_rng(0).standard_normal((2, *program.input)).astype(np.float32)
     check_codes(file, Engine(file, threads=1, instruction_set=isa), images)
