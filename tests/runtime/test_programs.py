@@ -6,6 +6,7 @@ to (:mod:`following`), and every output the reference's.
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from programs import programs
 from qvit import QuantConfig
 from qvit.config import Bits
 from qvit.errors import ConfigError
+from qvit.format.branches import Residual
 from qvit.format.ops import Embed, Layer, Norm, Pool, Tokens
 from qvit.format.packed import read_packed, write_packed
 from qvit.format.program import Program
@@ -85,6 +87,17 @@ def test_a_hundred_less_is_not_never(isa: str) -> None:
     file = random_packed(program)
     images = np.random.default_rng(0).standard_normal((2, *program.input)).astype(np.float32)
     check_codes(file, Engine(file, threads=1, instruction_set=isa), images)
+
+
+def test_a_window_of_more_tokens_than_a_task_has_rows_has_its_memory() -> None:
+    wide = dataclasses.replace(shifted_program(), input=(1, 24, 48))
+    (residual,) = (operation for operation in wide.operations if isinstance(operation, Residual))
+    (attention,) = residual.branches
+    large = Residual((dataclasses.replace(attention, window=(24, 24), shift=(0, 0)),))
+    program = dataclasses.replace(wide, operations=(wide.operations[0], large, wide.operations[-1]))
+    images = np.random.default_rng(0).standard_normal((1, *program.input)).astype(np.float32)
+    file = random_packed(program)
+    check_codes(file, Engine(file, threads=1), images)
 
 
 @pytest.mark.parametrize("count", [1, 400])
