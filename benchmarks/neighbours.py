@@ -106,11 +106,13 @@ class Process:
 
 def rows(count: int) -> list[tuple[Kind, ...]]:
     """Return the processes that run together: everyone alone first, then with others; ``count`` processors."""
-    whole, single, requests, neighbour = Kind(count), Kind(1), Kind(count, 0.005), Kind(0)
+    whole, single, neighbour = Kind(count), Kind(1), Kind(0)
+    requests, rare = Kind(count, 0.005), Kind(count, 0.05)
     return [
         (whole,),
         (single,),
         (requests,),
+        (rare,),
         (neighbour,),
         (single, *[neighbour] * (count - 1)),
         (whole, neighbour),
