@@ -69,7 +69,7 @@ def beside_peers(names: Sequence[str], bits: Sequence[int], peers: Sequence[str]
                 highlight=False,
             )
         for line in comparison.notes():
-            console.print(line, style="dim", highlight=False)
+            console.print(line, style="dim", markup=False, highlight=False)
         results[name] = {**comparison.to_dict(), "speedups": speedups, "seconds_at_peak": at_peak}
     return results
 
@@ -170,7 +170,9 @@ def _compare(
             threads,
             peers=peers,
             rounds=rounds,
-            report=lambda message: console.print(f"{name}, {size}: {message}", style="dim", highlight=False),
+            report=lambda message: console.print(
+                f"{name}, {size}: {message}", style="dim", markup=False, highlight=False
+            ),
         )
 
 
