@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 ROUNDS = 20
-PAUSE = 0.02
-"""Seconds between turns: idle threads of OpenMP, ONNX Runtime and TBB look for work for some milliseconds more."""
+PAUSE = 0.1
+"""Seconds between turns: idle threads of OpenMP and TBB look for work for some milliseconds more, ONNX Runtime's for 35."""
 _T = TypeVar("_T")
 _Key = TypeVar("_Key")
 Report = Callable[[str], None]
