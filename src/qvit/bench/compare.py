@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 ROUNDS = 20
 PAUSE = 0.1
-"""Seconds between turns: idle threads of OpenMP and TBB look for work for some milliseconds more, ONNX Runtime's for 35."""
+"""Seconds between turns: idle threads look for work for some milliseconds more, ONNX Runtime's for 35."""
 _T = TypeVar("_T")
 _Key = TypeVar("_Key")
 Report = Callable[[str], None]
