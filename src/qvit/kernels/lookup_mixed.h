@@ -3,7 +3,7 @@
 // Two codes w of a channel, 4 bits, are looked up in a table of 16 bytes that is made for two codes a of a row, by one
 // addition: an entry is the sum of a w + kLowest of both, which is not negative. Two tables' entries fit into a byte.
 //
-// Layout: [n / Group groups][Group starts, k / 2][Group channels], a byte two codes modulo 4, w0 + 4 w1.
+// Layout: that of lookup_pairs.h, but for its pairs, which are (2 i, 2 i + 1): rows are read as they are.
 #pragma once
 
 #include "products_256.h"
@@ -27,23 +27,16 @@ struct Terms {
 };
 constexpr Terms kTerms;
 
-size_t mixed_weight_bytes(size_t n, size_t k) { return n / kGroup * (kStarts<kGroup> + k / 2 * kGroup); }
-
 void mixed_pack_channel(uint8_t* packed, size_t k, size_t channel, const uint8_t* codes, int low) {
-    uint8_t* group = packed + channel / kGroup * mixed_weight_bytes(kGroup, k);
+    uint8_t* group = packed + channel / kGroup * lookup_weight_bytes<kGroup>(kGroup, k);
     uint8_t* to = group + kStarts<kGroup> + lookup_lane<kGroup>(channel);
     for (size_t i = 0; i < k; i += 2)
         to[i / 2 * kGroup] = static_cast<uint8_t>(((codes[i] - low) & 3) | ((codes[i + 1] - low) & 3) << 2);
-    const int32_t start = -kLowest * static_cast<int32_t>(k);
-    std::memcpy(group + channel % kGroup * sizeof start, &start, sizeof start);
+    store_start(group, channel % kGroup, -kLowest * static_cast<int>(k), 0);
 }
 
 inline __m256i made_table(const uint8_t* a) {
-    const auto terms = [a](size_t place) {
-        return _mm256_broadcastsi128_si256(
-            _mm_load_si128(reinterpret_cast<const __m128i*>(kTerms.bytes[a[place]][place])));
-    };
-    return kept(_mm256_add_epi8(terms(0), terms(1)));
+    return kept(_mm256_add_epi8(load_table(kTerms.bytes[a[0]][0]), load_table(kTerms.bytes[a[1]][1])));
 }
 
 // One row: more rows would leave too few registers for tables and groups.
@@ -67,9 +60,9 @@ void mixed_tile(const uint8_t* a, size_t, const uint8_t* w, size_t group_bytes, 
     });
 }
 
-constexpr LookupTile kOneRow[][1] = {{mixed_tile<1>}, {mixed_tile<2>}, {mixed_tile<3>},
-                                     {mixed_tile<4>}, {mixed_tile<5>}, {mixed_tile<6>}};
-constexpr LookupTiles kMixedTiles[] = {kOneRow[0], kOneRow[1], kOneRow[2], kOneRow[3], kOneRow[4], kOneRow[5]};
+template <int Groups>
+constexpr LookupTile kOneRow[] = {mixed_tile<Groups>};
+constexpr LookupTiles kMixedTiles[] = {kOneRow<1>, kOneRow<2>, kOneRow<3>, kOneRow<4>, kOneRow<5>, kOneRow<6>};
 
 void run_mixed(const uint8_t* rows, size_t stride, size_t count, const uint8_t* packed, size_t, size_t k, size_t first,
                size_t last, int32_t* out, size_t out_stride) {
@@ -77,7 +70,7 @@ void run_mixed(const uint8_t* rows, size_t stride, size_t count, const uint8_t* 
                                               out_stride);
 }
 
-constexpr Product kMixed = {"lookup-4",         4,        2,       kGroup,   192, mixed_weight_bytes,
+constexpr Product kMixed = {"lookup-4",         4,        2,       kGroup,   192, lookup_weight_bytes<kGroup>,
                             mixed_pack_channel, byte_row, nullptr, run_mixed};
 
 }  // namespace

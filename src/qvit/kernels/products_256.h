@@ -18,10 +18,12 @@ constexpr int kVectors = kChannels / kLanes;  // vectors in a panel
 // The lookup for 2 bits: 64 multiply-adds by one vpshufb and one vpaddb.
 constexpr size_t kGroup = 32;
 
-inline __m256i table_of(uint8_t pair) {
-    const uint8_t* table = &kTables.bytes[0][0] + pair;
-    return kept(_mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table))));
+// A table of 16 bytes in both halves of a vector.
+inline __m256i load_table(const uint8_t* table) {
+    return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
 }
+
+inline __m256i table_of(uint8_t pair) { return kept(load_table(&kTables.bytes[0][0] + pair)); }
 
 // Sums of a group, from those of 16-bit words of two bytes and those of the words' high bytes, which make the low
 // bytes' sum by their difference. To what is in `starts`, or if that is null in `out`.
