@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -22,7 +21,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-WORKER = """
+from workers import Worker
+
+WORK = """
 import sys, time
 from pathlib import Path
 checkout, folder, model, bits, batch, threads, activation_bits, instruction_set = sys.argv[1:]
@@ -49,31 +50,15 @@ class Build:
 
     def __init__(self, checkout: Path, folder: str, case: tuple[str, int, int], options: list[str]) -> None:
         python = checkout / ".venv" / "bin" / "python"
-        command = [str(python), "-c", WORKER, str(checkout), folder, *map(str, case), *options]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-        self.checksum = self._answer()
+        command = [str(python), "-c", WORK, str(checkout), folder, *map(str, case), *options]
+        self._worker = Worker(command, {**os.environ, "OMP_NUM_THREADS": "1"})
+        self.checksum = float(self._worker.ready)
+        self.close = self._worker.close
 
     def seconds(self) -> float:
         """Return the time of one call."""
-        assert self.process.stdin is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        return self._answer()
-
-    def close(self) -> None:
-        """End the process."""
-        self.process.kill()
-        self.process.wait()
-
-    def _answer(self) -> float:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"The build failed, with status {self.process.wait()}.")
-        return float(line)
+        self._worker.tell()
+        return float(self._worker.answer())
 
 
 def main() -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import statistics
-import subprocess
 import sys
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,8 +21,9 @@ from rich.table import Table
 
 from qvit.runtime.environment import machine
 from qvit.runtime.processors import processors
+from workers import Worker
 
-WORKER = """
+WORK = """
 import hashlib, sys, time
 model, threads, pause = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
 if threads:
@@ -76,34 +76,6 @@ class Speed(NamedTuple):
     """Seconds that 99 of 100 do not exceed."""
 
 
-class Process:
-    """A process that works when it is told to."""
-
-    def __init__(self, model: str, kind: Kind) -> None:
-        """Start it and wait until it is ready."""
-        command = [sys.executable, "-c", WORKER, model, str(kind.threads), str(kind.pause)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.answer()
-
-    def begin(self, seconds: float) -> None:
-        """Let it work for so long."""
-        assert self._process.stdin is not None
-        print(seconds, file=self._process.stdin, flush=True)
-
-    def answer(self) -> str:
-        """Return its next line."""
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit("A process ended before its time; its message is above.")
-        return line
-
-    def close(self) -> None:
-        """End it."""
-        self._process.kill()
-        self._process.wait()
-
-
 def rows(count: int) -> list[tuple[Kind, ...]]:
     """Return the processes that run together: everyone alone first, then with others; ``count`` processors."""
     whole, single, neighbour = Kind(count), Kind(1), Kind(0)
@@ -132,17 +104,18 @@ def main() -> None:
     table = rows(processors())
     found: list[list[list[Speed]]] = [[[] for _ in row] for row in table]
     with contextlib.ExitStack() as stack:
-        pools: dict[Kind, list[Process]] = {}
+        pools: dict[Kind, list[Worker]] = {}
         for kind in {kind for row in table for kind in row}:
             number = max(row.count(kind) for row in table)
-            pools[kind] = [Process(options.model, kind) for _ in range(number)]
+            command = [sys.executable, "-c", WORK, options.model, str(kind.threads), str(kind.pause)]
+            pools[kind] = [Worker(command) for _ in range(number)]
             for process in pools[kind]:
                 stack.callback(process.close)
         for _ in range(options.rounds):
             for row, results in zip(table, found, strict=True):
                 members = [pools[kind][row[:place].count(kind)] for place, kind in enumerate(row)]
                 for process in members:
-                    process.begin(options.seconds)
+                    process.tell(str(options.seconds))
                 for process, speeds in zip(members, results, strict=True):
                     speeds.append(Speed(*map(float, process.answer().split())))
     medians = [[Speed(*map(statistics.median, zip(*speeds, strict=True))) for speeds in results] for results in found]
