@@ -4,10 +4,11 @@ Without --scaling: DeiT-T and DeiT-S, 224 x 224, batch 1 and 8, 2 threads, at 4 
 installed (pip install 'qvit[train,bench]'), interleaved in one run; "share of peak" is the time that the model's
 products would take in loops that touch registers only (peak.cpp), divided by the whole time. With it: the engine alone
 against the batch, the number of tokens and threads. With --profile: what the engine's time goes to, one image, one
-thread. Random weights.
+thread. With --avx2: all are held to AVX2, those apart that cannot be. Random weights.
 
 Examples:
   python benchmarks/engine.py --json engine.json
+  python benchmarks/engine.py --avx2 --rounds 9
   python benchmarks/engine.py --scaling --json scaling.json
   python benchmarks/engine.py --profile --json profile.json
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,15 +39,21 @@ BATCHES = (1, 2, 4, 8, 16, 32)
 IMAGE_SIZES = (224, 384, 448)
 """197, 577 and 785 tokens."""
 PEAK_ROUNDS = 3
+AVX2_PEERS = ("torch", "torch-compile", "openvino", "openvino-int8")
+"""ONNX Runtime takes what the processor has, and bfloat16 is no type of an AVX2 processor."""
+AVX2_LIMITS = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+"""What holds PyTorch (its kernels, Inductor's, oneDNN's, MKL's) and OpenVINO to AVX2, as environment variables."""
 console = Console()
 
 
-def beside_peers(names: Sequence[str], bits: Sequence[int], peers: Sequence[str], rounds: int) -> dict[str, Any]:
+def beside_peers(
+    names: Sequence[str], bits: Sequence[int], peers: Sequence[str], rounds: int, instruction_set: str | None = None
+) -> dict[str, Any]:
     """Measure and print the table for each model; return it as plain data by the model's name."""
     results = {}
     for name in names:
-        comparison = _compare(name, bits, 224, (1, 8), (2,), peers, rounds)
-        at_peak = _seconds_at_peak(name, bits, comparison)
+        comparison = _compare(name, bits, 224, (1, 8), (2,), peers, rounds, instruction_set)
+        at_peak = _seconds_at_peak(name, bits, comparison, instruction_set)
 
         def share(timing: Timing, at_peak: dict[str, float] = at_peak) -> float | None:
             seconds = at_peak.get(timing.runtime)
@@ -74,16 +82,22 @@ def beside_peers(names: Sequence[str], bits: Sequence[int], peers: Sequence[str]
     return results
 
 
-def _seconds_at_peak(name: str, bits: Sequence[int], comparison: Comparison) -> dict[str, float]:
-    """Return what the products of one image take on one thread at their peak, by runtime: of the engine and int8."""
+def _seconds_at_peak(
+    name: str, bits: Sequence[int], comparison: Comparison, instruction_set: str | None
+) -> dict[str, float]:
+    """Return what the products of one image take on one thread at their peak, by runtime: of the engine and int8.
+
+    Those of int8 are told for the best instruction set alone: with AVX2 each has products of its own.
+    """
     with loop_program() as loops:
         runs = [loop_speeds(loops) for _ in range(PEAK_ROUNDS)]
     speeds = {loop: max(run[loop] for run in runs) for loop in runs[0]}
     programs = {title: program(name, b) for title, b in zip(comparison.packed, bits, strict=True)}
-    isa = _kernels.instruction_sets()[0]
+    isa = instruction_set or _kernels.instruction_sets()[0]
     found = {title: seconds_at_peak(of, speeds, isa) for title, of in programs.items()}
-    int8 = int8_seconds_at_peak(program(name), speeds)
-    found |= {title: int8 for timing in comparison.timings if "int8" in (title := timing.runtime)}
+    if instruction_set is None:
+        int8 = int8_seconds_at_peak(program(name), speeds)
+        found |= {title: int8 for timing in comparison.timings if "int8" in (title := timing.runtime)}
     return {title: seconds for title, seconds in found.items() if seconds is not None}
 
 
@@ -161,6 +175,7 @@ def _compare(
     threads: Sequence[int],
     peers: Sequence[str],
     rounds: int,
+    instruction_set: str | None = None,
 ) -> Comparison:
     with tempfile.TemporaryDirectory(prefix="qvit-models-") as folder:
         models = {f"qvit, {b} bits": write_random(Path(folder) / f"{b}-bit.safetensors", name, b, size) for b in bits}
@@ -170,6 +185,7 @@ def _compare(
             threads,
             peers=peers,
             rounds=rounds,
+            instruction_set=instruction_set,
             report=lambda message: console.print(
                 f"{name}, {size}: {message}", style="dim", markup=False, highlight=False
             ),
@@ -181,18 +197,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS[:2])
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 2])
-    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--peers", nargs="*", choices=PEERS, help="runtimes beside it, all by default")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--scaling", action="store_true", help="the engine alone, against batch, tokens and threads")
-    parser.add_argument("--profile", action="store_true", help="the engine alone: what its time goes to")
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--scaling", action="store_true", help="the engine alone, against batch, tokens and threads")
+    modes.add_argument("--profile", action="store_true", help="the engine alone: what its time goes to")
+    modes.add_argument("--avx2", action="store_true", help="hold the engine and the others to AVX2")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    limited = AVX2_PEERS if arguments.avx2 else tuple(PEERS)
+    peers = limited if arguments.peers is None else arguments.peers
+    if unlimited := set(peers) - set(limited):
+        parser.error(f"{', '.join(sorted(unlimited))} cannot be held to AVX2; {', '.join(limited)} can.")
     if arguments.profile:
         results = profile(arguments.models, arguments.bits)
     elif arguments.scaling:
         results = scaling(arguments.models, arguments.bits, arguments.rounds)
+    elif arguments.avx2:
+        os.environ |= AVX2_LIMITS  # before the processes that load them
+        results = beside_peers(arguments.models, arguments.bits, peers, arguments.rounds, "avx2")
     else:
-        results = beside_peers(arguments.models, arguments.bits, arguments.peers, arguments.rounds)
+        results = beside_peers(arguments.models, arguments.bits, peers, arguments.rounds)
     if arguments.json:
         arguments.json.write_text(json.dumps(results))
 

@@ -78,12 +78,15 @@ def test_nobody_always_follows_the_same_neighbour(monkeypatch: pytest.MonkeyPatc
 
 def test_compare_times_each_runtime_once_a_round(packed_file: Path) -> None:
     told: list[str] = []
-    result = compare({"ours": packed_file}, [1, 3], [1], peers=["torch"], rounds=3, report=told.append)
+    result = compare(
+        {"ours": packed_file}, [1, 3], [1], peers=["torch"], rounds=3, instruction_set="portable", report=told.append
+    )
     titles = ["ours", "PyTorch eager, float32"]
     assert [(t.runtime, t.batch, t.threads) for t in result.timings] == [(t, b, 1) for b in (1, 3) for t in titles]
     assert all(len(t.seconds) == 3 and min(t.seconds) > 0 for t in result.timings)
     assert set(result.versions) == set(titles)
     assert result.versions["PyTorch eager, float32"].startswith("torch ")
+    assert result.versions["ours"].endswith(", portable")
     assert not result.skipped
     assert any("Timing batch 3" in line for line in told)
 

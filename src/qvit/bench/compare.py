@@ -148,6 +148,7 @@ def compare(
     *,
     peers: Sequence[str] = tuple(PEERS),
     rounds: int = ROUNDS,
+    instruction_set: str | None = None,
     report: Report = lambda message: None,
 ) -> Comparison:
     """Time packed models and other runtimes on random images.
@@ -158,6 +159,7 @@ def compare(
         threads: of every runtime.
         peers: names in :data:`qvit.bench.peers.PEERS`; who is not installed is skipped.
         rounds: turns of each.
+        instruction_set: of the packed models' engines, the best one by default.
         report: told what goes on, a line each.
 
     Raises:
@@ -190,7 +192,7 @@ def compare(
         for batch in batches:
             onnx = Path(folder) / f"batch-{batch}.onnx"
             for count in threads:
-                case = Case(program, batch, count, onnx)
+                case = Case(program, batch, count, onnx, instruction_set)
                 for title in list(runtimes):
                     report(f"Loading {title}: batch {batch}, threads {count}.")
                     try:
@@ -295,7 +297,7 @@ def _load(source: str, case: Case) -> str:
 
 
 def _engine(path: str, case: Case) -> tuple[Runner, str]:
-    engine = load(path, threads=case.threads)
+    engine = load(path, threads=case.threads, instruction_set=case.instruction_set)
     return engine, f"qvit {__version__}, {engine.instruction_set}"
 
 

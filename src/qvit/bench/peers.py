@@ -38,12 +38,14 @@ class Case:
         batch: images an inference.
         threads: of every runtime.
         onnx: where the float model of this batch size is, or will be, as an ONNX file (:func:`export_onnx`).
+        instruction_set: of the packed models' engines, the best one by default; the others use what they find.
     """
 
     program: Program
     batch: int
     threads: int
     onnx: Path
+    instruction_set: str | None = None
 
     def images(self, seed: int = 0) -> Images:
         """Return normally distributed images, as preprocessing gives them."""
