@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,15 +38,11 @@ BATCHES = (1, 2, 4, 8, 16, 32)
 IMAGE_SIZES = (224, 384, 448)
 """197, 577 and 785 tokens."""
 PEAK_ROUNDS = 3
-AVX2_PEERS = ("torch", "torch-compile", "openvino", "openvino-int8")
-"""ONNX Runtime takes what the processor has, and bfloat16 is no type of an AVX2 processor."""
-AVX2_LIMITS = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
-"""What holds PyTorch (its kernels, Inductor's, oneDNN's, MKL's) and OpenVINO to AVX2, as environment variables."""
 console = Console()
 
 
 def beside_peers(
-    names: Sequence[str], bits: Sequence[int], peers: Sequence[str], rounds: int, instruction_set: str | None = None
+    names: Sequence[str], bits: Sequence[int], peers: Sequence[str], rounds: int, instruction_set: str | None
 ) -> dict[str, Any]:
     """Measure and print the table for each model; return it as plain data by the model's name."""
     results = {}
@@ -197,7 +192,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS[:2])
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 2])
-    parser.add_argument("--peers", nargs="*", choices=PEERS, help="runtimes beside it, all by default")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--scaling", action="store_true", help="the engine alone, against batch, tokens and threads")
@@ -205,19 +200,13 @@ def main() -> None:
     modes.add_argument("--avx2", action="store_true", help="hold the engine and the others to AVX2")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    limited = AVX2_PEERS if arguments.avx2 else tuple(PEERS)
-    peers = limited if arguments.peers is None else arguments.peers
-    if unlimited := set(peers) - set(limited):
-        parser.error(f"{', '.join(sorted(unlimited))} cannot be held to AVX2; {', '.join(limited)} can.")
     if arguments.profile:
         results = profile(arguments.models, arguments.bits)
     elif arguments.scaling:
         results = scaling(arguments.models, arguments.bits, arguments.rounds)
-    elif arguments.avx2:
-        os.environ |= AVX2_LIMITS  # before the processes that load them
-        results = beside_peers(arguments.models, arguments.bits, peers, arguments.rounds, "avx2")
     else:
-        results = beside_peers(arguments.models, arguments.bits, peers, arguments.rounds)
+        held = "avx2" if arguments.avx2 else None
+        results = beside_peers(arguments.models, arguments.bits, arguments.peers, arguments.rounds, held)
     if arguments.json:
         arguments.json.write_text(json.dumps(results))
 

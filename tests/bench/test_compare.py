@@ -78,15 +78,12 @@ def test_nobody_always_follows_the_same_neighbour(monkeypatch: pytest.MonkeyPatc
 
 def test_compare_times_each_runtime_once_a_round(packed_file: Path) -> None:
     told: list[str] = []
-    result = compare(
-        {"ours": packed_file}, [1, 3], [1], peers=["torch"], rounds=3, instruction_set="portable", report=told.append
-    )
+    result = compare({"ours": packed_file}, [1, 3], [1], peers=["torch"], rounds=3, report=told.append)
     titles = ["ours", "PyTorch eager, float32"]
     assert [(t.runtime, t.batch, t.threads) for t in result.timings] == [(t, b, 1) for b in (1, 3) for t in titles]
     assert all(len(t.seconds) == 3 and min(t.seconds) > 0 for t in result.timings)
     assert set(result.versions) == set(titles)
     assert result.versions["PyTorch eager, float32"].startswith("torch ")
-    assert result.versions["ours"].endswith(", portable")
     assert not result.skipped
     assert any("Timing batch 3" in line for line in told)
 
@@ -99,6 +96,14 @@ def test_runtime_that_is_not_installed_is_skipped(packed_file: Path, monkeypatch
     assert told[0] == "Absent is skipped: no-such-package is not installed."
     assert "pip install" in result.skipped["Absent"]
     assert any(line.startswith("Absent was not measured: no-such-package") for line in result.notes())
+
+
+def test_runtime_that_cannot_be_held_to_an_instruction_set_is_skipped(packed_file: Path) -> None:
+    peers = ["torch", "torch-bf16"]
+    result = compare({"ours": packed_file}, [1], [1], peers=peers, rounds=1, instruction_set="portable")
+    assert [timing.runtime for timing in result.timings] == ["ours"]
+    assert result.versions == {"ours": f"qvit {qvit.__version__}, portable"}
+    assert result.skipped == {PEERS[name].title: "it cannot be held to portable." for name in peers}
 
 
 def test_runtime_that_fails_is_skipped(make_model: Callable[..., nn.Module], tmp_path: Path) -> None:

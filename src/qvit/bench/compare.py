@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qvit._version import __version__
-from qvit.bench.peers import PEERS, Case, Images, Runner
+from qvit.bench.peers import HOLDS, PEERS, Case, Images, Runner
 from qvit.errors import ConfigError, QvitError
 from qvit.files import first_line
 from qvit.format.packed import read_packed
@@ -159,7 +159,7 @@ def compare(
         threads: of every runtime.
         peers: names in :data:`qvit.bench.peers.PEERS`; who is not installed is skipped.
         rounds: turns of each.
-        instruction_set: of the packed models' engines, the best one by default.
+        instruction_set: that all are held to; a peer that cannot be is skipped. Each uses the best one by default.
         report: told what goes on, a line each.
 
     Raises:
@@ -181,6 +181,9 @@ def compare(
     comparison = Comparison(list(models), [], {}, {}, machine())
     sources = {title: str(path) for title, path in models.items()}
     for name in peers:
+        if instruction_set is not None and not (PEERS[name].held and instruction_set in HOLDS):
+            comparison.skipped[PEERS[name].title] = f"it cannot be held to {instruction_set}."
+            continue
         try:
             comparison.versions[PEERS[name].title] = PEERS[name].versions()
             sources[PEERS[name].title] = name
@@ -282,7 +285,7 @@ def _be_quiet() -> None:
 
 def _load(source: str, case: Case) -> str:
     _loaded.clear()
-    os.environ["OMP_NUM_THREADS"] = str(case.threads)
+    os.environ |= {"OMP_NUM_THREADS": str(case.threads), **HOLDS.get(case.instruction_set or "", {})}
     try:
         run, versions = (
             _engine(source, case) if source not in PEERS else (PEERS[source].load(case), PEERS[source].versions())
