@@ -56,6 +56,7 @@ def main() -> None:
         qvit.save_checkpoint(student, checkpoint, preprocessing=PREPROCESSING, classes=CLASSES, replace=True)
         qvit.export(student, args.out, preprocessing=PREPROCESSING, classes=CLASSES)
         print(f"{args.out}: {args.out.stat().st_size / 1e3:.0f} kB, trained by {accelerator.num_processes} processes")
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

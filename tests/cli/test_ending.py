@@ -11,11 +11,14 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import typer
 from PIL import Image
+from rich.table import Table
 
 import qvit
 from commands import run, sentence
@@ -23,6 +26,7 @@ from conftest import TINY, make_vit
 from members import images_for, student_of
 from qvit.cli.app import TOGETHER, app
 from qvit.cli.ending import less_memory
+from qvit.errors import TrainingStopped
 from qvit.models.checkpoint import write_checkpoint
 from qvit.models.spec import describe
 from qvit.runtime import info
@@ -80,6 +84,24 @@ def test_less_memory_is_asked_for_by_options_that_the_command_has(command: typer
     options = re.findall(r"--[\w-]+", less_memory(command.callback))
     assert bool(options) or name not in ("quantize", "train", "eval", "predict", "bench")
     assert set(options) <= set(re.findall(r"--[\w-]+", run(name, "--help").out))
+
+
+@pytest.mark.parametrize("stop", [None, TrainingStopped("Stopped by SIGTERM at the end of epoch 1.")])
+def test_a_command_leaves_the_processes_that_it_ran_with(stop: TrainingStopped | None, monkeypatch: Any) -> None:
+    def last_of_it(path: Path) -> list[Table]:
+        assert dist.is_initialized()
+        if stop is not None:
+            raise stop
+        return []
+
+    monkeypatch.setattr(info, "info_tables", last_of_it)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert run("info", "m.safetensors").status == (0 if stop is None else 143)
+        assert not dist.is_initialized()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def test_no_command_is_a_mistake_that_shows_the_help() -> None:

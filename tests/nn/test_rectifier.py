@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import copy
+import runpy
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
+import jobs
+from qvit.nn import rectifier
 from qvit.nn.rectifier import EPS, MOMENTUM, HeadRectifier, Rectifier, TokenRectifier, make_rectifier
 
 B, H, N, D = 3, 2, 5, 4
@@ -212,33 +215,23 @@ def test_gradient_of_the_head_reading_ignores_shift_and_scale_of_the_batch() -> 
 SIZES = (2, 5)
 
 
-def _one_process(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    try:
-        joined, weights = sample(batch=sum(SIZES)), sample(batch=sum(SIZES), seed=5)
-        x = joined.split(SIZES)[rank].clone().requires_grad_(True)
-        rectifier = HeadRectifier(H, D).train()
-        randomise(rectifier)
-        out = rectifier(x)
-        (out * weights.split(SIZES)[rank]).sum().backward()
-        if rank == 0:
-            rectifier.eval()(x)  # evaluation does not communicate: nobody would answer
-        torch.save(
-            {
-                "out": out.detach(),
-                "x": x.grad,
-                "gamma": rectifier.gamma.grad,
-                "buffers": dict(rectifier.named_buffers()),
-            },
-            Path(folder) / f"{rank}.pt",
-        )
-    finally:
-        dist.destroy_process_group()
+def _one_process(folder: Path) -> None:
+    rank = dist.get_rank()
+    joined, weights = sample(batch=sum(SIZES)), sample(batch=sum(SIZES), seed=5)
+    x = joined.split(SIZES)[rank].clone().requires_grad_(True)
+    rectifier = HeadRectifier(H, D).train()
+    randomise(rectifier)
+    out = rectifier(x)
+    (out * weights.split(SIZES)[rank]).sum().backward()
+    if rank == 0:
+        rectifier.eval()(x)  # evaluation does not communicate: nobody would answer
+    buffers = dict(rectifier.named_buffers())
+    result = {"out": out.detach(), "x": x.grad, "gamma": rectifier.gamma.grad, "buffers": buffers}
+    torch.save(result, folder / f"{rank}.pt")
 
 
 def test_two_processes_give_statistics_and_gradients_of_the_joined_batch(tmp_path: Path) -> None:
-    mp.spawn(_one_process, args=(str(tmp_path),), nprocs=2)
+    jobs.together(_one_process, tmp_path)
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
 
     x = sample(batch=sum(SIZES)).requires_grad_(True)
@@ -252,3 +245,11 @@ def test_two_processes_give_statistics_and_gradients_of_the_joined_batch(tmp_pat
     for name, buffer in rectifier.named_buffers():
         for part in parts:
             torch.testing.assert_close(part["buffers"][name], buffer)
+
+
+def test_what_would_keep_a_group_of_processes_is_imported_before_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch imports it at the first collective, and the group of that moment is a default of its functions."""
+    monkeypatch.delitem(sys.modules, "torch.distributed.nn.functional", raising=False)
+    runpy.run_path(rectifier.__file__)
+    functional = sys.modules["torch.distributed.nn.functional"]
+    assert functional.all_reduce.__defaults__[-1] is None

@@ -92,6 +92,17 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def leave_the_others() -> None:
+    """Leave the processes that have come to this end together, if there are any.
+
+    A thread of gloo lets go of a tensor after those who waited for it go on, and needs Python for that: where Python
+    has ended before, the thread ends the program by SIGABRT.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 def less_memory(command: Callable[..., None]) -> str:
     """Return what may help where a command lacks memory: of its options those that ask for less."""
     ways = [way for name, way in _LESS_MEMORY.items() if name in inspect.signature(command).parameters]
@@ -105,7 +116,9 @@ def ends_in_a_sentence(command: _Command) -> _Command:
     def run(*args: object, **kwargs: object) -> None:
         try:
             command(*args, **kwargs)
+            leave_the_others()
         except TrainingStopped as stopped:
+            leave_the_others()
             end(str(stopped), STOPPED)
         except KeyboardInterrupt as interrupt:
             end(str(interrupt) or "Interrupted.", INTERRUPTED)

@@ -20,6 +20,11 @@ EPS = 1e-6
 MOMENTUM = 0.1
 """Weight of a new batch in the running averages, as in BatchNorm."""
 
+if dist.is_available():
+    # PyTorch imports it at the first collective below. Its functions have the group of that moment for a default, which
+    # would outlive destroy_process_group: threads of gloo that still hold a tensor abort a Python that ends.
+    import torch.distributed.nn.functional
+
 RectifierInit = Literal["teacher", "unit", "keep"]
 
 
