@@ -41,10 +41,8 @@ class Builder:
         graph, parts = self.graph, self.packed.layer(layer)
         if parts.input_offset:
             x = graph.node("Sub", x, graph.scalar(parts.input_offset))
-        scale, (low, high) = parts.input_scale, signed_range(layer.bits.activation)
-        if layer.bits.activation < 8:
-            x = graph.node("Clip", x, graph.scalar(scale * np.float32(low)), graph.scalar(scale * np.float32(high)))
-        codes = quantize(graph, layer.name, x, float(scale), low)
+        x = graph.node("Div", x, graph.scalar(parts.input_scale))
+        codes = quantize(graph, layer.name, x, *signed_range(layer.bits.activation))
         product = self.products.linear(codes, parts, f"{layer.name}.codes")
         rows = parts.codes.sum(axis=1, dtype=np.int64)
         constant = float(parts.input_offset) * parts.scale.astype(np.float64) * rows + parts.bias
@@ -52,17 +50,12 @@ class Builder:
 
     def operand(self, name: str, bits: int, x: Value, *, signed: bool = False) -> Codes:
         """Return the codes of one operand ``(..., H, N, D)`` of the attention products; scales are per head."""
-        graph, scale = self.graph, self.array(f"{name}.scale")
-        low, high = 0, 2**bits - 1
+        graph, (low, high) = self.graph, (0, 2**bits - 1)
         if f"{name}.offset" in self.packed.tensors:
             x = graph.node("Sub", x, self.per_head(self.array(f"{name}.offset")))
             low, high = signed_range(bits)
-        # Before the division, and not by Clip: behind a softmax, OpenVINO 2026.4 makes other codes of the two in turn.
-        if bits < 8:
-            x = graph.node("Min", x, self.per_head(scale * np.float32(high)))
-            if low:
-                x = graph.node("Max", x, self.per_head(scale * np.float32(low)))
-        return quantize(graph, name, graph.node("Div", x, self.per_head(scale)), 1, low, signed=signed)
+        x = graph.node("Div", x, self.per_head(self.array(f"{name}.scale")))
+        return quantize(graph, name, x, low, high, signed=signed)
 
     def per_head(self, values: Array) -> Value:
         """Return a constant float32 per head or per head and channel, to go with ``(..., H, N, D)``."""

@@ -30,13 +30,16 @@ class Codes(NamedTuple):
     zero: Value
 
 
-def quantize(graph: Graph, name: str, x: Value, scale: float, low: int, *, signed: bool = False) -> Codes:
-    """Return the codes ``round(x / scale)`` of a value that is clipped already, as the value called ``name``.
+def quantize(graph: Graph, name: str, x: Value, low: int, high: int, *, signed: bool = False) -> Codes:
+    """Return the codes ``round(clip(x, low, high))``, halves to even, as the value called ``name``.
 
-    INT8 and UINT8 saturate, so that codes of 8 bits need no clipping before.
+    The rounding is an operator of its own: OpenVINO 2026.4 adds the zero point before that of QuantizeLinear, or 128,
+    and the sum of floats moves what lies beside a border onto it.
     """
     zero = graph.constant(np.array(0, np.int8) if signed else np.array(-low, np.uint8))
-    return Codes(graph.node("QuantizeLinear", x, graph.scalar(scale), zero, name=name), zero)
+    if high - low < 255:  # INT8 and UINT8 saturate
+        x = graph.node("Clip", x, graph.scalar(low), graph.scalar(high))
+    return Codes(graph.node("QuantizeLinear", graph.node("Round", x), graph.scalar(1), zero, name=name), zero)
 
 
 def plain(graph: Graph, codes: Codes) -> Value:
@@ -74,8 +77,8 @@ class QdqProducts:
     def linear(self, codes: Codes, layer: PackedLayer, name: str) -> Value:
         """See :class:`Products`."""
         graph = self.graph
-        x = graph.node("DequantizeLinear", codes.value, graph.scalar(layer.input_scale), codes.zero)
-        weight = _weight(graph, layer, name), graph.constant(layer.scale)
+        x = plain(graph, codes)
+        weight = _weight(graph, layer, name), graph.constant(layer.input_scale * layer.scale)
         return graph.node("MatMul", x, graph.node("DequantizeLinear", *weight, axis=1))
 
     def matmul(self, left: Codes, right: Codes) -> Value:
