@@ -77,7 +77,7 @@ def student_file(path: Path, name: str, options: dict[str, object], images: torc
     """Write the calibrated student of a small model as a packed file, and return what is in it."""
     student = quantize(float_model(name, options), QuantConfig(bits, bits))
     calibrate(student, [images[:64]])
-    export(student.eval(), path, preprocessing=PREPROCESSING, classes=[str(n) for n in range(CLASSES)])
+    export(student, path, preprocessing=PREPROCESSING, classes=[str(n) for n in range(CLASSES)], replace=True)
     return read_packed(path)
 
 
@@ -123,7 +123,7 @@ def agreement(images: torch.Tensor, bits: int, opset: int | None, folder: Path, 
         for runtime, read in RUNTIMES.items():
             for kind, exact in FILES:
                 path = folder / "model.onnx"
-                export_onnx(folder / "model.safetensors", path, exact=exact, opset=opset)
+                export_onnx(folder / "model.safetensors", path, exact=exact, opset=opset, replace=True)
                 try:
                     same = read(path, 1)(images.numpy()).argmax(1) == logits.argmax(1)
                 except Exception as error:  # of any kind, a runtime's own
@@ -150,7 +150,7 @@ def speed(bits: int, opset: int | None, rounds: int, folder: Path, errors: dict[
         sizes = []
         for kind, exact in FILES:
             path = folder / f"{kind}.onnx"
-            export_onnx(packed, path, exact=exact, opset=opset)
+            export_onnx(packed, path, exact=exact, opset=opset, replace=True)
             sizes.append(path.stat().st_size / packed.stat().st_size)
         for runtime, read in RUNTIMES.items():
             for kind, _ in FILES:

@@ -32,7 +32,7 @@ def quantize(name: str, weights: Path | None, pictures: list[Path], bits: int, s
     qvit.calibrate(student, batches)
     qvit.reconstruct(student, model, batches, steps=steps)
     print(f"{name}, {bits} bits: {qvit.agreement(student, model, batches).sentence}")
-    qvit.export(student, file, preprocessing=preprocessing)
+    qvit.export(student, file, preprocessing=preprocessing, replace=True)  # of an index that was cut off
 
 
 def vectors(engine: qvit.Engine, pictures: list[Path]) -> np.ndarray:

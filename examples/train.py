@@ -49,7 +49,7 @@ def main() -> None:
 
     checkpoint = args.out.with_suffix(".pt")  # for qvit eval, analyze, compare, or to train on from
     qvit.save_checkpoint(student, checkpoint, preprocessing=PREPROCESSING, classes=CLASSES, replace=True)
-    qvit.export(student, args.out, preprocessing=PREPROCESSING, classes=CLASSES)
+    qvit.export(student, args.out, preprocessing=PREPROCESSING, classes=CLASSES, replace=True)
     engine = qvit.load(args.out)
     in_engine = top1(lambda images: torch.from_numpy(engine(images.numpy())), val)
     print(f"{args.out}: {args.out.stat().st_size / 1e3:.0f} kB, top-1 in the engine {in_engine:.2f} %")

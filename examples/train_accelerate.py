@@ -54,7 +54,7 @@ def main() -> None:
         student = accelerator.unwrap_model(student).cpu()
         checkpoint = args.out.with_suffix(".pt")
         qvit.save_checkpoint(student, checkpoint, preprocessing=PREPROCESSING, classes=CLASSES, replace=True)
-        qvit.export(student, args.out, preprocessing=PREPROCESSING, classes=CLASSES)
+        qvit.export(student, args.out, preprocessing=PREPROCESSING, classes=CLASSES, replace=True)
         print(f"{args.out}: {args.out.stat().st_size / 1e3:.0f} kB, trained by {accelerator.num_processes} processes")
     accelerator.end_training()
 

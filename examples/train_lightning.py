@@ -65,7 +65,7 @@ def main() -> None:
 
     student, checkpoint = student.cpu(), args.out.with_suffix(".pt")
     qvit.save_checkpoint(student, checkpoint, preprocessing=PREPROCESSING, classes=CLASSES, replace=True)
-    qvit.export(student, args.out, preprocessing=PREPROCESSING, classes=CLASSES)
+    qvit.export(student, args.out, preprocessing=PREPROCESSING, classes=CLASSES, replace=True)
     print(f"{args.out}: {args.out.stat().st_size / 1e3:.0f} kB, top-1 {top1(student.eval(), val):.2f} %")
 
 

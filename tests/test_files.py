@@ -1,12 +1,15 @@
-"""Texts that come from files, made fit to be shown."""
+"""Files that are to be new, and texts that come from files, made fit to be shown."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qvit.files import printable
+from qvit.errors import ConfigError, OutputError
+from qvit.files import all_or_none, check_new, printable
 
 
 @given(st.text(st.characters()))
@@ -37,3 +40,30 @@ def test_what_can_be_shown_is_shown_as_it_is(text: str) -> None:
 )
 def test_commands_are_shown_by_their_escape_sequences(text: str, shown: str) -> None:
     assert printable(text) == shown
+
+
+def test_files_that_are_to_be_new_are_looked_at_and_not_left_behind(tmp_path: Path) -> None:
+    first, second = tmp_path / "new" / "first", tmp_path / "second"
+    check_new([first, second])
+    assert not list((tmp_path / "new").iterdir())
+    with pytest.raises(ConfigError, match="second would be written twice: give two names."):
+        check_new([second, tmp_path / "new" / ".." / "second"])
+    with pytest.raises(OutputError, match="Cannot write "):
+        check_new([second, second / "third"])
+    assert not second.exists()
+
+
+def test_all_or_none_leaves_what_was_there(tmp_path: Path) -> None:
+    present, absent = tmp_path / "present", tmp_path / "absent"
+    present.write_text("precious")
+    with pytest.raises(ConfigError, match="present is there already"), all_or_none([absent, present]):
+        raise AssertionError
+    assert present.read_text() == "precious"
+
+    def stopped() -> None:
+        (absent / "deep").mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), all_or_none([absent]):
+        stopped()
+    assert not absent.exists()

@@ -1,5 +1,8 @@
 """Writing files so that a reader sees the old one or the new one, never half of one; texts from files, to be shown.
 
+Where a user says what a file or a folder is to be called, nothing may be there (:func:`check_absent`). A command sees
+to that before its work begins (:func:`check_new`) and again where it writes (:func:`all_or_none`).
+
 No PyTorch here.
 """
 
@@ -7,11 +10,13 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TypeGuard
 
-from qvit.errors import OutputError
+from qvit.errors import ConfigError, OutputError
 
 BytesLike = bytes | bytearray | memoryview | mmap.mmap
 """What people hold the content of a file in; :func:`has_buffer` knows the others too."""
@@ -42,6 +47,59 @@ def write_atomically(path: Path, write: Callable[[Path], object], previous: Path
         raise OutputError(f"Cannot write {path}: {first_line(error)} What was there before is untouched.") from error
     finally:
         _discard(temporary)
+
+
+def check_absent(path: str | Path, otherwise: str = "move it away") -> None:
+    """See that nothing is where a user wants a file or a folder to be written.
+
+    Args:
+        path: of the file or the folder.
+        otherwise: what a user can do but give another name.
+
+    Raises:
+        ConfigError: if something is there, if only a link that leads nowhere.
+    """
+    if os.path.lexists(Path(path)):
+        raise ConfigError(f"{path} is there already: give another name, or {otherwise}.")
+
+
+def check_new(paths: Iterable[Path]) -> None:
+    """See that nothing is at these paths, and that files can be written there; folders above them are made.
+
+    Raises:
+        ConfigError: if something is there, or two of them are one file.
+        OutputError: if one cannot be written.
+    """
+    names: set[str] = set()
+    with ExitStack() as made:
+        for path in paths:
+            name = os.path.realpath(path)
+            if name in names:
+                raise ConfigError(f"{path} would be written twice: give two names.")
+            names.add(name)
+            check_absent(path)
+            write_atomically(path, lambda temporary: temporary.write_bytes(b""))
+            made.callback(path.unlink)
+
+
+@contextmanager
+def all_or_none(paths: Sequence[Path]) -> Iterator[None]:
+    """Let the block write these files and folders, and remove them if it fails, so that a command can be repeated.
+
+    Raises:
+        ConfigError: if something is at one of the paths, before the block begins.
+    """
+    for path in paths:
+        check_absent(path)
+    try:
+        yield
+    except BaseException:
+        for path in paths:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        raise
 
 
 def has_buffer(source: object) -> TypeGuard[BytesLike]:

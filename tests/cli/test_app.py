@@ -174,7 +174,7 @@ def test_post_training_quantization_is_not_overwritten(
 ) -> None:
     arguments = [*student, "--teacher", str(teacher), "--method", "ptq"]
     assert qvit(*arguments).status == 0
-    assert "run/best.pt is there already: give another --out" in sentence(qvit(*arguments, "--bits", "4"))
+    assert "run/best.pt is there already: give another name" in sentence(qvit(*arguments, "--bits", "4"))
 
 
 OTHERS = {

@@ -245,7 +245,7 @@ def test_what_cannot_be_written_is_found_out_first(
     (tmp_path / "report" / "report.json").write_text("precious")
     assert "report.json is there already" in sentence(quantize("--report", tmp_path / "report"))
     same = ["--out", tmp_path / "new" / "report.json", "--report", tmp_path / "new"]
-    assert "is a file of the report too" in sentence(quantize(*same))
+    assert "would be written twice: give two names." in sentence(quantize(*same))
     for empty in (["--out", ""], ["--out", "."], ["--images", ""]):
         assert "give" in sentence(quantize(*empty))
 

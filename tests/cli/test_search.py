@@ -93,7 +93,7 @@ def test_bits_are_found_within_the_budgets_and_taken_by_quantize(
         (["--budget-mb", "1", "--images", ""], "--images is empty"),
         (["--budget-mb", "1", "--images", "nowhere"], "There is no folder nowhere"),
         (["--budget-mb", "1", "--out", "."], "--out is no name of a file"),
-        (["--budget-mb", "1", "--report", "r", "--out", "r/report.json"], "is a file of the report too"),
+        (["--budget-mb", "1", "--report", "r", "--out", "r/report.json"], "would be written twice: give two names."),
     ],
 )
 def test_what_cannot_be_meant_is_refused(

@@ -20,7 +20,7 @@ from qvit.cli.options import (
     parse_overrides,
 )
 from qvit.errors import ConfigError
-from qvit.files import printable
+from qvit.files import all_or_none, check_new, printable
 from qvit.runtime.processors import MOST_THREADS
 
 
@@ -98,7 +98,6 @@ def compare(
     """
     from qvit.study.comparison import Request, run_comparison
     from qvit.study.comparison_report import comparison_table, pages, sentences, write_comparison_report
-    from qvit.study.targets import all_or_none, check_new
 
     if data == "" or images == "":  # an unset variable of a script; the empty path would be this folder
         raise ConfigError("--data or --images is empty: give a folder.")

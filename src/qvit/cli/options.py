@@ -12,7 +12,7 @@ import typer
 
 from qvit.cli.ending import rank
 from qvit.errors import ConfigError, QvitError
-from qvit.files import first_line, printable, shown
+from qvit.files import check_absent, first_line, printable, shown
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -186,15 +186,16 @@ def say_skipped(accuracy: Accuracy) -> None:
 
 def check_out(options: Options) -> None:
     """Refuse to overwrite a run, or to resume none."""
-    from qvit.train.run import can_go_on
+    from qvit.train.run import METRICS, can_go_on
 
-    exists, best = can_go_on(options.out), options.out / "best.pt"
+    exists = can_go_on(options.out)
     if options.resume and not exists:
         raise ConfigError(f"There is no {options.out / 'last.pt'} to resume: leave out --resume to start.")
     if exists and not options.resume:
         raise ConfigError(f"{options.out} holds a run already: give --resume to go on with it, or another --out.")
-    if best.exists() and not options.resume:  # of post-training quantization, which has nothing to go on with
-        raise ConfigError(f"{best} is there already: give another --out, or remove it.")
+    if not options.resume:  # best.pt alone is of post-training quantization, which has nothing to go on with
+        for name in ("best.pt", METRICS):
+            check_absent(options.out / name)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import typer
 
 from qvit.cli.options import Packed, console, parse_numbers
 from qvit.errors import CorruptImageError
-from qvit.files import printable
+from qvit.files import all_or_none, check_new, printable, write_atomically, write_text
 
 
 def predict(
@@ -79,11 +79,12 @@ def bench(
 
     from qvit.bench.compare import compare
     from qvit.bench.peers import PEERS
-    from qvit.files import write_atomically, write_text
     from qvit.runtime.processors import processors
 
     if figure is not None:
         from qvit.analysis.figures import latency_bars, png
+    outputs = [path for path in (figure, json_file) if path is not None]
+    check_new(outputs)
     chosen = list(PEERS) if peers is None else [name for name in peers.split(",") if name and name != "none"]
     comparison = compare(
         {f"qvit, {printable(model.name)}": model},
@@ -96,11 +97,12 @@ def bench(
     console().print(comparison.table(printable(f"{model}, {comparison.machine['cpu']}")))
     for line in comparison.notes():
         console().print(printable(line))
-    if figure is not None:
-        data = png(latency_bars(comparison.panels(), comparison.packed))
-        write_atomically(figure, lambda temporary: temporary.write_bytes(data))
-    if json_file is not None:
-        write_text(json_file, json.dumps(comparison.to_dict(), indent=1))
+    with all_or_none(outputs):
+        if figure is not None:
+            data = png(latency_bars(comparison.panels(), comparison.packed))
+            write_atomically(figure, lambda temporary: temporary.write_bytes(data))
+        if json_file is not None:
+            write_text(json_file, json.dumps(comparison.to_dict(), indent=1))
 
 
 def export(

@@ -278,7 +278,7 @@ def ablate(
       qvit ablate vit_tiny_patch16_224 --data digits --teacher runs/float/best.pt --bits 4,2 --seeds 3 --out runs/table
     """
     from qvit.study.ablation import ablate as run
-    from qvit.study.ablation import results_table, rows_named, teacher_statistics
+    from qvit.study.ablation import report_of, results_table, rows_named, teacher_statistics
     from qvit.study.report import write_ablation_report
     from qvit.train.methods import open_images
 
@@ -318,7 +318,7 @@ def ablate(
     )
     top1 = guide.spec.metrics.get("val_top1")
     console().print(results_table(records, top1))
-    report = out / "report.html"
+    report = report_of(out)
     if rank() == 0 and records:
         write_ablation_report(report, records, top1, teacher_statistics(guide, sets, options))
     console().print(printable(f"Report in {report}, records in {out}/*-bit/*/seed-*/result.json"), soft_wrap=True)

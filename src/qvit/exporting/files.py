@@ -5,11 +5,11 @@ PyTorch is imported for checkpoints alone, onnx for ONNX files alone.
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 
 from qvit.errors import ConfigError
+from qvit.files import check_absent
 
 PACKED, ONNX = ".safetensors", ".onnx"
 
@@ -35,8 +35,7 @@ def export_file(source: Path, target: Path, *, exact: bool = False, opset: int |
         raise ConfigError(
             f"{source} is a packed model already: export a checkpoint, or give a name that ends with {ONNX}."
         )
-    if os.path.lexists(target):  # a link that leads nowhere is there too
-        raise ConfigError(f"{target} is there already: give another name, or move it away.")
+    check_absent(target)
     if target.suffix == PACKED:
         from qvit.exporting.packed import export_checkpoint
 

@@ -14,7 +14,7 @@ from qvit.exporting.onnx_builder import Builder
 from qvit.exporting.onnx_graph import FIRST_OPSET, LAST_OPSET, Graph
 from qvit.exporting.onnx_ops import BUILD
 from qvit.exporting.onnx_products import IntegerProducts, QdqProducts
-from qvit.files import write_atomically
+from qvit.files import check_absent, write_atomically
 from qvit.format.packed import PackedModel, Source, read_packed
 
 LARGEST = 2**31 - 1
@@ -23,7 +23,9 @@ IMAGES = "images"
 """The input: float32, ``(batch, C, H, W)``, preprocessed."""
 
 
-def export_onnx(source: Source, path: str | Path, *, exact: bool = False, opset: int | None = None) -> None:
+def export_onnx(
+    source: Source, path: str | Path, *, exact: bool = False, opset: int | None = None, replace: bool = False
+) -> None:
     """Write a packed model as an ONNX file.
 
     Args:
@@ -31,12 +33,15 @@ def export_onnx(source: Source, path: str | Path, *, exact: bool = False, opset:
         path: file to write.
         exact: as :func:`onnx_model`.
         opset: as :func:`onnx_model`.
+        replace: whether a file at ``path`` may be replaced, once the new one is complete.
 
     Raises:
         PackedFileError: if the packed model cannot be read.
-        ConfigError: as :func:`onnx_model`.
+        ConfigError: as :func:`onnx_model`, or if something is at ``path``.
         OutputError: if the file cannot be written.
     """
+    if not replace:
+        check_absent(path, "replace=True")
     data = onnx_model(read_packed(source), exact=exact, opset=opset).SerializeToString()
     write_atomically(Path(path), lambda temporary: temporary.write_bytes(data))
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from qvit._version import __version__
 from qvit.errors import CheckpointError
+from qvit.files import check_absent
 from qvit.format.packed import PackedModel, write_packed
 from qvit.models.checkpoint import load_checkpoint
 from qvit.models.keeping import described
@@ -27,6 +28,7 @@ def export(
     preprocessing: Mapping[str, Any],
     classes: Sequence[str] | None = None,
     origin: Mapping[str, Any] | None = None,
+    replace: bool = False,
 ) -> None:
     """Write a quantized model as a packed file, which runs without PyTorch.
 
@@ -41,11 +43,12 @@ def export(
         classes: class names in the order of the logits; by default ``LABEL_0``, ``LABEL_1``, ... of a classifier. A
             feature extractor has none.
         origin: how the model was made, for people; plain JSON data.
+        replace: whether a file at ``path`` may be replaced, once the new one is complete.
 
     Raises:
         UnsupportedModelError: naming the module that a packed file cannot represent.
         UncalibratedError: naming the quantizer that has no scale.
-        ConfigError: if preprocessing or classes do not fit the model.
+        ConfigError: if preprocessing or classes do not fit the model, or something is at ``path``.
         PackedFileError: if the model holds a NaN, an infinity or a scale that float32 rounds to 0.
         OutputError: if the file cannot be written.
     """
@@ -53,6 +56,8 @@ def export(
     if not any(isinstance(module, Quantizer) for module in student.modules()):
         refuse("the model", student, "it has no quantizers: pass what qvit.quantize returned")
     check_calibrated(student)
+    if not replace:
+        check_absent(path, "replace=True")
     program, settings, names, lowering = described(student, preprocessing, classes)
     with torch.no_grad():
         tensors = lowering.tensors()
@@ -66,6 +71,7 @@ def export_checkpoint(checkpoint: str | Path, path: str | Path) -> None:
         CheckpointError: if the checkpoint cannot be read or holds a float model.
         QvitError: as :func:`export`.
     """
+    check_absent(path)
     model, spec = load_checkpoint(checkpoint)
     if spec.quant_config is None:
         raise CheckpointError(

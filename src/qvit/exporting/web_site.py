@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 import tempfile
 from importlib import resources
 from pathlib import Path
 
 from qvit.errors import ConfigError, OutputError
 from qvit.exporting.web_file import web_file
-from qvit.files import first_line
+from qvit.files import check_absent, first_line
 from qvit.format.packed import Source, read_packed
 
 MODEL = "model.qvit"
@@ -35,8 +33,7 @@ def write_site(source: Source, folder: str | Path) -> None:
         OutputError: if the folder cannot be written.
     """
     folder = Path(folder)
-    if os.path.lexists(folder):  # a link that leads nowhere is there too
-        raise ConfigError(f"{folder} is there already: give another name, or move it away.")
+    check_absent(folder)
     files = {**_static_files(), MODEL: web_file(read_packed(source))}
     files.update(_keeping(files))
     try:
@@ -46,7 +43,7 @@ def write_site(source: Source, folder: str | Path) -> None:
             site.mkdir()
             for name, data in files.items():
                 (site / name).write_bytes(data)
-            shutil.move(site, folder)
+            site.rename(folder)
     except OSError as error:
         raise OutputError(f"Cannot write {folder}: {first_line(error)}") from error
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from timm.models import get_model_args
 from torch import nn
 
 from qvit.errors import ConfigError, PackedFileError, UnsupportedModelError
+from qvit.files import check_absent
 from qvit.format.header import check_classes, check_preprocessing
 from qvit.format.program import Program, first_difference
 from qvit.models.arguments import check_arguments
@@ -57,8 +57,8 @@ def save_checkpoint(
     """
     check_known(model, "save")
     check_calibrated(model)
-    if not replace and os.path.lexists(path):
-        raise ConfigError(f"{path} is there already: give another name, or replace=True.")
+    if not replace:
+        check_absent(path, "replace=True")
     program, settings, names, _ = described(_student(model), preprocessing, classes)
     spec = _spec_of(model, settings, names)
     shape = quantized_by(shape_of(spec), spec)

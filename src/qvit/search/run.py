@@ -17,11 +17,10 @@ from rich.table import Table
 
 from qvit.data.pictures import open_pictures
 from qvit.errors import ConfigError
-from qvit.files import printable, write_text
+from qvit.files import all_or_none, check_new, printable, write_text
 from qvit.search.find import Found, Report, check_budgets, search_bits
 from qvit.search.report import RULES, columns, rows, write_search_report
 from qvit.study.inputs import decoded, float_model
-from qvit.study.targets import all_or_none, check_new
 from qvit.train.display import progress_bar
 from qvit.train.options import Options, make_accelerator
 
@@ -62,8 +61,6 @@ def run_search(request: Request, options: Options, console: Console) -> Found:
     if not options.out.name:
         raise ConfigError("--out is no name of a file: give one such as bits.txt.")
     page, record = ((request.report or options.out) / name for name in ("report.html", "report.json"))
-    if request.report is not None and options.out in (page, record):
-        raise ConfigError(f"--out {options.out} is a file of the report too: give another name.")
     outputs = [options.out, *([page, record] if request.report is not None else [])]
     check_new(outputs)
     teacher, spec = float_model(request.source, request.model, console)
@@ -83,7 +80,6 @@ def run_search(request: Request, options: Options, console: Console) -> Found:
             found = search_bits(
                 teacher, used, request.budgets, held_out=held_out, threads=request.threads, report=report
             )
-    check_new(outputs)  # something may have come there meanwhile
     budgets = [word for name, limit in request.budgets.items() for word in (f"--budget-{name}", str(limit))]
     settings = {"--pictures": request.pictures, "--held-out": request.held_out, "--seed": options.seed}
     settings |= {} if request.threads is None else {"--threads": request.threads}

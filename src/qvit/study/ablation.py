@@ -27,7 +27,7 @@ from qvit.data.loader import readable
 from qvit.data.resident import ResidentImages
 from qvit.data.sources import ImageSets
 from qvit.errors import CheckpointError, ConfigError
-from qvit.files import write_text
+from qvit.files import check_absent, write_text
 from qvit.models.checkpoint import load_checkpoint, weights_checksum
 from qvit.models.spec import ModelSpec
 from qvit.quantization.distill import DistillationLoss
@@ -190,6 +190,11 @@ def ablate(
                 write_text(folder / "result.json", json.dumps(record, indent=1) + "\n")
     accelerator.wait_for_everyone()  # until the last result is written
     return read_results(options.out)
+
+
+def report_of(folder: Path) -> Path:
+    """Return the report of the ablation in a folder."""
+    return folder / "report.html"
 
 
 def teacher_statistics(teacher: FloatModel, data: ImageSets, options: Options) -> list[QueryKeyStatistics]:
@@ -359,4 +364,5 @@ def _check_same_experiment(
         if other:
             raise CheckpointError(f"{options.out} holds results with {other}: give another --out.")
         return
+    check_absent(report_of(options.out))  # from here on it is this ablation's, and made anew with every result
     write_text(path, json.dumps(experiment, indent=1) + "\n")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from qvit.config import MAX_BITS, QuantConfig, bits_text
 from qvit.data.loader import Prepared, make_loader, make_transform, readable
 from qvit.data.order import Sample
 from qvit.errors import ConfigError, DataError
-from qvit.files import printable
+from qvit.files import all_or_none, check_new, printable
 from qvit.models.checkpoint import weights_checksum
 from qvit.models.queries import attention_layers, run_with_maps
 from qvit.models.spec import ModelSpec
@@ -34,7 +36,6 @@ from qvit.quantization.convert import quantize
 from qvit.study.analysis_report import write_analysis
 from qvit.study.analysis_sections import Drawn
 from qvit.study.subjects import CALIBRATION_IMAGES, Material, Subject
-from qvit.study.targets import all_or_none, check_new
 from qvit.train.display import progress_bar
 from qvit.train.lock import alone_in
 from qvit.train.methods import FloatModel, train_quantized
@@ -106,8 +107,11 @@ def run_analysis(request: Request, options: Options, console: Console) -> dict[s
                 f"the same command goes on with the trainings in {trained}" if trained.exists() else "nothing is kept"
             )
             raise KeyboardInterrupt(f"Interrupted; {left}.") from None
-        with all_or_none(outputs):
-            write_analysis(options.out, result, drawn)
+        # Drawing takes long, and what ends it may be a signal: what is half done must not have the names of a whole.
+        with all_or_none(outputs), tempfile.TemporaryDirectory(prefix=".analysis.", dir=options.out) as folder:
+            write_analysis(Path(folder), result, drawn)
+            for output in outputs:
+                os.replace(Path(folder) / output.name, output)
     return result
 
 

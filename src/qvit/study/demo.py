@@ -31,7 +31,7 @@ from qvit.bench.peers import PEERS
 from qvit.data.loader import Batch, make_loader, make_transform
 from qvit.data.sources import open_data
 from qvit.exporting.packed import origin_of
-from qvit.files import printable
+from qvit.files import all_or_none, check_new, printable
 from qvit.models.spec import describe
 from qvit.train.lock import alone_in
 from qvit.train.methods import METHODS, FloatModel, Result, train_full_precision, train_quantized
@@ -112,15 +112,28 @@ def run_demo(out: Path, console: Console, seed: int = 0, changes: Sequence[str] 
         The report's path.
 
     Raises:
-        ConfigError: if another command is writing to the folder.
+        ConfigError: if something is there that would be replaced, or another command is writing to the folder.
     """
+    report, packed = out / "report.html", [_packed_file(out, bits, method) for bits in BITS for method in DEMO_METHODS]
+    outputs = [report, out / "float", *(out / f"{bits}-bit" for bits in BITS), *packed]
+    check_new(outputs)
+    with alone_in(out, make_accelerator(Options(out, cpu=True))), all_or_none(outputs):
+        _demo(out, report, console, seed, changes)
+    return report
+
+
+def _packed_file(out: Path, bits: int, method: str) -> Path:
+    return out / f"{method}-{bits}-bit.safetensors"
+
+
+def _demo(out: Path, report: Path, console: Console, seed: int, changes: Sequence[str]) -> None:
     started = time.perf_counter()
     recipe, data = load_recipe("digits", changes), open_data("digits", mode="L")
     spec = describe(MODEL, recipe.model_args, data.classes, recipe.preprocessing)
     loader = make_loader(data.val, make_transform(spec.preprocessing), 128, shuffle=False)
     batches = list(loader)
 
-    with _one_thread(), alone_in(out, make_accelerator(Options(out, cpu=True))):
+    with _one_thread():
         console.rule("full precision")
         made = train_full_precision(spec, data, recipe, Options(out / "float", seed=seed, cpu=True), console)
         teacher = FloatModel(made.model, made.spec)
@@ -131,7 +144,7 @@ def run_demo(out: Path, console: Console, seed: int = 0, changes: Sequence[str] 
                 console.rule(f"{bits} bits: {title}")
                 options = Options(out / f"{bits}-bit" / method, seed=seed, cpu=True)
                 result = train_quantized(teacher, teacher, method, (bits, bits), "head", data, recipe, options, console)
-                packed = _in_engine(result, out / f"{method}-{bits}-bit.safetensors", batches)
+                packed = _in_engine(result, _packed_file(out, bits, method), batches)
                 rows.append(_row(bits, title, result, teacher, batches, packed))
     console.rule("speed, one image at a time")
     milliseconds = _milliseconds(rows)
@@ -155,12 +168,10 @@ def run_demo(out: Path, console: Console, seed: int = 0, changes: Sequence[str] 
     console.print()
     console.print(table)
     minutes = (time.perf_counter() - started) / 60
-    report = out / "report.html"
     write_report(
         report, "qvit demo: handwritten digits at 4 and 2 bits", _sections(rows, cells, recipe, images, seed, minutes)
     )
     console.print(Text(printable(f"{minutes:.1f} minutes. Report: {report}")), soft_wrap=True)
-    return report
 
 
 @contextmanager

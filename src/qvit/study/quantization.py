@@ -20,7 +20,7 @@ from qvit.config import QuantConfig
 from qvit.data.pictures import open_pictures
 from qvit.errors import CheckpointError, NonFiniteLossError, OutputError
 from qvit.exporting.packed import export, origin_of
-from qvit.files import printable, write_text
+from qvit.files import all_or_none, printable, write_text
 from qvit.models.checkpoint import check_weights, read_checkpoint, weights_checksum, write_checkpoint
 from qvit.models.spec import ModelSpec
 from qvit.quantization.calibrate import calibrate
@@ -28,7 +28,7 @@ from qvit.quantization.convert import quantize
 from qvit.quantization.reconstruct import Progress, Reconstruction, Settings
 from qvit.study.inputs import BATCH, decoded, float_model, timed_task
 from qvit.study.quantization_report import write_quantization_report
-from qvit.study.targets import Targets, all_or_none
+from qvit.study.targets import Targets
 from qvit.train.display import progress_bar
 from qvit.train.options import Options, make_accelerator
 from qvit.train.preemption import Interrupts

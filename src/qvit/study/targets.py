@@ -1,19 +1,17 @@
-"""The files that a command writes: nothing that was there is replaced, and no half of them is left behind."""
+"""The files that ``qvit quantize`` writes."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
-import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate import Accelerator
 
 from qvit.errors import ConfigError, OutputError
-from qvit.files import first_line, shown, write_atomically
+from qvit.files import check_new, first_line, shown
 from qvit.train.lock import locked
 
 
@@ -38,7 +36,7 @@ class Targets:
         """Return what is written for a packed file ``out``.
 
         Raises:
-            ConfigError: if two of them would be one file, or it has no name.
+            ConfigError: if it has no name, or that of a checkpoint.
         """
         if not out.name:
             raise ConfigError(f"--out {shown(str(out))} is no name of a file: give one such as model.safetensors.")
@@ -46,10 +44,7 @@ class Targets:
             raise ConfigError(
                 f"--out {out} is the packed file and the checkpoint lies beside it: call it {out.stem}.safetensors."
             )
-        targets = cls(out, out.with_suffix(".pt"), out.with_suffix(".partial.pt"), report)
-        if report is not None and {targets.page, targets.record} & {out, targets.checkpoint}:
-            raise ConfigError(f"--out {out} is a file of the report too: give another name.")
-        return targets
+        return cls(out, out.with_suffix(".pt"), out.with_suffix(".partial.pt"), report)
 
     @property
     def page(self) -> Path:
@@ -80,8 +75,8 @@ class Targets:
         """See that no file is there that would be replaced, and that files can be written in its place.
 
         Raises:
-            ConfigError: if one is there.
-            OutputError: if one cannot be written.
+            ConfigError: as :func:`qvit.files.check_new`.
+            OutputError: likewise.
         """
         check_new([self.packed, self.checkpoint, *([self.page, self.record] if self.report is not None else [])])
 
@@ -103,34 +98,3 @@ class Targets:
                 raise ConfigError(f"Another command is writing {self.packed} at present: give another --out.")
             stack.callback(file.unlink, missing_ok=True)
             yield
-
-
-def check_new(paths: Iterable[Path]) -> None:
-    """See that no file is there that would be replaced, and that files can be written in its place.
-
-    Raises:
-        ConfigError: if one is there.
-        OutputError: if one cannot be written.
-    """
-    for path in paths:
-        if os.path.lexists(path):  # a link that leads nowhere is there too
-            raise ConfigError(f"{path} is there already: give another name, or move it away.")
-        write_atomically(path, lambda temporary: temporary.write_bytes(b""))
-        path.unlink()
-
-
-@contextmanager
-def all_or_none(paths: Sequence[Path]) -> Iterator[None]:
-    """Remove these files and folders if the block that writes them fails, so that the command can be repeated.
-
-    For paths that :func:`check_new` has seen to be new.
-    """
-    try:
-        yield
-    except BaseException:
-        for path in paths:
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
-        raise

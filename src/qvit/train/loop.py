@@ -37,7 +37,7 @@ from qvit.train.options import Options, make_accelerator
 from qvit.train.oscillation import Oscillation
 from qvit.train.preemption import Sigterm
 from qvit.train.recipe import Hyperparameters
-from qvit.train.run import Run, non_finite_message, read_last, says_what_is_kept, stopped_message, tidy
+from qvit.train.run import METRICS, Run, non_finite_message, read_last, says_what_is_kept, stopped_message, tidy
 from qvit.train.settings import settings_of
 
 
@@ -145,9 +145,8 @@ def fit(
         console.print(f"Going on from {saved.path.name}: {run.progress}.", highlight=False)
     progress, history = run.progress, run.progress.history
     accelerator.wait_for_everyone()  # until all have read the checkpoint
-    if is_main:
-        if saved is not None:
-            tidy(options.out, saved)
+    if is_main and saved is not None:
+        tidy(options.out, saved)
         _write_metrics(options.out, history)
 
     with (
@@ -242,12 +241,12 @@ def fit(
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
     """Return the records of a run's ``metrics.jsonl``."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
 
 
 def _write_metrics(folder: Path, history: Iterable[Mapping[str, float]]) -> None:
     lines = "".join(json.dumps(record) + "\n" for record in history)
-    write_text(folder / "metrics.jsonl", lines)
+    write_text(folder / METRICS, lines)
 
 
 def _metrics(record: Mapping[str, float]) -> dict[str, float]:

@@ -40,6 +40,7 @@ from qvit.train.saved import broken, check_like, check_training, optimizer_state
 from qvit.train.settings import differences
 
 LAST, PREVIOUS, DAMAGED = "last.pt", "previous.pt", "damaged.pt"
+METRICS = "metrics.jsonl"
 
 
 class SaveEvery(NamedTuple):
