@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,22 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.nn import Dropout, Identity
 
-from members import CLASSES, FAMILIES, FAMILY_MEMBERS, SMALL_SWIN, SWIN, check_same, family_member, packed, student_of
+from members import (
+    CLASSES,
+    DISTILLED,
+    FAMILIES,
+    FAMILY_MEMBERS,
+    SMALL,
+    SMALL_SWIN,
+    SWIN,
+    VIT,
+    check_same,
+    family_member,
+    packed,
+    student_of,
+)
 from qvit import DistillationLoss, QuantConfig, calibrate, quantize
 from qvit.analysis.gradients import loss_gradients
 from qvit.analysis.statistics import attention_distance, query_key_statistics
@@ -195,11 +210,36 @@ def test_no_fused_attention_runs_in_a_student(member: str, monkeypatch: pytest.M
             r"layers\.1\.downsample \(PatchMerging\): a grid of \(9, 9\)",
         ),
         (SWIN, {**SMALL_SWIN, "global_pool": ""}, r"head \(ClassifierHead\): it pools by ''"),
+        (
+            VIT,
+            {**SMALL, "img_size": (18, 16), "pos_embed": "none", "dynamic_img_pad": True},
+            r"patch_embed \(PatchEmbed\): it pads images of \(18, 16\) pixels",
+        ),
+        (DISTILLED, {**SMALL, "num_classes": 0}, r"head \(Identity\): without classifiers timm gives the mean"),
     ],
 )
 def test_what_a_file_cannot_say_is_refused_by_name(name: str, kwargs: dict[str, Any], match: str) -> None:
     with pytest.raises(UnsupportedModelError, match=match):
         quantize(timm.create_model(name, **kwargs))
+
+
+class Opposite(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return -x
+
+
+@pytest.mark.parametrize("member", FIRST)
+def test_module_where_timm_computes_nothing_is_refused_by_name(member: str) -> None:
+    """In every place of a dropout or an identity; those that make a constant of the file are called, whatever it is."""
+    model, _ = family_member(member)
+    places = {re.sub(r"\d+", "0", name): name for name, m in model.named_modules() if type(m) in (Dropout, Identity)}
+    for name in [name for name in places.values() if not re.search(r"rel_pos|meta_mlp|pool\.q_norm", name)]:
+        found = model.get_submodule(name)
+        model.set_submodule(name, Opposite())
+        with pytest.raises(UnsupportedModelError, match=rf"^Cannot quantize {re.escape(name)} \(Opposite\): "):
+            quantize(model)
+        model.set_submodule(name, found)
+    assert len(places) > 8
 
 
 BUILT = [*FAMILIES["swin"], *FAMILIES["swinv2"], "eva", "eva_post_norm"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ import torchvision
 import transformers
 from timm.models import VisionTransformer
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune, weight_norm
 
 import qvit
 from qvit import DistillationLoss, QuantConfig, calibrate, quantize
@@ -100,6 +101,59 @@ def test_layer_that_computes_otherwise_is_refused_by_name(vit: Any) -> None:
 def test_weight_that_is_computed_is_refused_by_name(vit: Any, kind: Callable[[nn.Module], nn.Module]) -> None:
     kind(vit.blocks[0].attn.proj)
     with pytest.raises(UnsupportedModelError, match=r"blocks\.0\.attn\.proj .*remove_parametrizations"):
+        quantize(vit)
+
+
+class OwnGelu(nn.GELU):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+class Twice(nn.Sequential):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(super().forward(input))
+
+
+def own_activation(vit: Any) -> None:
+    vit.blocks[0].mlp.act = OwnGelu()
+
+
+def blocks_twice(vit: Any) -> None:
+    vit.blocks = Twice(*vit.blocks)
+
+
+def own_forward(vit: Any) -> None:
+    before = vit.blocks[1].forward
+    vit.blocks[1].forward = lambda x: 2 * before(x)
+
+
+def own_method(vit: Any) -> None:
+    vit._pos_embed = types.MethodType(lambda model, x: type(model)._pos_embed(model, -x), vit)
+
+
+def own_attention(vit: Any) -> None:
+    vit.blocks[0].attn.forward = vit.blocks[1].attn.forward
+
+
+EXCHANGED: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "hook": (lambda vit: vit.blocks[1].register_forward_hook(lambda *_: None), r"blocks\.1 \(Block\): .*forward hook"),
+    "hook before": (lambda vit: vit.register_forward_pre_hook(lambda *_: None), r"the model \(.*forward hook"),
+    "forward": (own_forward, r"blocks\.1 \(Block\): its forward was exchanged for another function"),
+    "method": (own_method, r"the model \(VisionTransformer\): its _pos_embed was exchanged"),
+    "attention": (own_attention, r"blocks\.0\.attn \(Attention\): its forward was exchanged"),
+    "activation": (own_activation, r"blocks\.0\.mlp\.act \(OwnGelu\): a packed file knows the activations"),
+    "blocks": (blocks_twice, r"blocks \(Twice\): it stands where timm computes nothing"),
+    "weight norm": (lambda vit: weight_norm(vit.blocks[0].mlp.fc1), r"blocks\.0\.mlp\.fc1 .*its weight is computed"),
+    "pruned": (lambda vit: prune.random_unstructured(vit.head, "weight", 0.5), r"head .*its weight is computed"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("kind", EXCHANGED)
+def test_model_that_computes_otherwise_than_its_classes_is_refused_by_name(vit: nn.Module, kind: str) -> None:
+    change, sentence = EXCHANGED[kind]
+    change(vit)
+    with pytest.raises(UnsupportedModelError, match=sentence):
         quantize(vit)
 
 

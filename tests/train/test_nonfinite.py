@@ -3,11 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-import jobs
 import pytest
 import torch
 from rich.console import Console
 
+import jobs
+import qvit.train.methods
+from qvit import quantize
 from qvit.errors import NonFiniteLossError
 from qvit.models.checkpoint import load_checkpoint, read_checkpoint
 from qvit.train.methods import train_full_precision, train_quantized
@@ -27,10 +29,16 @@ class Spoil:
 
 
 @pytest.mark.parametrize("factor", [float("nan"), float("inf")])
-def test_layer_where_it_first_appears_is_named(tmp_path: Path, factor: float) -> None:
+def test_layer_where_it_first_appears_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
     recipe, data, start = jobs.parts(["quantized.epochs=1"])
-    # The student is a copy of this model, hook and all. Its quantizers clip an infinity: only the gradients show it.
-    start.model.blocks[1].mlp.act.register_forward_hook(Spoil(4, factor))
+
+    def spoiled(*args: Any) -> Any:
+        student = quantize(*args)
+        # Its quantizers clip an infinity: only the gradients show it.
+        student.blocks[1].mlp.act.register_forward_hook(Spoil(4, factor))
+        return student
+
+    monkeypatch.setattr(qvit.train.methods, "quantize", spoiled)
     options = Options(tmp_path, cpu=True, save_every=SaveEvery(steps=1))
     message = r"epoch 1, step 4, first in blocks\.1\.mlp\.act; .*last.pt holds epoch 1, step 3\. Start anew"
     with pytest.raises(NonFiniteLossError, match=message):
@@ -41,13 +49,12 @@ def test_layer_where_it_first_appears_is_named(tmp_path: Path, factor: float) ->
 
 def test_gradient_alone_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, data, start = jobs.parts(["full_precision.epochs=1"])
-    import qvit.train.methods as methods
 
     def poisoned(spec: object) -> torch.nn.Module:
         start.model.blocks[0].norm2.weight.register_hook(lambda gradient: gradient * float("nan"))
         return start.model
 
-    monkeypatch.setattr(methods, "create_model", poisoned)
+    monkeypatch.setattr(qvit.train.methods, "create_model", poisoned)
     with pytest.raises(NonFiniteLossError, match=r"step 1, first in the gradient of blocks\.0\.norm2\.weight; nothing"):
         train_full_precision(start.spec, data, recipe, Options(tmp_path, cpu=True), Console(quiet=True))
 

@@ -50,6 +50,8 @@ def attention(
     if not isinstance(module, QuantAttention):
         refuse(name, module, "it is no attention that qvit knows")
     sizes = module.num_heads, module.head_dim
+    if hasattr(module, "softmax"):
+        to.known(f"{name}.softmax", nn.Softmax)
     kind = _rectifier(name, module)
     norms: dict[str, Norm | None] = {}
     folded: dict[str, Maker] = {}

@@ -13,7 +13,7 @@ from qvit.format.branches import Residual
 from qvit.format.ops import Operation, Pool
 from qvit.models import parts
 from qvit.models.attention import attention
-from qvit.models.lowering import Lowering, Values, refuse, wide
+from qvit.models.lowering import Lowering, Values, wide
 from qvit.nn.attention import QuantAttention
 from qvit.nn.positions import QuantBeitAttention
 
@@ -36,17 +36,16 @@ def lower(to: Lowering) -> Iterator[Operation]:
     yield from parts.embed(to)
     parts.check_blocks_and_pool(model)
     yield parts.tokens(to, [model.cls_token], model.pos_embed, 1)
-    for name, block in model.blocks.named_children():
-        yield from _block(to, f"blocks.{name}", block)
+    for name, _ in model.blocks.named_children():
+        yield from _block(to, f"blocks.{name}")
     yield from parts.norm(to, "norm")
     yield Pool(model.global_pool, skip=0 if model.global_pool == "token" else 1)
     yield from parts.norm(to, "fc_norm")
     yield from parts.classify(to, "head")
 
 
-def _block(to: Lowering, name: str, block: Any) -> Iterator[Operation]:
-    if type(block) is not beit.Block:
-        refuse(name, block, "a packed file knows BEiT's Block")
+def _block(to: Lowering, name: str) -> Iterator[Operation]:
+    block = to.known(name, beit.Block)
     parts.need_norms(block, name)
     bias = _bias(block.attn, to.model.rel_pos_bias)
     yield Residual((attention(to, f"{name}.attn", f"{name}.norm1", f"{name}.gamma_1", bias=bias),))

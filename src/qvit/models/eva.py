@@ -46,8 +46,8 @@ def lower(to: Lowering) -> Iterator[Operation]:
     covered = 0 if model.no_embed_class else prefix
     yield parts.tokens(to, [model.cls_token, model.reg_token], model.pos_embed, covered)
     yield from parts.norm(to, "norm_pre")
-    for index, (name, block) in enumerate(model.blocks.named_children()):
-        yield from _block(to, f"blocks.{name}", block, index)
+    for index, (name, _) in enumerate(model.blocks.named_children()):
+        yield from _block(to, f"blocks.{name}", index)
     yield from parts.norm(to, "norm")
     if model.attn_pool is not None:
         yield from parts.pool_by_attention(to, "attn_pool")
@@ -57,9 +57,8 @@ def lower(to: Lowering) -> Iterator[Operation]:
     yield from parts.classify(to, "head")
 
 
-def _block(to: Lowering, name: str, block: Any, index: int) -> Iterator[Operation]:
-    if type(block) not in (eva.EvaBlock, eva.EvaBlockPostNorm):
-        refuse(name, block, "a packed file knows EvaBlock, EvaBlockPostNorm")
+def _block(to: Lowering, name: str, index: int) -> Iterator[Operation]:
+    block = to.known(name, eva.EvaBlock, eva.EvaBlockPostNorm)
     post = type(block) is eva.EvaBlockPostNorm
     scales = (None, None) if post else (f"{name}.gamma_1", f"{name}.gamma_2")
     parts.need_norms(block, name)

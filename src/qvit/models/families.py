@@ -5,13 +5,15 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
+from timm.layers import DropPath, PatchDropout, PatchDropoutWithIndices
 from torch import nn
 
 from qvit.errors import PackedFileError, UnsupportedModelError
 from qvit.format.program import Program
 from qvit.models import beit, eva, relpos, swin, swinv2, swinv2_cr, vit
-from qvit.models.lowering import Lowering
+from qvit.models.lowering import Lowering, refuse
 from qvit.nn.attention import QuantAttention
+from qvit.nn.quantizer import Float32Module
 
 FAMILIES: tuple[ModuleType, ...] = (vit, swin, swinv2, swinv2_cr, beit, relpos, eva)
 """Each has
@@ -29,6 +31,10 @@ ATTENTIONS: dict[type[nn.Module], type[QuantAttention]] = {
     kind: quantized for family in FAMILIES for kind, quantized in family.ATTENTIONS.items()
 }
 """The quantized class in place of each class of attention, of all families."""
+_IDLE = (nn.Identity, nn.Dropout, DropPath, PatchDropout, PatchDropoutWithIndices)
+"""Modules that pass on their input in evaluation."""
+_CONTAINERS = (nn.Sequential, nn.ModuleList)
+"""Modules that compute what those inside do, of which each is looked at."""
 MODELS: tuple[type[nn.Module], ...] = tuple(kind for family in FAMILIES for kind in family.MODELS)
 """The classes of timm that qvit knows."""
 
@@ -44,12 +50,28 @@ def lower(model: nn.Module, image_size: tuple[int, int]) -> tuple[Program, Lower
     """
     lowering = Lowering(model, image_size)
     operations = tuple(family_of(model).lower(lowering))
+    _check_rest(lowering)
     patch: Any = lowering.module("patch_embed.proj")
     try:
         program = Program(_name_of(model), (patch.in_channels, *image_size), operations)
     except PackedFileError as error:
         raise UnsupportedModelError(f"Cannot quantize {_name_of(model)}: {error}") from error
     return program, lowering
+
+
+def _check_rest(lowering: Lowering) -> None:
+    """Refuse a module of which the program says nothing, unless all it may do in evaluation is to pass on its input.
+
+    Raises:
+        UnsupportedModelError: naming it.
+    """
+    constants = tuple(f"{part}." for part in family_of(lowering.model).CONSTANT)
+    for name, module in lowering.model.named_modules():
+        if isinstance(module, QuantAttention):
+            constants += tuple(f"{name}.{part}." for part in module.CONSTANT)
+        said = name in lowering.said or f"{name}.".startswith(constants) or isinstance(module, Float32Module)
+        if name and not said and type(module) not in (*_IDLE, *_CONTAINERS):
+            refuse(name, module, "it stands where timm computes nothing, and a packed file has no place for it")
 
 
 def image_size_of(model: Any) -> tuple[int, int]:

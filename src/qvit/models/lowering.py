@@ -71,11 +71,25 @@ class Lowering:
         self.model, self.image_size = model, image_size
         self.parts: dict[str, Sequence[str]] = {}
         """Names of the modules that make up each layer."""
+        self.said: set[str] = set()
+        """Names of the modules that the program speaks of."""
         self._values: dict[str, Values] = {}
 
     def module(self, name: str) -> Any:
         """Return the module called ``name``."""
+        self.said.add(name)
         return self.model.get_submodule(name)
+
+    def known(self, name: str, *kinds: type[nn.Module]) -> Any:
+        """Return the module called ``name``, which must be of one of these classes, and of no subclass.
+
+        Raises:
+            UnsupportedModelError: naming it and the classes.
+        """
+        module = self.module(name)
+        if type(module) not in kinds:
+            refuse(name, module, f"a packed file knows {', '.join(kind.__name__ for kind in kinds)}")
+        return module
 
     def tensors(self) -> dict[str, np.ndarray]:
         """Return every tensor of the file, float32 or codes."""
@@ -194,7 +208,7 @@ class Lowering:
     def activation(self, name: str) -> str:
         """Return which activation function a module is."""
         module = self.module(name)
-        kind = _GELUS.get(module.approximate) if isinstance(module, nn.GELU) else _ACTIVATIONS.get(type(module))
+        kind = _GELUS.get(module.approximate) if type(module) is nn.GELU else _ACTIVATIONS.get(type(module))
         if kind is None:
             refuse(name, module, f"a packed file knows the activations {', '.join(ACTIVATIONS)}")
         return kind
@@ -205,6 +219,7 @@ class Lowering:
             return None
         owner, _, attribute = name.rpartition(".")
         found = getattr(self.module(owner), attribute)
+        self.said.add(name)
         if found is None or isinstance(found, nn.Identity):
             return None
         gamma = found if isinstance(found, nn.Parameter) else getattr(found, "gamma", None)

@@ -41,14 +41,22 @@ def embed(to: Lowering, kind: type[nn.Module] = PatchEmbed) -> Iterator[Operatio
 
 def _check_image_size(to: Lowering) -> None:
     model, module = to.model, to.module("patch_embed")
+    whole = not any(side % patch for side, patch in zip(to.image_size, module.patch_size, strict=True))
     if getattr(model, "dynamic_img_size", False):
-        if any(side % patch for side, patch in zip(to.image_size, module.patch_size, strict=True)):
+        if not whole:
             raise ConfigError(
                 f"preprocessing.input_size {to.image_size} must be whole patches of {tuple(module.patch_size)} pixels."
             )
     elif to.image_size != tuple(module.img_size):
         raise ConfigError(
             f"preprocessing.input_size {to.image_size} is not the model's image size {tuple(module.img_size)}."
+        )
+    elif not whole and getattr(module, "dynamic_img_pad", False):
+        refuse(
+            "patch_embed",
+            module,
+            f"it pads images of {to.image_size} pixels to whole patches, which a packed file cannot: make the model "
+            "for another size, or without dynamic_img_pad",
         )
 
 

@@ -38,17 +38,16 @@ def lower(to: Lowering) -> Iterator[Operation]:
     yield from parts.embed(to)
     parts.check_blocks_and_pool(model)
     yield parts.tokens(to, [model.cls_token], None, 0)
-    for name, block in model.blocks.named_children():
-        yield from _block(to, f"blocks.{name}", block)
+    for name, _ in model.blocks.named_children():
+        yield from _block(to, f"blocks.{name}")
     yield from parts.norm(to, "norm")
     yield Pool(model.global_pool, skip=0 if model.global_pool == "token" else model.num_prefix_tokens)
     yield from parts.norm(to, "fc_norm")
     yield from parts.classify(to, "head")
 
 
-def _block(to: Lowering, name: str, block: Any) -> Iterator[Operation]:
-    if type(block) not in (relpos.RelPosBlock, relpos.ResPostRelPosBlock):
-        refuse(name, block, "a packed file knows RelPosBlock, ResPostRelPosBlock")
+def _block(to: Lowering, name: str) -> Iterator[Operation]:
+    block = to.known(name, relpos.RelPosBlock, relpos.ResPostRelPosBlock)
     post = type(block) is relpos.ResPostRelPosBlock
     scales = (None, None) if post else (f"{name}.ls1", f"{name}.ls2")
     parts.need_norms(block, name)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from timm.layers import ClassifierHead, SelectAdaptivePool2d, adaptive_avgmax_pool
 from timm.models import swin_transformer as swin
 from torch import nn
 
@@ -25,8 +26,14 @@ ENDS = ("patch_embed.*", "head.fc")
 OWNERS: tuple[type[nn.Module], ...] = ()
 CONSTANT: tuple[str, ...] = ()
 LowerMerge = Callable[[Lowering, str, tuple[int, int]], Iterator[Operation]]
-LowerBlock = Callable[[Lowering, str, Any, tuple[int, int]], Iterator[Operation]]
-POOLS = ("avg", "max", "avgmax")
+LowerBlock = Callable[[Lowering, str, tuple[int, int]], Iterator[Operation]]
+_POOLINGS: dict[str, tuple[type[nn.Module], ...]] = {
+    "avg": (adaptive_avgmax_pool.FastAdaptiveAvgPool, nn.AdaptiveAvgPool2d),
+    "max": (adaptive_avgmax_pool.FastAdaptiveMaxPool, nn.AdaptiveMaxPool2d),
+    "avgmax": (adaptive_avgmax_pool.FastAdaptiveAvgMaxPool, adaptive_avgmax_pool.AdaptiveAvgMaxPool2d),
+}
+"""The classes of timm's poolings: channels last, as in Swin and Swin v2, and first."""
+POOLS = tuple(_POOLINGS)
 
 
 def blocks(model: Any) -> list[nn.Module]:
@@ -41,37 +48,42 @@ def lower(to: Lowering) -> Iterator[Operation]:
         UnsupportedModelError: naming the module.
         ConfigError: if the images have another size than the model.
     """
-    yield from stages(to, _merge, _block)
+    yield from stages(to, swin.SwinTransformerStage, _merge, _block)
     yield from parts.norm(to, "norm")
     yield from head(to)
 
 
-def stages(to: Lowering, merge: LowerMerge, lower_block: LowerBlock) -> Iterator[Operation]:
-    """Yield what comes before the last norm: patches, then merging, where there is any, and blocks of every stage."""
+def stages(to: Lowering, kind: type[nn.Module], merge: LowerMerge, lower_block: LowerBlock) -> Iterator[Operation]:
+    """Yield what comes before the last norm: patches, then merging, where there is any, and blocks of every stage.
+
+    Args:
+        to: takes the tensors.
+        kind: class of a stage.
+        merge: yields the operations of merging patches, of a name and the grid before it.
+        lower_block: yields those of a block, of a name and its grid.
+    """
     model: Any = to.model
     yield from parts.embed(to)
     yield Tokens()
     grid = parts.grid(to)
-    for index, stage in enumerate(model.layers):
+    for index in range(len(model.layers)):
         name = f"layers.{index}"
+        stage = to.known(name, kind)
         if not isinstance(stage.downsample, nn.Identity):
             yield from merge(to, f"{name}.downsample", grid)
             grid = grid[0] // 2, grid[1] // 2
-        for number, block in enumerate(stage.blocks):
-            yield from lower_block(to, f"{name}.blocks.{number}", block, grid)
+        for number in range(len(stage.blocks)):
+            yield from lower_block(to, f"{name}.blocks.{number}", grid)
 
 
 def _merge(to: Lowering, name: str, grid: tuple[int, int]) -> Iterator[Operation]:
-    module = to.module(name)
-    if type(module) is not swin.PatchMerging:
-        refuse(name, module, "only timm's PatchMerging is supported")
+    module = to.known(name, swin.PatchMerging)
     check_merge(name, module, grid)
     yield Merge(to.layer(f"{name}.reduction"), to.norm(f"{name}.norm"))
 
 
-def _block(to: Lowering, name: str, block: Any, grid: tuple[int, int]) -> Iterator[Operation]:
-    if type(block) is not swin.SwinTransformerBlock:
-        refuse(name, block, "a packed file knows SwinTransformerBlock")
+def _block(to: Lowering, name: str, grid: tuple[int, int]) -> Iterator[Operation]:
+    block = to.known(name, swin.SwinTransformerBlock)
     parts.need_norms(block, name)
     table = block.attn.relative_position_bias_table
     window, shift = windows(name, block, grid)
@@ -109,10 +121,12 @@ def check_merge(name: str, module: nn.Module, grid: tuple[int, int]) -> None:
 
 def head(to: Lowering) -> Iterator[Operation]:
     """Yield timm's ``ClassifierHead``: pooling and classifier."""
-    module = to.module("head")
-    pool = module.global_pool.pool_type
+    module = to.known("head", ClassifierHead)
+    pool = to.known("head.global_pool", SelectAdaptivePool2d).pool_type
     if pool not in POOLS:
         refuse("head", module, f"it pools by {pool!r}; a packed file knows {', '.join(POOLS)}")
+    to.known("head.global_pool.pool", *_POOLINGS[pool])
+    to.known("head.global_pool.flatten", nn.Identity, nn.Flatten)
     yield Pool(pool)
     yield from parts.classify(to, "head.fc")
 

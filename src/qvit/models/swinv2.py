@@ -13,7 +13,7 @@ from qvit.format.ops import Merge, Operation
 from qvit.format.program import Program
 from qvit.models import parts, swin
 from qvit.models.attention import attention
-from qvit.models.lowering import Lowering, refuse, wide
+from qvit.models.lowering import Lowering, wide
 from qvit.nn.attention import QuantAttention
 from qvit.nn.windows import QuantCosineAttention
 
@@ -32,23 +32,20 @@ def lower(to: Lowering) -> Iterator[Operation]:
         UnsupportedModelError: naming the module.
         ConfigError: if the images have another size than the model.
     """
-    yield from swin.stages(to, _merge, _block)
+    yield from swin.stages(to, swinv2.SwinTransformerV2Stage, _merge, _block)
     yield from parts.norm(to, "norm")
     yield from swin.head(to)
 
 
 def _merge(to: Lowering, name: str, grid: tuple[int, int]) -> Iterator[Operation]:
-    module = to.module(name)
-    if type(module) is not swinv2.PatchMerging:
-        refuse(name, module, "only timm's PatchMerging is supported")
+    module = to.known(name, swinv2.PatchMerging)
     swin.check_merge(name, module, grid)
     yield Merge(to.layer(f"{name}.reduction"))
     yield from parts.norm(to, f"{name}.norm")
 
 
-def _block(to: Lowering, name: str, block: Any, grid: tuple[int, int]) -> Iterator[Operation]:
-    if type(block) is not swinv2.SwinTransformerV2Block:
-        refuse(name, block, "a packed file knows SwinTransformerV2Block")
+def _block(to: Lowering, name: str, grid: tuple[int, int]) -> Iterator[Operation]:
+    block = to.known(name, swinv2.SwinTransformerV2Block)
     parts.need_norms(block, name)
     window, shift = swin.windows(name, block, grid)
     table: Any = block.attn.bias_table

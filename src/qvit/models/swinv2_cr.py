@@ -12,7 +12,7 @@ from qvit.format.branches import Residual
 from qvit.format.ops import Merge, Operation, Tokens
 from qvit.models import parts, swin
 from qvit.models.attention import attention
-from qvit.models.lowering import Lowering, refuse, wide
+from qvit.models.lowering import Lowering, wide
 from qvit.nn.attention import QuantAttention
 from qvit.nn.modes import evaluating
 from qvit.nn.windows import QuantLogCosineAttention
@@ -42,23 +42,21 @@ def lower(to: Lowering) -> Iterator[Operation]:
     yield from parts.embed(to, swinv2_cr.PatchEmbed)
     yield Tokens()
     grid = parts.grid(to)
-    for index, stage in enumerate(model.stages):
+    for index in range(len(model.stages)):
         name = f"stages.{index}"
+        stage = to.known(name, swinv2_cr.SwinTransformerV2CrStage)
         if not isinstance(stage.downsample, nn.Identity):
             merging = f"{name}.downsample"
-            if type(stage.downsample) is not swinv2_cr.PatchMerging:
-                refuse(merging, stage.downsample, "only timm's PatchMerging is supported")
-            swin.check_merge(merging, stage.downsample, grid)
+            swin.check_merge(merging, to.known(merging, swinv2_cr.PatchMerging), grid)
             yield Merge(to.layer(f"{merging}.reduction"), to.norm(f"{merging}.norm"))
             grid = grid[0] // 2, grid[1] // 2
-        for number, block in enumerate(stage.blocks):
-            yield from _block(to, f"{name}.blocks.{number}", block, grid)
+        for number in range(len(stage.blocks)):
+            yield from _block(to, f"{name}.blocks.{number}", grid)
     yield from swin.head(to)
 
 
-def _block(to: Lowering, name: str, block: Any, grid: tuple[int, int]) -> Iterator[Operation]:
-    if type(block) is not swinv2_cr.SwinTransformerV2CrBlock:
-        refuse(name, block, "a packed file knows SwinTransformerV2CrBlock")
+def _block(to: Lowering, name: str, grid: tuple[int, int]) -> Iterator[Operation]:
+    block = to.known(name, swinv2_cr.SwinTransformerV2CrBlock)
     parts.need_norms(block, name)
     window, shift = swin.windows(name, block, grid)
 

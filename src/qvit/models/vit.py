@@ -49,8 +49,8 @@ def lower(to: Lowering) -> Iterator[Operation]:
     count = sum(part.shape[1] for part in prefix if part is not None)
     yield parts.tokens(to, prefix, model.pos_embed, 0 if model.no_embed_class else count)
     yield from parts.norm(to, "norm_pre")
-    for name, block in model.blocks.named_children():
-        yield from _block(to, f"blocks.{name}", block)
+    for name, _ in model.blocks.named_children():
+        yield from _block(to, f"blocks.{name}")
     yield from parts.norm(to, "norm")
     # A distilled model looks at neither fc_norm nor its registers.
     skip = 0 if model.global_pool == "token" or model.pool_include_prefix else count
@@ -60,25 +60,28 @@ def lower(to: Lowering) -> Iterator[Operation]:
         yield from parts.pool_by_attention(to, "attn_pool")
     else:
         yield Pool(model.global_pool, tokens=1 + distilled, skip=skip)
-    if not distilled:
+    if distilled:
+        to.module("fc_norm")
+        if isinstance(model.head, nn.Identity):
+            refuse("head", model.head, "without classifiers timm gives the mean of two tokens, and a packed file both")
+    else:
         yield from parts.norm(to, "fc_norm")
     yield from parts.classify(to, *(("head", "head_dist") if distilled else ("head",)))
 
 
-def _block(to: Lowering, name: str, block: nn.Module) -> Iterator[Residual]:
+def _block(to: Lowering, name: str) -> Iterator[Residual]:
+    block = to.known(name, Block, ResPostBlock, ParallelThingsBlock)
     if type(block) is ParallelThingsBlock:
         attentions = [f"{name}.attns.{index}" for index in range(len(block.attns))]
         mlps = [f"{name}.ffns.{index}" for index in range(len(block.ffns))]
         yield Residual(tuple(attention(to, f"{path}.attn", f"{path}.norm", f"{path}.ls") for path in attentions))
         yield Residual(tuple(to.mlp(f"{path}.mlp", f"{path}.norm", f"{path}.ls") for path in mlps))
-    elif type(block) in (Block, ResPostBlock):
+    else:
         post = type(block) is ResPostBlock
         scales = (None, None) if post else (f"{name}.ls1", f"{name}.ls2")
         parts.need_norms(block, name)
         yield Residual((attention(to, f"{name}.attn", f"{name}.norm1", scales[0]),), post)
         yield Residual((to.mlp(f"{name}.mlp", f"{name}.norm2", scales[1]),), post)
-    else:
-        refuse(name, block, "a packed file knows Block, ResPostBlock, ParallelThingsBlock")
 
 
 def float_model(program: Program) -> VisionTransformer:

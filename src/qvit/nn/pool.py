@@ -15,7 +15,7 @@ from qvit.nn.attention import QuantAttention
 class QuantAttentionPool(QuantAttention, AttentionPoolLatent):
     """timm's ``AttentionPoolLatent`` with one latent query, which nothing rectifies: it is the same for every image."""
 
-    CONSTANT: ClassVar[tuple[str, ...]] = ("q",)
+    CONSTANT: ClassVar[tuple[str, ...]] = ("q", "q_norm")
 
     def _add_quantizers(self, config: QuantConfig | None, name: str) -> None:
         super()._add_quantizers(config and dataclasses.replace(config, rectifier=None), name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import functools
+import inspect
 import math
 import re
 from collections.abc import Iterator
@@ -51,10 +52,12 @@ def quantize(teacher: nn.Module, config: QuantConfig | None = None) -> Any:
     config = config or QuantConfig()
     _check_float(teacher)
     family = family_of(teacher)
+    for name, module in _replaced(teacher):
+        _check_plain(name, module)
+    _check_forwards(teacher)
     # A teacher is often frozen for distillation; its student is there to be trained.
     student: Any = copy.deepcopy(teacher).requires_grad_(True)
     for name, module in list(_replaced(student)):
-        _check_plain(name, module)
         replacement: nn.Module
         if isinstance(module, nn.Linear):
             replacement = QuantLinear(module, config.bits(name, family.ENDS))
@@ -199,6 +202,26 @@ def _check_plain(name: str, module: nn.Module) -> None:
             "its weight is computed from other parameters: make it plain, as "
             "torch.nn.utils.parametrize.remove_parametrizations does",
         )
+
+
+def _check_forwards(model: nn.Module) -> None:
+    """Refuse modules that may compute otherwise than their class says, by a hook or a function put in its place."""
+    for name, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            refuse(
+                name or "the model",
+                module,
+                "it has a forward hook, which may change what it computes: remove that, or add it to what "
+                "qvit.quantize returns",
+            )
+        for attribute in vars(module):
+            if inspect.isfunction(getattr(type(module), attribute, None)):
+                refuse(
+                    name or "the model",
+                    module,
+                    f"its {attribute} was exchanged for another function: delete that attribute (of Accelerate's, "
+                    "unwrap_model with keep_fp32_wrapper=False does it)",
+                )
 
 
 def _check_owners(model: nn.Module) -> None:
