@@ -15,7 +15,7 @@ namespace {
     LINE("1") LINE("2") LINE("3") LINE("4") LINE("5") LINE("6") LINE("7") LINE("8") LINE("9") LINE("10") LINE("11")
 #define DOT_512(SUM) "vpdpbusd %%zmm31, %%zmm30, %%zmm" SUM "\n"
 #define DOT_256(SUM) "vpdpbusd %%ymm31, %%ymm30, %%ymm" SUM "\n"
-#define LOOKUP_512(SUM) "vpermb %%zmm31, %%zmm30, %%zmm29\n vpaddb %%zmm29, %%zmm" SUM ", %%zmm" SUM "\n"
+#define LOOKUP_512(SUM) "vpermb %%zmm31, %%zmm30, %%zmm29\n vpaddusb %%zmm29, %%zmm" SUM ", %%zmm" SUM "\n"
 #define LOOKUP_256(SUM) "vpshufb %%ymm15, %%ymm14, %%ymm13\n vpaddb %%ymm13, %%ymm" SUM ", %%ymm" SUM "\n"
 // Two lookups fit into a byte, whose sums then become those of words and of the words' high bytes.
 #define MADE_256(SUM)                                                         \

@@ -108,8 +108,8 @@ void run_nibbles(const uint8_t* rows, size_t stride, size_t count, const uint8_t
 // 4. A triple is (i, i + T, i + 2 T) with T = ceil(k / 3), so that a row is packed by whole vectors. A row's triple is
 // held times 64, the distance of its table, in 16 bits.
 constexpr size_t kGroup = 64, kTriple = 3, kTableBytes = sizeof(uint16_t);
-constexpr size_t kBeforeWidening = 255 / (kTermRange * kTriple) / 4 * 4;  // steps go by four
-constexpr size_t kTriplesAtOnce = 65535 / (kTermRange * kTriple);         // what a 16-bit sum holds
+constexpr size_t kBeforeWidening = (255 / (kTermRange * kTriple) - 1) / 4 * 4 + 1;  // one step, then four at a time
+constexpr size_t kTriplesAtOnce = 65535 / (kTermRange * kTriple);                   // what a 16-bit sum holds
 
 struct Tables {
     alignas(64) uint8_t bytes[64][64];
@@ -259,36 +259,42 @@ void lookup_tile(const uint8_t* a, size_t stride, const uint8_t* w, size_t group
     // Sums of the 16-bit words as they are, and of their high bytes: the low bytes' sum is the difference.
     __m512i words[Rows][Groups], highs[Rows][Groups];
     each_sum<Rows, Groups>([&](auto r, auto g) { words[r][g] = highs[r][g] = _mm512_setzero_si512(); });
+    // No sum is too large. Additions that saturate leave the execution units of vpermb alone, on AMD's and Intel's.
     for (size_t at = 0; at < count;) {
         __m512i bytes[Rows][Groups];
-        each_sum<Rows, Groups>([&](auto r, auto g) { bytes[r][g] = kept(_mm512_setzero_si512()); });
         const size_t until = std::min(at + kBeforeWidening, count);
-        const auto step = [&](size_t i, const auto& table_of) {
+        const auto step = [&](auto first, size_t i, const auto& table_of) {
             __m512i channels[Groups];
             unrolled<Groups>([&](auto g) { channels[g] = kept(_mm512_loadu_si512(w + g * group_bytes + i * kGroup)); });
             unrolled<Rows>([&](auto r) {
                 const __m512i entries = kept(_mm512_load_si512(table_of(r)));
                 unrolled<Groups>([&](auto g) {
-                    bytes[r][g] = kept(_mm512_add_epi8(bytes[r][g], _mm512_permutexvar_epi8(channels[g], entries)));
+                    const __m512i found = _mm512_permutexvar_epi8(channels[g], entries);
+                    bytes[r][g] = kept(first() ? found : _mm512_adds_epu8(bytes[r][g], found));
                 });
             });
         };
+        const auto one_step = [&](auto first, size_t i) {
+            step(first, i, [&](auto r) {
+                uint16_t one;
+                std::memcpy(&one, a + r * stride + kTableBytes * i, sizeof one);
+                return table(one);
+            });
+        };
+        one_step(std::true_type(), at++);
         for (; at + 4 <= until; at += 4) {
             // A row's four triples by one load: a load of each would hold up those of the tables.
             uint64_t four[Rows];
             unrolled<Rows>([&](auto r) { std::memcpy(&four[r], a + r * stride + kTableBytes * at, sizeof four[r]); });
-            unrolled<4>(
-                [&](auto i) { step(at + i, [&](auto r) { return table(static_cast<uint16_t>(four[r] >> 16 * i)); }); });
-        }
-        for (; at < until; ++at)
-            step(at, [&](auto r) {
-                uint16_t one;
-                std::memcpy(&one, a + r * stride + kTableBytes * at, sizeof one);
-                return table(one);
+            unrolled<4>([&](auto i) {
+                step(std::false_type(), at + i,
+                     [&](auto r) { return table(static_cast<uint16_t>(four[r] >> 16 * i)); });
             });
+        }
+        for (; at < until; ++at) one_step(std::false_type(), at);
         each_sum<Rows, Groups>([&](auto r, auto g) {
             words[r][g] = _mm512_add_epi16(words[r][g], bytes[r][g]);
-            highs[r][g] = _mm512_add_epi16(highs[r][g], _mm512_srli_epi16(bytes[r][g], 8));
+            highs[r][g] = _mm512_adds_epu16(highs[r][g], _mm512_srli_epi16(bytes[r][g], 8));
         });
     }
     const __m512i low = _mm512_set1_epi32(0xFFFF);
