@@ -18,6 +18,8 @@ from qvit.search.solve import UnmetError, choose, total
 SMALL = st.integers(0, 9)
 ROUNDING = 1e-15
 """Of a sum."""
+BARELY = 2e-9
+"""More than what a limit is kept to, and less than what the solver keeps one to."""
 
 
 @st.composite
@@ -29,9 +31,9 @@ def problems(draw: st.DrawFn) -> tuple[list[list[float]], dict[str, list[list[fl
     names = [f"cost {index}" for index in range(len(rows) - 1)]
     costs = dict(zip(names, rows[1:], strict=True))
     limits = {}
-    for name in names:  # of some choice: at the very edge, or as far below it as a sum in another order may be
+    for name in names:  # of some choice: at the very edge, or below it, by what a sum in another order may be or more
         edge = total(costs[name], [draw(st.integers(0, n - 1)) for n in sizes])
-        limits[name] = draw(st.sampled_from([edge, edge * (1 - ROUNDING), edge - 1]))
+        limits[name] = draw(st.sampled_from([edge, edge * (1 - ROUNDING), edge * (1 - BARELY), edge - 1]))
     return rows[0], costs, limits
 
 
@@ -88,6 +90,24 @@ def test_many_choices_that_rounding_put_beyond_a_limit_are_not_refused_one_by_on
     found = choose(values, costs, {"ms": limit})
     assert choose(values, costs, {"ms": limit * (1 - ROUNDING)}) == found
     assert rounds.call_count == 2
+
+
+@pytest.mark.parametrize("unit", [1, 1e-7])  # counted, and measured
+@pytest.mark.parametrize("alike", [True, False])
+def test_many_choices_barely_beyond_a_limit_are_not_refused_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, unit: float, alike: bool
+) -> None:
+    """The solver takes numbers for whole ones that are nearly so, and these choices for some within the limit."""
+    rounds = Mock(wraps=solve.milp)
+    monkeypatch.setattr(solve, "milp", rounds)
+    costs = {"cost": [[size * bits * unit for bits in (2, 3, 4, 8)] for size in (1769472, 589824, 2359296)] * 8}
+    weights = [1.0 if alike else 1 + number / 200 for number in range(24)]
+    values = [[weight * 4.0**-bits for bits in (2, 3, 4, 8)] for weight in weights]
+    limit = total(costs["cost"], [2] * 12 + [1] * 12)
+    expected = choose(values, costs, {"cost": limit * (1 - 1e-4)})
+    rounds.reset_mock()
+    assert choose(values, costs, {"cost": limit * (1 - BARELY)}) == expected
+    assert rounds.call_count <= 2
 
 
 def test_what_the_solver_takes_for_kept_and_is_not_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
