@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from filelock import FileLock
 from PIL import Image
 from rich.console import Console
 from torch import nn
@@ -66,6 +68,21 @@ def save_float(path: Path, model: nn.Module) -> Path:
     arguments = {name: value for name, value in TINY.items() if name != "num_classes"}
     write_checkpoint(path, describe(MODEL, arguments, CLASSES, {}), model)
     return path
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """Return the folder ``name``, which ``make`` fills in the first worker that asks; the others wait and share it."""
+    root = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # of the workers' own folders
+    folder, made = root / name, root / f"{name}-made"
+    with FileLock(root / f"{name}-lock"):
+        if not made.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a worker in which it failed
+            folder.mkdir()
+            make(folder)
+            made.touch()
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -134,10 +151,15 @@ def console() -> Console:
     return Console(file=io.StringIO(), width=200)
 
 
+TEACHER = ["model_args.depth=2", "model_args.patch_size=4"]
+"""Of the digits' recipe, what makes the architecture of :func:`teacher`."""
+
+
 @pytest.fixture(scope="session")
 def recipe() -> Recipe:
-    changes = {"model_args.depth": 2, "full_precision.epochs": 25, "full_precision.lr": 4e-3, "quantized.epochs": 2}
-    return load_recipe("digits", [f"{name}={value}" for name, value in changes.items()])
+    float_model = {"epochs": 8, "batch_size": 32, "lr": 4e-3, "warmup_epochs": 1}
+    changes = [f"full_precision.{name}={value}" for name, value in float_model.items()]
+    return load_recipe("digits", [*TEACHER, *changes, "quantized.epochs=2"])
 
 
 @pytest.fixture(scope="session")
@@ -147,10 +169,11 @@ def digits() -> ImageSets:
 
 @pytest.fixture(scope="session")
 def teacher_file(tmp_path_factory: pytest.TempPathFactory, recipe: Recipe, digits: ImageSets) -> Path:
-    out = tmp_path_factory.mktemp("float")
-    spec = describe(MODEL, recipe.model_args, digits.classes, recipe.preprocessing)
-    train_full_precision(spec, digits, recipe, Options(out), Console(file=io.StringIO()))
-    return out / "best.pt"
+    def train(out: Path) -> None:
+        spec = describe(MODEL, recipe.model_args, digits.classes, recipe.preprocessing)
+        train_full_precision(spec, digits, recipe, Options(out), Console(file=io.StringIO()))
+
+    return made_once(tmp_path_factory, "float", train) / "best.pt"
 
 
 @pytest.fixture

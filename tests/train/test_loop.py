@@ -1,8 +1,7 @@
 import copy
 import json
+import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,9 @@ import torch
 from rich.console import Console
 from sklearn.metrics import top_k_accuracy_score
 
+import jobs
 from commands import run as run_command
+from conftest import TEACHER
 from qvit import QuantConfig, quantize
 from qvit.analysis.statistics import query_key_statistics
 from qvit.data.loader import make_loader, make_transform
@@ -21,7 +22,7 @@ from qvit.data.sources import ImageSets
 from qvit.errors import CheckpointError, ConfigError, NonFiniteLossError
 from qvit.models.checkpoint import load_checkpoint, read_checkpoint
 from qvit.models.spec import create_model, describe
-from qvit.train import methods
+from qvit.train import loop, methods
 from qvit.train.evaluate import evaluate
 from qvit.train.loop import LabelLoss, read_metrics
 from qvit.train.methods import FloatModel, train_full_precision, train_quantized
@@ -75,7 +76,7 @@ def test_same_seed_same_weights_other_seed_others(
 
 
 SOFT = ["quantized.distillation=soft", "quantized.reconstruct_first=true", "quantized.reconstruction_steps=5"]
-SMALL = ["model_args.depth=2", "quantized.epochs=2"]
+SMALL = [*TEACHER, "quantized.epochs=2"]
 
 
 @pytest.mark.parametrize("changes", [[], SOFT], ids=["labels", "soft_from_a_reconstruction"])
@@ -132,28 +133,25 @@ def test_reconstruction_needs_a_float_model(tmp_path: Path, teacher: FloatModel,
     assert not list(tmp_path.iterdir())
 
 
-KILLED = """
-import os, signal
-from qvit.cli.app import main
-from qvit.train import loop
+def _killed_after_an_epoch(*command: str) -> None:
+    write = loop._write_metrics
 
-write = loop._write_metrics
+    def write_and_die(folder: Path, history: list[dict[str, float]]) -> None:
+        write(folder, history)
+        if history:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-def write_and_die(folder, history):
-    write(folder, history)
-    if history:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-loop._write_metrics = write_and_die
-main()
-"""
+    loop._write_metrics = write_and_die
+    run_command(*command)
 
 
 def test_killed_run_resumes_from_its_last_epoch(tmp_path: Path, teacher_file: Path) -> None:
     command = ["train", "vit_tiny_patch16_224", "--bits", "2", "--data", "digits", "--teacher", str(teacher_file)]
-    command += ["--out", str(tmp_path / "run"), "--set", "quantized.epochs=2", "--set", "model_args.depth=2"]
-    killed = subprocess.run([sys.executable, "-c", KILLED, *command], capture_output=True, text=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    command += ["--out", str(tmp_path / "run")]
+    command += [argument for change in SMALL for argument in ("--set", change)]
+    process = jobs.start(_killed_after_an_epoch, *command)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     load_checkpoint(tmp_path / "run" / "last.pt")
     assert [record["epoch"] for record in read_metrics(tmp_path / "run")] == [1]
     done = run_command(*command, "--resume")

@@ -12,6 +12,7 @@ import torch
 from timm.models import VisionTransformer
 
 from commands import run
+from conftest import TEACHER
 from qvit import DistillationLoss
 
 
@@ -37,7 +38,7 @@ def test_one_float_model_is_built_and_one_copied(
     monkeypatch.setattr(copy, "deepcopy", counted_copy)
     monkeypatch.setattr(DistillationLoss, "forward", stop)
     arguments = ["--bits", "4", "--teacher", teacher_file, "--data", "digits", "--out", tmp_path / "run", "--cpu"]
-    changes = ["--set", "model_args.depth=2", "--set", "quantized.calibration_images=4"]
+    changes = [part for change in (*TEACHER, "quantized.calibration_images=4") for part in ("--set", change)]
     assert run("train", "vit_tiny_patch16_224", *arguments, *changes).status == 130
     # Shapes: of the command's model, of the teacher's file, and of the student before images are read.
     assert built == {"built on cpu": 1, "copied on cpu": 1, "built on meta": 3, "copied on meta": 1}
