@@ -21,6 +21,13 @@ def test_each_python_has_a_wheel_and_is_installed_with_it() -> None:
     assert pythons("wheels.yml", "install") == pythons("tests.yml", "tests")
 
 
+def test_who_develops_has_the_tools_that_the_build_asks_for() -> None:
+    (requires,) = re.findall(r"^requires = \[(.*)\]", PYPROJECT, re.MULTILINE)
+    (cmake,) = re.findall(r'^cmake.version = "(.*)"', PYPROJECT, re.MULTILINE)
+    for tool in [*re.findall(r'"(.*?)"', requires), f"cmake{cmake}"]:
+        assert f'    "{tool}",' in PYPROJECT
+
+
 def pythons(workflow: str, job: str) -> list[str]:
     text = (ROOT / ".github" / "workflows" / workflow).read_text(encoding="utf-8")
     return yaml.safe_load(text)["jobs"][job]["strategy"]["matrix"]["python"]
