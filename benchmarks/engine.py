@@ -16,6 +16,7 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import tempfile
 from collections.abc import Sequence
@@ -38,6 +39,9 @@ BATCHES = (1, 2, 4, 8, 16, 32)
 IMAGE_SIZES = (224, 384, 448)
 """197, 577 and 785 tokens."""
 PEAK_ROUNDS = 3
+PROFILED = ((1, 1), (2, 1), (1, 8), (2, 8))
+"""Threads and images of a call."""
+PROFILED_IMAGES = 160
 console = Console()
 
 
@@ -84,9 +88,7 @@ def _seconds_at_peak(
 
     Those of int8 are told for the best instruction set alone: with AVX2 each has products of its own.
     """
-    with loop_program() as loops:
-        runs = [loop_speeds(loops) for _ in range(PEAK_ROUNDS)]
-    speeds = {loop: max(run[loop] for run in runs) for loop in runs[0]}
+    speeds = _loop_speeds()
     programs = {title: program(name, b) for title, b in zip(comparison.packed, bits, strict=True)}
     isa = instruction_set or _kernels.instruction_sets()[0]
     found = {title: seconds_at_peak(of, speeds, isa) for title, of in programs.items()}
@@ -127,25 +129,43 @@ def scaling(names: Sequence[str], bits: Sequence[int], rounds: int) -> dict[str,
 
 
 def profile(names: Sequence[str], bits: Sequence[int]) -> dict[str, Any]:
-    """Measure and print the share of each kind of work in one image on one thread; return the seconds as plain data."""
+    """Measure and print what each kind of work takes of all threads' time; return the seconds of an image as data."""
     results: dict[str, Any] = {"machine": machine()}
-    with tempfile.TemporaryDirectory(prefix="qvit-models-") as folder:
-        for name in names:
-            for b in bits:
-                engine = qvit.load(write_random(Path(folder) / "model.safetensors", name, b, 224), threads=1)
-                image = np.random.default_rng(0).standard_normal((1, 3, 224, 224)).astype(np.float32)
-                results[f"{name}, {b} bits"] = engine.profile(image, repeats=100)
-    table = Table(title=f"Share of the time (%), one image, one thread, {results['machine']['cpu']}")
-    table.add_column("work")
-    columns = [key for key in results if key != "machine"]
-    for column in columns:
-        table.add_column(column, justify="right")
-    totals = {column: sum(results[column].values()) for column in columns}
-    for work in results[columns[0]]:
-        table.add_row(work, *(f"{100 * results[column][work] / totals[column]:.1f}" for column in columns))
-    table.add_row("milliseconds", *(f"{1e3 * totals[column]:.2f}" for column in columns), end_section=True)
-    console.print(table)
+    speeds = _loop_speeds()
+    for name, b in itertools.product(names, bits):
+        with tempfile.TemporaryDirectory(prefix="qvit-models-") as folder:
+            file = write_random(Path(folder) / "model.safetensors", name, b, 224)
+            columns = {f"{threads} x {batch}": _profile(file, threads, batch) for threads, batch in PROFILED}
+        at_peak = seconds_at_peak(program(name, b), speeds, _kernels.instruction_sets()[0])
+        table = Table(title=f"{name}, {b} bits, microseconds an image, all threads, {results['machine']['cpu']}")
+        table.add_column("threads x images")
+        for column in columns:
+            table.add_column(column, justify="right")
+        for work in next(iter(columns.values())):
+            table.add_row(work, *(f"{1e6 * seconds[work]:.0f}" for seconds in columns.values()))
+        totals = [sum(seconds.values()) for seconds in columns.values()]
+        table.add_row("together", *(f"{1e6 * total:.0f}" for total in totals))
+        if at_peak is not None:
+            table.add_row("products at their peak", *([f"{1e6 * at_peak:.0f}"] * len(columns)))
+            table.add_row("their share", *(f"{100 * at_peak / total:.0f} %" for total in totals))
+        console.print(table)
+        results[f"{name}, {b} bits"] = {"seconds": columns, "seconds_at_peak": at_peak}
     return results
+
+
+def _profile(file: Path, threads: int, batch: int) -> dict[str, float]:
+    """Return the seconds of an image by kind of work, of all threads together."""
+    engine = qvit.load(file, threads=threads)
+    images = np.random.default_rng(0).standard_normal((batch, 3, 224, 224)).astype(np.float32)
+    seconds = engine.profile(images, repeats=PROFILED_IMAGES // batch)
+    return {work: value / batch for work, value in seconds.items()}
+
+
+def _loop_speeds() -> dict[str, float]:
+    """Return the 10^9 multiply-adds a second of each loop, the best of some runs."""
+    with loop_program() as loops:
+        runs = [loop_speeds(loops) for _ in range(PEAK_ROUNDS)]
+    return {loop: max(run[loop] for run in runs) for loop in runs[0]}
 
 
 def _row(size: int, timing: Timing, base: Timing) -> dict[str, Any]:

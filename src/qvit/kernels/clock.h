@@ -8,14 +8,25 @@
 namespace qvit {
 
 // What the time of a pass goes to.
-enum Work : size_t { kProducts, kAttentionProducts, kSoftmax, kNorms, kActivation, kEpilogues, kRest, kWorks };
+enum Work : size_t {
+    kProducts,
+    kAttentionProducts,
+    kSoftmax,
+    kNorms,
+    kActivation,
+    kEpilogues,
+    kRest,
+    kWaiting,
+    kWorks
+};
 constexpr const char* kWorkNames[kWorks] = {"linear products",
                                             "attention products",
                                             "softmax",
                                             "norms and their quantization",
                                             "activation function",
                                             "bias, residual, quantization",
-                                            "embedding, layout, head"};
+                                            "embedding, layout, head",
+                                            "waiting for other threads"};
 
 using Seconds = std::array<double, kWorks>;
 
