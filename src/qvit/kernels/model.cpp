@@ -49,12 +49,6 @@ struct Tasks {
     const Windows* windows;
 };
 
-// The task that is taken as number `index`: those at work at a time lie far apart. Keys of neighbouring rows share
-// cache lines, which two threads would take from each other with every key that they write.
-size_t spread(size_t index, size_t total, size_t threads) {
-    return total % threads == 0 ? index % threads * (total / threads) + index / threads : index;
-}
-
 void run_steps(const Plan& plan, Pass& pass, Scratch& scratch, const Task& task, const std::vector<Step>& steps) {
     for (const Step& step : steps) {
         switch (step.kind) {
@@ -114,20 +108,29 @@ void Model::forward(const float* images, size_t batch, float* outputs, Trace* tr
 void Model::run(size_t batch) {
     ThreadPool& pool = workshop_->pool;
     Pass& pass = *workshop_->pass;
-    std::vector<std::atomic<size_t>> next(plan_.phases.size() + 1);
+    const size_t threads = pool.threads();
+    std::vector<std::atomic<size_t>> next(plan_.phases.size() * threads + 1);
     for (auto& counter : next) counter.store(0, std::memory_order_relaxed);
 
     pool.run([&](size_t thread) {
         Scratch& scratch = *workshop_->scratch[thread];
         for (size_t phase = 0; phase < plan_.phases.size(); ++phase) {
-            const Tasks tasks(plan_, phase, batch, pool.threads(), pass.trace != nullptr);
+            const Tasks tasks(plan_, phase, batch, threads, pass.trace != nullptr);
             const size_t total = batch * tasks.parts;
-            for (size_t index; (index = next[phase].fetch_add(1)) < total;) {
-                const size_t task = spread(index, total, pool.threads());
-                const auto [row, count] = tasks.rows(task % tasks.parts);
-                if (count > 0) run_task(pass, scratch, plan_.phases[phase], task / tasks.parts, row, count);
+            // A thread's share of the rows is the same in every phase, since what it wrote is in its own caches. When
+            // it is done with that it helps the others.
+            for (size_t i = 0; i < threads; ++i) {
+                const size_t owner = (thread + i) % threads;
+                const size_t first = owner * total / threads, last = (owner + 1) * total / threads;
+                std::atomic<size_t>& taken = next[phase * threads + owner];
+                for (size_t task; (task = first + taken.fetch_add(1)) < last;) {
+                    const auto [row, count] = tasks.rows(task % tasks.parts);
+                    if (count > 0) run_task(pass, scratch, plan_.phases[phase], task / tasks.parts, row, count);
+                }
             }
+            Clock clock(pass.timed, scratch.seconds);
             pool.barrier();
+            clock.lap(kWaiting);
         }
         for (size_t image; (image = next.back().fetch_add(1)) < batch;) finish(plan_, pass, scratch, image);
     });
