@@ -22,7 +22,12 @@ if [ ! -d "$state/site" ]; then
     if [ -e "$results/state.tar.00" ]; then
         cat "$results"/state.tar.* | tar -x -C "$state/runs"
     fi
-    "$python" -m pip install --quiet --no-index --no-deps --no-build-isolation --target "$state/new" "$here"
+    if "$python" -m uv --version >/dev/null 2>&1; then
+        set -- uv pip install --python "$python"
+    else
+        set -- pip install
+    fi
+    "$python" -m "$@" --quiet --no-index --no-deps --no-build-isolation --target "$state/new" "$here"
     mv "$state/new" "$state/site"
 fi
 export PYTHONPATH="$state/site" PYTHONUNBUFFERED=1

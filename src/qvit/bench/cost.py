@@ -1,4 +1,8 @@
-"""What a multiply-add of each width costs the engine on this machine, and what a model should take by that."""
+"""What a multiply-add of each width costs the engine on this machine, and what a model should take by that.
+
+There is :mod:`qvit.search.timing` too: that tells products of one width from each other and for that times dozens of
+models of the very program, where here one model of two blocks for each width serves programs of any size.
+"""
 
 from __future__ import annotations
 
