@@ -135,6 +135,14 @@ def own_attention(vit: Any) -> None:
     vit.blocks[0].attn.forward = vit.blocks[1].attn.forward
 
 
+def block_twice(vit: Any) -> None:
+    vit.blocks[1] = vit.blocks[0]
+
+
+def layer_twice(vit: Any) -> None:
+    vit.blocks[1].mlp.fc1 = vit.blocks[0].mlp.fc1
+
+
 EXCHANGED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "hook": (lambda vit: vit.blocks[1].register_forward_hook(lambda *_: None), r"blocks\.1 \(Block\): .*forward hook"),
     "hook before": (lambda vit: vit.register_forward_pre_hook(lambda *_: None), r"the model \(.*forward hook"),
@@ -143,6 +151,8 @@ EXCHANGED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "attention": (own_attention, r"blocks\.0\.attn \(Attention\): its forward was exchanged"),
     "activation": (own_activation, r"blocks\.0\.mlp\.act \(OwnGelu\): a packed file knows the activations"),
     "blocks": (blocks_twice, r"blocks \(Twice\): it stands where timm computes nothing"),
+    "block twice": (block_twice, r"blocks\.1\.attn \(Attention\): it is the same module as blocks\.0\.attn"),
+    "layer twice": (layer_twice, r"blocks\.1\.mlp\.fc1 \(Linear\): it is the same module as blocks\.0\.mlp\.fc1"),
     "weight norm": (lambda vit: weight_norm(vit.blocks[0].mlp.fc1), r"blocks\.0\.mlp\.fc1 .*its weight is computed"),
     "pruned": (lambda vit: prune.random_unstructured(vit.head, "weight", 0.5), r"head .*its weight is computed"),
 }

@@ -22,7 +22,7 @@ from qvit.models.spec import ModelSpec, describe, same_architecture, shape_of, u
 from qvit.models.transformers_vit import class_names, is_transformers_config, load_transformers
 from qvit.models.weights import fitting
 
-_SETTINGS = ["config.json", "preprocessor_config.json", CHECKPOINT]
+_SETTINGS = ["config.json", "preprocessor_config.json", "processor_config.json", CHECKPOINT]
 _PREPROCESSING = ("mean", "std", "crop_pct", "crop_mode", "interpolation")
 
 

@@ -18,11 +18,12 @@ from torch import Tensor
 from qvit.errors import CheckpointError, ConfigError, QvitError, UnsupportedModelError
 from qvit.files import shown
 from qvit.format.fields import is_whole
-from qvit.models.arguments import MAX_CHANNELS, MAX_SIDE
+from qvit.models.arguments import MAX_CHANNELS
 from qvit.models.checkpoint import build
 from qvit.models.reading import find_weights, read_file, read_json
 from qvit.models.spec import ModelSpec, describe, same_architecture, unnamed_classes
 from qvit.models.transformers_families import CONVERSIONS, Weights, activation, plain_arguments
+from qvit.models.transformers_images import preprocessing_in
 
 # What a transformers configuration means where it says nothing.
 _DEFAULTS: dict[str, Any] = {
@@ -76,7 +77,7 @@ def load_transformers(folder: Path, source: str, expected: ModelSpec | None) -> 
 
     Args:
         folder: with ``config.json``, the weights as ``save_pretrained`` writes them and, if there is one,
-            ``preprocessor_config.json``.
+            ``preprocessor_config.json`` or ``processor_config.json``.
         source: where it comes from, for messages.
         expected: the model and the classes that the user works with, if they are known.
 
@@ -87,14 +88,15 @@ def load_transformers(folder: Path, source: str, expected: ModelSpec | None) -> 
     config = read_json(folder / "config.json", source)
     stored = _stored(folder, source)
     try:
-        said = _preprocessing(folder / "preprocessor_config.json", source)
         conversion = CONVERSIONS.get(str(config.get("model_type")))
         if conversion is None:
             name, arguments, weights = _vit({**_DEFAULTS, **config}, _weights(stored))
-            half = [0.5] * arguments["in_chans"]
-            said = {"mean": half, "std": half, **said}
         else:
             name, arguments, weights = conversion.convert(config, stored)
+        said = preprocessing_in(folder, source, arguments["in_chans"])
+        if conversion is None:
+            half = [0.5] * arguments["in_chans"]
+            said = {"mean": half, "std": half, **said}
         head = weights.get("head.weight", weights.get("head.fc.weight"))
         unnamed = dict(enumerate(unnamed_classes(0 if head is None else len(head))))
         classes = (
@@ -182,29 +184,3 @@ def _vit(config: Mapping[str, Any], weights: Weights) -> tuple[str, dict[str, An
             weights["reg_token"] = token
             arguments["reg_tokens"] = 1
     return name, arguments, weights
-
-
-def _preprocessing(path: Path, source: str) -> dict[str, Any]:
-    """Return what a ``preprocessor_config.json`` says of mean, std and resizing; nothing if there is none."""
-    if not path.exists():
-        return {}
-    config = read_json(path, source)
-    found: dict[str, Any] = {}
-    if config.get("do_normalize", True) and {"image_mean", "image_std"} <= set(config):
-        found = {"mean": config["image_mean"], "std": config["image_std"]}
-    if config.get("do_center_crop") and "crop_size" in config:
-        size, crop = (_side(config.get(name), name) for name in ("size", "crop_size"))
-        found |= {"crop_pct": crop / size, "crop_mode": "center"}
-    else:
-        found |= {"crop_pct": 1.0, "crop_mode": "squash"}
-    names = {2: "bilinear", 3: "bicubic"}
-    if type(config.get("resample")) is int and config["resample"] in names:
-        found["interpolation"] = names[config["resample"]]
-    return found
-
-
-def _side(size: Any, name: str) -> int:
-    side: Any = next(iter(size.values()), None) if isinstance(size, dict) else size
-    if not is_whole(side, 1, MAX_SIDE):
-        raise ConfigError(f"{name} of preprocessor_config.json must be a number of pixels, not {shown(size)}.")
-    return int(side)

@@ -54,6 +54,7 @@ def quantize(teacher: nn.Module, config: QuantConfig | None = None) -> Any:
     family = family_of(teacher)
     for name, module in _replaced(teacher):
         _check_plain(name, module)
+    _check_places(teacher)
     _check_forwards(teacher)
     # A teacher is often frozen for distillation; its student is there to be trained.
     student: Any = copy.deepcopy(teacher).requires_grad_(True)
@@ -202,6 +203,15 @@ def _check_plain(name: str, module: nn.Module) -> None:
             "its weight is computed from other parameters: make it plain, as "
             "torch.nn.utils.parametrize.remove_parametrizations does",
         )
+
+
+def _check_places(model: nn.Module) -> None:
+    """Refuse a layer or attention that stands at two places, which a packed file has once each."""
+    kinds = (*_LAYERS, *family_of(model).ATTENTIONS)
+    places: dict[nn.Module, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, kinds) and (first := places.setdefault(module, name)) != name:
+            refuse(name, module, f"it is the same module as {first}: give each place its own, by copy.deepcopy")
 
 
 def _check_forwards(model: nn.Module) -> None:
