@@ -45,7 +45,7 @@ def saved_bytes(model: nn.Module, step: Callable[[], Any]) -> int:
 
 @pytest.mark.parametrize(("rectifier", "compiled"), [("head", False), ("token", False), (None, False), ("head", True)])
 def test_a_students_step_keeps_at_most_a_quarter_more_than_a_float_step(make_model, rectifier, compiled: bool) -> None:
-    teacher = make_model(**LIKE_DEIT)
+    teacher = make_model(**{**LIKE_DEIT, "depth": 1 if compiled else 2})
     x = torch.randn(4, 3, 28, 28)
     student = quantize(teacher, QuantConfig(rectifier=rectifier))
     calibrate(student, [x])
@@ -58,7 +58,9 @@ def test_a_students_step_keeps_at_most_a_quarter_more_than_a_float_step(make_mod
         torch._dynamo.reset()
         student.compile(fullgraph=True, backend="aot_eager_decomp_partition")  # with the partitioner of inductor
     student_bytes = saved_bytes(student, lambda: student(x))
-    assert float_bytes > 2 * 4 * 50 * 48 * 4 * 10  # blocks, images, tokens, channels, bytes, tensors a block
+    assert (
+        float_bytes > len(teacher.blocks) * 4 * 50 * 48 * 4 * 10
+    )  # blocks, images, tokens, channels, bytes, tensors a block
     assert student_bytes <= 1.25 * float_bytes
 
 
@@ -177,7 +179,8 @@ def test_nothing_is_kept_where_no_gradient_is_asked_for(vit: nn.Module, images: 
 
 
 @pytest.mark.parametrize("way", ["timm", "reentrant", "compiled"])
-def test_gradient_checkpointing_counts_nothing_twice(vit: nn.Module, images: Tensor, labels: Tensor, way: str) -> None:
+def test_gradient_checkpointing_counts_nothing_twice(make_model, images: Tensor, labels: Tensor, way: str) -> None:
+    vit = make_model(depth=1)
     plain = quantize(vit)
     calibrate(plain, [images])
     saving = copy.deepcopy(plain)

@@ -362,8 +362,8 @@ def test_moved_student_keeps_its_scales_and_still_runs(vit: nn.Module, images: T
 BACKEND = "aot_eager"  # traces forward and backward as inductor does, without the minute of C++ compilation
 
 
-def test_compiled_student_equals_eager_without_graph_breaks(vit: nn.Module, images: Tensor) -> None:
-    student = student_of(vit, images, 8, 8)
+def test_compiled_student_equals_eager_without_graph_breaks(make_model, images: Tensor) -> None:
+    student = student_of(make_model(depth=1), images, 8, 8)
     torch._dynamo.reset()
     compiled = torch.compile(student, fullgraph=True, backend=BACKEND)
     with torch.no_grad():
@@ -371,9 +371,8 @@ def test_compiled_student_equals_eager_without_graph_breaks(vit: nn.Module, imag
 
 
 @pytest.mark.parametrize(("way", "rectifier"), [("in_place", "head"), ("wrapped", "token")])
-def test_training_step_with_a_compiled_student_equals_eager(
-    vit: nn.Module, images, labels, way: str, rectifier
-) -> None:
+def test_training_step_with_a_compiled_student_equals_eager(make_model, images, labels, way: str, rectifier) -> None:
+    vit = make_model(depth=1)
     student = student_of(vit, images, rectifier=rectifier).train()
     eager = copy.deepcopy(student)
     loss_fn = DistillationLoss(vit)

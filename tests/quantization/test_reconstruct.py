@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import qvit.quantization.reconstruct as module
-from members import family_member, vary
+from members import family_member, student_of, vary
 from qvit import QuantConfig, calibrate, quantize, reconstruct
 from qvit.analysis.agreement import agreement
 from qvit.errors import ConfigError, DataError, NonFiniteLossError, TeacherMismatchError, UncalibratedError
@@ -64,7 +64,9 @@ def test_same_seed_same_student(vit: nn.Module, student: Any, images: Tensor) ->
     assert not same(weights(student), weights(third))
 
 
-def test_compiled_steps_follow_the_eager_ones(vit: nn.Module, student: Any, images: Tensor) -> None:
+def test_compiled_steps_follow_the_eager_ones(make_model: Any, images: Tensor) -> None:
+    vit = make_model(depth=1)
+    student = student_of(vit, images, QuantConfig(2, 2))
     other = copy.deepcopy(student)
     losses: list[list[float]] = [[], []]
     for model, compiled, seen in ((student, False, losses[0]), (other, True, losses[1])):

@@ -15,6 +15,7 @@ from pages import check_page
 from qvit.study.demo import run_demo
 
 CHANGES = [
+    "model_args.patch_size=4",
     "full_precision.epochs=4",
     "full_precision.lr=4e-3",
     "full_precision.warmup_epochs=1",

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import commands
+import jobs
 from commands import Done
+from qvit.train.run import Run
 from study import main
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 PLAN = """
 model: vit_tiny_patch16_224
 recipe: digits
-set: [model_args.depth=2, full_precision.epochs=2, quantized.calibration_images=64]
+set: [model_args.depth=2, model_args.patch_size=4, full_precision.epochs=2, quantized.calibration_images=64]
 quantized: [quantized.epochs=1, quantized.batch_size=256]
 teacher: {}
 options: {cpu: true}
@@ -33,25 +34,23 @@ experiments:
     against: chain
 """
 
-# The program in a process of its own, whose time is up when the first epoch is saved: the teacher's first of two.
-STOPPED = """
-import runpy, sys, threading
-from qvit.train.run import Run
 
-save, timers = Run.save, []
+def _stopped_at_the_first_epoch(said: Path, *arguments: str | Path) -> None:
+    """Run the program, whose time is up when the first epoch is saved: the teacher's first of two."""
+    save, timers = Run.save, []
 
-class Clock(threading.Timer):
-    def start(self):
-        timers.append(self)
+    class Clock(threading.Timer):
+        def start(self) -> None:
+            timers.append(self)
 
-def save_and_look_at_the_clock(run, **options):
-    save(run, **options)
-    for timer in timers:
-        timer.function(*timer.args)
+    def save_and_look_at_the_clock(run: Run, **options: Any) -> None:
+        save(run, **options)
+        for timer in timers:
+            timer.function(*timer.args)
 
-threading.Timer, Run.save = Clock, save_and_look_at_the_clock
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+    threading.Timer, Run.save = Clock, save_and_look_at_the_clock  # type: ignore[misc, method-assign]
+    done = study(*arguments)
+    said.write_text(f"{done.status} {done.err}")
 
 
 def study(*arguments: str | Path) -> Done:
@@ -67,12 +66,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("study")
     (folder / "plan.yaml").write_text(PLAN)
     run = ["run", folder / "plan.yaml", "--data", "digits", "--out", folder / "runs"]
-    program = str(BENCHMARKS / "study.py")
-    start = f"import sys; sys.argv[0] = {program!r}; sys.path.insert(0, {str(BENCHMARKS)!r}){STOPPED}"
-    command = [sys.executable, "-c", start, *map(str, run), "--minutes", "600"]
-    stopped = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert stopped.returncode == 143, stopped.stderr
-    assert stopped.stderr.startswith("qvit: Stopped by SIGTERM at the end of epoch 1")
+    process = jobs.start(_stopped_at_the_first_epoch, folder / "said", *run, "--minutes", "600")
+    process.join()
+    assert (folder / "said").read_text().startswith("143 qvit: Stopped by SIGTERM at the end of epoch 1")
     again = study(*run)
     assert again.status == 0, again.err
     results = folder / "tiny.jsonl"
