@@ -19,6 +19,7 @@ from PIL import Image
 from rich.console import Console
 from torch import nn
 
+import jobs
 import qvit
 from members import CLASSES, vary
 from node import Node, need_modules
@@ -98,6 +99,15 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
     process = Node(tmp_path_factory.mktemp("node"))
     yield process
     process.close()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quick_comparisons() -> Iterator[None]:
+    """Let runtimes take turns without pauses, in processes that have PyTorch loaded when they start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qvit.bench.compare.PAUSE", 0.0)
+        patch.setattr("qvit.bench.compare._CONTEXT", jobs.CONTEXT)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -24,8 +24,9 @@ from qvit.train.recipe import Recipe, load_recipe
 TINY = ["model_args.depth=2", "model_args.embed_dim=24", "model_args.num_heads=2"]
 MODEL = "vit_tiny_patch16_224"
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["qvit.train.methods", "sklearn.datasets"])
+CONTEXT = multiprocessing.get_context("forkserver")
+"""Of processes that have PyTorch loaded when they start."""
+CONTEXT.set_forkserver_preload(["qvit.train.methods", "sklearn.datasets"])
 
 
 def parts(changes: list[str]) -> tuple[Recipe, ImageSets, FloatModel]:
@@ -82,7 +83,7 @@ def start(
     function: Callable[..., Any], *args: Any, rank: int = 0, world: int = 1, store: str = "", **kwargs: Any
 ) -> Any:
     """Start ``function`` in a process, the ``rank``-th of ``world``, which find each other by the file ``store``."""
-    process = _context.Process(target=_child, args=(function, args, kwargs, rank, world, store))
+    process = CONTEXT.Process(target=_child, args=(function, args, kwargs, rank, world, store))
     process.start()
     return process
 

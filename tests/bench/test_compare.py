@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,8 +67,7 @@ def test_peers_run_the_float_model(case: Case, name: str) -> None:
         np.testing.assert_allclose(logits, expected, atol=tolerance)
 
 
-def test_nobody_always_follows_the_same_neighbour(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qvit.bench.compare.PAUSE", 0)
+def test_nobody_always_follows_the_same_neighbour() -> None:
     turns: list[str] = []
     seconds = interleaved({name: lambda name=name: turns.append(name) or 1.0 for name in "abc"}, 15)
     assert {name: len(times) for name, times in seconds.items()} == dict.fromkeys("abc", 15)
@@ -76,7 +76,8 @@ def test_nobody_always_follows_the_same_neighbour(monkeypatch: pytest.MonkeyPatc
     assert len(neighbours) == 6
 
 
-def test_compare_times_each_runtime_once_a_round(packed_file: Path) -> None:
+def test_compare_times_each_runtime_once_a_round(packed_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qvit.bench.compare._CONTEXT", multiprocessing.get_context("spawn"))  # as users' are
     told: list[str] = []
     result = compare({"ours": packed_file}, [1, 3], [1], peers=["torch"], rounds=3, report=told.append)
     titles = ["ours", "PyTorch eager, float32"]

@@ -43,7 +43,6 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def search(float_file: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
     """Return the command with everything but a budget; a later option of the same name wins."""
     monkeypatch.setattr(timing, "ROUNDS", 1)
-    monkeypatch.setattr("qvit.bench.compare.PAUSE", 0.0)
     monkeypatch.setattr(find, "_FRONTIER", 3)
     monkeypatch.setattr(calibrate, "_FRACTIONS", (1.0, 0.7))  # of the ranges that are tried; quick
 

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 ROUNDS = 20
 PAUSE = 0.1
 """Seconds between turns: idle threads look for work for some milliseconds more, ONNX Runtime's for 35."""
+_CONTEXT: multiprocessing.context.BaseContext = multiprocessing.get_context("spawn")
 _T = TypeVar("_T")
 _Key = TypeVar("_Key")
 Report = Callable[[str], None]
@@ -243,8 +244,7 @@ class _Runtime:
 
     def __init__(self, source: str) -> None:
         self.source = source
-        context = multiprocessing.get_context("spawn")
-        self.process = ProcessPoolExecutor(1, mp_context=context, initializer=_be_quiet)
+        self.process = ProcessPoolExecutor(1, mp_context=_CONTEXT, initializer=_be_quiet)
 
     def __enter__(self) -> _Runtime:
         return self
