@@ -60,6 +60,7 @@ def test_every_family_is_the_reference_with_any_batch(family: str, exact: bool) 
     model = onnx_model(packed, exact=exact)
     rounded = {node.output[0] for node in model.graph.node if node.op_type == "Round"}
     assert {node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"} == rounded
+    assert exact == all(node.op_type != "DequantizeLinear" for node in model.graph.node)  # OpenVINO's of UINT8 may err
     alone = session(model)  # without its codes as outputs more of it is fused
     assert_close(alone.run(None, {"images": images})[0], expected)
     assert_close(alone.run(None, {"images": images[1:2]})[0], expected[1:2])

@@ -11,7 +11,7 @@ from onnx import TensorProto
 
 from qvit.exporting.onnx_builder import Builder
 from qvit.exporting.onnx_graph import Array, Value
-from qvit.exporting.onnx_products import plain
+from qvit.exporting.onnx_products import Quantized
 from qvit.format.branches import Attention, AttentionPool
 from qvit.format.ops import Stream
 from qvit.runtime.parts import RECTIFIER_EPS
@@ -76,20 +76,24 @@ def _products(
     z_q, z_v = (to.array(f"{name}.{part}.offset").astype(np.float64) for part in ("query", "value"))
     scale = to.array(f"{name}.logit_scale").astype(np.float64) if op.scale is None else op.scale
 
-    left = to.operand(f"{name}.query", op.query, q)
-    right = to.operand(f"{name}.key", op.key, k, signed=to.products.signed(op.query, op.key))
-    perm = [*range(rank - 2), rank - 1, rank - 2]
-    right = right._replace(value=graph.node("Transpose", right.value, perm=perm))
-    logits = _scaled(to, to.products.matmul(left, right), a_q * a_k * scale)
-    columns = graph.node("ReduceSum", plain(graph, right), graph.integers(-2))
+    last = [*range(rank - 2), rank - 1, rank - 2]
+    queries = to.operand(f"{name}.query", op.query, q)
+    keys = to.operand(f"{name}.key", op.key, k, signed=to.products.signed(op.query, op.key))
+    right = keys.codes._replace(value=graph.node("Transpose", keys.codes.value, perm=last))
+    logits = _scaled(to, to.products.matmul(queries.codes, right), a_q * a_k * scale)
+    columns = graph.node("Transpose", _sums(to, keys), perm=last)
     logits = graph.node("Add", logits, _scaled(to, columns, z_q * a_k * scale))
     for bias in biases:
         logits = graph.node("Add", logits, bias)
-    left = to.operand(f"{name}.map", op.map, graph.node("Softmax", logits, axis=-1))
-    right = to.operand(f"{name}.value", op.value, v, signed=to.products.signed(op.map, op.value))
-    rows = graph.node("ReduceSum", plain(graph, left), graph.integers(-1))
-    out = _scaled(to, to.products.matmul(left, right), a_p * a_v)
-    return graph.node("Add", out, _scaled(to, rows, a_p * z_v))
+    weights = to.operand(f"{name}.map", op.map, graph.node("Softmax", logits, axis=-1))
+    summed = to.operand(f"{name}.value", op.value, v, signed=to.products.signed(op.map, op.value))
+    out = _scaled(to, to.products.matmul(weights.codes, summed.codes), a_p * a_v)
+    return graph.node("Add", out, _scaled(to, _sums(to, weights), a_p * z_v))
+
+
+def _sums(to: Builder, operand: Quantized) -> Value:
+    """Return the sum of each row of codes."""
+    return to.graph.node("ReduceSum", operand.whole, to.graph.integers(-1))
 
 
 def _scaled(to: Builder, x: Value, factor: Array) -> Value:

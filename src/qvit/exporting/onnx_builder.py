@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 from qvit.exporting.onnx_graph import Array, Graph, Value
-from qvit.exporting.onnx_products import Codes, Products, quantize
+from qvit.exporting.onnx_products import Products, Quantized, quantize
 from qvit.format.ops import Layer, Norm
 from qvit.format.packed import PackedModel
 from qvit.runtime.arithmetic import signed_range
@@ -42,13 +42,13 @@ class Builder:
         if parts.input_offset:
             x = graph.node("Sub", x, graph.scalar(parts.input_offset))
         x = graph.node("Div", x, graph.scalar(parts.input_scale))
-        codes = quantize(graph, layer.name, x, *signed_range(layer.bits.activation))
+        codes = quantize(graph, layer.name, x, *signed_range(layer.bits.activation)).codes
         product = self.products.linear(codes, parts, f"{layer.name}.codes")
         rows = parts.codes.sum(axis=1, dtype=np.int64)
         constant = float(parts.input_offset) * parts.scale.astype(np.float64) * rows + parts.bias
         return graph.node("Add", product, graph.constant(constant.astype(np.float32)))
 
-    def operand(self, name: str, bits: int, x: Value, *, signed: bool = False) -> Codes:
+    def operand(self, name: str, bits: int, x: Value, *, signed: bool = False) -> Quantized:
         """Return the codes of one operand ``(..., H, N, D)`` of the attention products; scales are per head."""
         graph, (low, high) = self.graph, (0, 2**bits - 1)
         if f"{name}.offset" in self.packed.tensors:

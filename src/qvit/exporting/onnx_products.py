@@ -30,21 +30,27 @@ class Codes(NamedTuple):
     zero: Value
 
 
-def quantize(graph: Graph, name: str, x: Value, low: int, high: int, *, signed: bool = False) -> Codes:
+class Quantized(NamedTuple):
+    """What a quantizer makes of a value.
+
+    Attributes:
+        codes: for products.
+        whole: the same as floats, for sums. OpenVINO 2026.4 is wrong by 2^23 where it dequantizes UINT8 for one.
+    """
+
+    codes: Codes
+    whole: Value
+
+
+def quantize(graph: Graph, name: str, x: Value, low: int, high: int, *, signed: bool = False) -> Quantized:
     """Return the codes ``round(clip(x, low, high))``, halves to even, as the value called ``name``.
 
     The rounding is an operator of its own: OpenVINO 2026.4 adds the zero point before that of QuantizeLinear, or 128,
     and the sum of floats moves what lies beside a border onto it.
     """
+    whole = graph.node("Round", graph.node("Clip", x, graph.scalar(low), graph.scalar(high)))
     zero = graph.constant(np.array(0, np.int8) if signed else np.array(-low, np.uint8))
-    if high - low < 255:  # INT8 and UINT8 saturate
-        x = graph.node("Clip", x, graph.scalar(low), graph.scalar(high))
-    return Codes(graph.node("QuantizeLinear", graph.node("Round", x), graph.scalar(1), zero, name=name), zero)
-
-
-def plain(graph: Graph, codes: Codes) -> Value:
-    """Return codes as floats."""
-    return graph.node("DequantizeLinear", codes.value, graph.scalar(1), codes.zero)
+    return Quantized(Codes(graph.node("QuantizeLinear", whole, graph.scalar(1), zero, name=name), zero), whole)
 
 
 class Products(Protocol):
@@ -77,13 +83,13 @@ class QdqProducts:
     def linear(self, codes: Codes, layer: PackedLayer, name: str) -> Value:
         """See :class:`Products`."""
         graph = self.graph
-        x = plain(graph, codes)
+        x = _dequantized(graph, codes)
         weight = _weight(graph, layer, name), graph.constant(layer.input_scale * layer.scale)
         return graph.node("MatMul", x, graph.node("DequantizeLinear", *weight, axis=1))
 
     def matmul(self, left: Codes, right: Codes) -> Value:
         """See :class:`Products`."""
-        return self.graph.node("MatMul", plain(self.graph, left), plain(self.graph, right))
+        return self.graph.node("MatMul", _dequantized(self.graph, left), _dequantized(self.graph, right))
 
 
 class IntegerProducts:
@@ -120,6 +126,10 @@ class IntegerProducts:
 
 _MIDDLE = 128
 """What code 0 of an unsigned weight is stored as."""
+
+
+def _dequantized(graph: Graph, codes: Codes) -> Value:
+    return graph.node("DequantizeLinear", codes.value, graph.scalar(1), codes.zero)
 
 
 def _weight(graph: Graph, layer: PackedLayer, name: str) -> Value:
