@@ -139,6 +139,40 @@ def test_wrong_shape_is_refused(path: Path, shape: tuple[int, ...]) -> None:
         load(path)(np.zeros(shape, np.float32))
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int64", "bool", "complex64", "U1", "object"])
+def test_images_of_no_fractions_are_refused(path: Path, dtype: str) -> None:
+    """A picture's own numbers among them: what comes of them would be of no picture."""
+    with pytest.raises(DataError, match=r"preprocessed, of type float32, not .*: predict and embed take pictures"):
+        load(path)(np.ones((1, 3, 16, 16), dtype))
+
+
+@pytest.mark.parametrize("images", [None, [[1.0], [1.0, 2.0]], "x"])
+def test_what_is_no_array_is_refused(path: Path, images: Any) -> None:
+    with pytest.raises(DataError, match="takes images"):
+        load(path)(images)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("dtype", ["float64", ">f4", "float16"])
+def test_other_fractions_are_rounded_to_float32(path: Path, dtype: str) -> None:
+    engine = load(path, threads=1)
+    images = np.random.default_rng(0).normal(size=(2, 3, 16, 32)).astype(dtype)[..., ::-2]
+    np.testing.assert_array_equal(engine(images), engine(np.ascontiguousarray(images, np.float32)))
+    np.testing.assert_array_equal(engine(images.tolist()), engine(images))
+    large = np.full((1, 3, 16, 16), np.finfo(dtype).max, dtype)
+    if dtype == "float64":
+        with pytest.raises(DataError, match="infinity"):
+            engine(large)
+    else:
+        assert np.isfinite(engine(large)).all()
+
+
+@pytest.mark.parametrize("top_k", [0, -1, 1.5, None])
+def test_wrong_number_of_classes_is_refused(path: Path, top_k: Any) -> None:
+    with pytest.raises(ConfigError, match="top_k must be a whole number from 1 up"):
+        load(path).predict([np.zeros((16, 16, 3), np.uint8)], top_k)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_is_refused(path: Path, images: NDArray[np.float32], value: float) -> None:
     broken = images.copy()

@@ -130,7 +130,7 @@ class Engine:
         Of a feature extractor the pooled vectors, ``(B, width)``.
 
         Raises:
-            DataError: for images of another shape, or with a NaN or an infinity.
+            DataError: for images of another shape, of whole numbers, or with a NaN or an infinity.
         """
         images = self._checked(images)
         logits = np.empty((len(images), self.program.output), np.float32)
@@ -143,10 +143,10 @@ class Engine:
         Args:
             images: one image or several: paths, bytes of files in any buffer, files open in binary mode, uint8 arrays
                 ``(H, W, C)`` or Pillow images; see :func:`qvit.images.open_picture`.
-            top_k: at most this many classes an image.
+            top_k: at most this many classes an image, from 1 up.
 
         Raises:
-            ConfigError: for a feature extractor, which has no classes.
+            ConfigError: for a feature extractor, which has no classes, or for another ``top_k``.
             CorruptImageError: naming the first image that cannot be read.
         """
         if not self.program.classifies:
@@ -158,6 +158,8 @@ class Engine:
 
     def most_probable(self, logits: NDArray[np.float32], top_k: int = 5) -> list[list[tuple[str, float]]]:
         """Return the ``top_k`` classes of each row of ``logits`` ``(B, classes)`` as :meth:`predict` does."""
+        if not isinstance(top_k, (int, np.integer)) or top_k < 1:
+            raise ConfigError(f"top_k must be a whole number from 1 up, not {shown(top_k)}.")
         scaled = logits.astype(np.float64)
         powers = np.exp(scaled - scaled.max(axis=1, keepdims=True))
         probabilities = powers / powers.sum(axis=1, keepdims=True)
@@ -235,12 +237,23 @@ class Engine:
 
     def _checked(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         expected = self.program.input
-        if images.ndim != 4 or images.shape[1:] != expected:
+        try:
+            images = np.asarray(images)
+        except (TypeError, ValueError) as error:  # of a tensor on a GPU, of rows of several lengths
+            raise DataError(f"{self.program.name} takes images in an array: {error}") from error
+        if images.dtype.kind != "f":
+            raise DataError(
+                f"{self.program.name} takes images that are preprocessed, of type float32, not {images.dtype}: predict "
+                "and embed take pictures as they are."
+            )
+        if images.shape[1:] != expected:
             raise DataError(
                 f"{self.program.name} takes images of shape (B, {', '.join(map(str, expected))}), not {images.shape}."
             )
-        images = np.ascontiguousarray(images, np.float32)
-        # The sum is finite unless a value is not (or the values are of no image): the quick check first.
-        if not np.isfinite(images.sum()) and not np.isfinite(images).all():
+        with np.errstate(over="ignore"):
+            images = np.ascontiguousarray(images, np.float32)
+            # The sum is finite unless a value is not (or the values are of no image): the quick check first.
+            finite = bool(np.isfinite(images.sum())) or bool(np.isfinite(images).all())
+        if not finite:
             raise DataError("The images hold a NaN or an infinity.")
         return images
