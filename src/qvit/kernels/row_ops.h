@@ -16,7 +16,19 @@ using namespace qvit;
 using simd::Float;
 using simd::kWidth;
 
-inline Float clamp_code(Float x, Float top) { return simd::max(simd::min(simd::round(x), top), simd::set(0.0f)); }
+inline Float clamp_code(Float x, Float top) { return simd::max(simd::min(x, top), simd::set(0.0f)); }
+
+// Store a row of codes, of which value(column) gives a vector at a time.
+template <class Value>
+inline void store_row(size_t width, uint8_t* out, Value value) {
+    constexpr size_t kFour = 4 * kWidth;
+    size_t c = 0;
+    for (; c + kFour <= width; c += kFour) {
+        const Float four[] = {value(c), value(c + kWidth), value(c + 2 * kWidth), value(c + 3 * kWidth)};
+        simd::store_codes(out + c, four);
+    }
+    for (; c < width; c += kWidth) simd::store_codes(out + c, value(c));
+}
 
 // 2^x for x <= 0; below -126 it is 0. The polynomial is a fit of degree 6 to 2^f on [-1/2, 1/2] with the
 // value at 0 held at 1; its largest error, 2.7e-9 of the value, is below float's own.
@@ -96,21 +108,18 @@ void quantize_sums(const int32_t* sums, size_t stride, size_t rows, size_t width
                    const float* shift, float top, uint8_t* out, size_t out_stride) {
     const Float t = simd::set(top);
     for (size_t r = 0; r < rows; ++r)
-        for (size_t c = 0; c < width; c += kWidth) {
+        store_row(width, out + r * out_stride, [&](size_t c) {
             const Float x = simd::load_sums(sums + r * stride + c);
-            const Float y = simd::fma(x, simd::load(scale + c), simd::load(shift + c));
-            simd::store_codes(out + r * out_stride + c, clamp_code(y, t));
-        }
+            return clamp_code(simd::fma(x, simd::load(scale + c), simd::load(shift + c)), t);
+        });
 }
 
 void quantize_head(const int32_t* sums, size_t stride, size_t rows, size_t width, double scale, const double* shift,
                    float top, uint8_t* out, size_t out_stride) {
-    const Float t = simd::set(top), zero = simd::set(0.0f);
+    const Float t = simd::set(top);
     for (size_t r = 0; r < rows; ++r)
-        for (size_t c = 0; c < width; c += kWidth) {
-            const Float whole = simd::round_sums(sums + r * stride + c, scale, shift[r]);
-            simd::store_codes(out + r * out_stride + c, simd::max(simd::min(whole, t), zero));
-        }
+        store_row(width, out + r * out_stride,
+                  [&](size_t c) { return clamp_code(simd::round_sums(sums + r * stride + c, scale, shift[r]), t); });
 }
 
 void activate_sums(const int32_t* sums, size_t stride, size_t rows, size_t width, const float* scale,
@@ -118,11 +127,11 @@ void activate_sums(const int32_t* sums, size_t stride, size_t rows, size_t width
     with_activation(activation, [&](auto kind) {
         const Float a = simd::set(quantize.scale), b = simd::set(quantize.shift), t = simd::set(quantize.top);
         for (size_t r = 0; r < rows; ++r)
-            for (size_t c = 0; c < width; c += kWidth) {
+            store_row(width, out + r * out_stride, [&](size_t c) {
                 const Float x = simd::load_sums(sums + r * stride + c);
                 const Float y = activated<kind()>(simd::fma(x, simd::load(scale + c), simd::load(shift + c)));
-                simd::store_codes(out + r * out_stride + c, clamp_code(simd::fma(y, a, b), t));
-            }
+                return clamp_code(simd::fma(y, a, b), t);
+            });
     });
 }
 
@@ -130,7 +139,7 @@ template <bool falls>
 inline void count_steps(const int32_t* sums, size_t stride, size_t rows, size_t width, const float* scale,
                         const float* shift, const Steps& steps, uint8_t* out, size_t out_stride) {
     for (size_t r = 0; r < rows; ++r)
-        for (size_t c = 0; c < width; c += kWidth) {
+        store_row(width, out + r * out_stride, [&](size_t c) {
             const Float x = simd::load_sums(sums + r * stride + c);
             const Float y = simd::fma(x, simd::load(scale + c), simd::load(shift + c));
             Float code = simd::set(0.0f);
@@ -138,8 +147,8 @@ inline void count_steps(const int32_t* sums, size_t stride, size_t rows, size_t 
             const Float negative = simd::sub(simd::set(0.0f), y);
             if constexpr (falls)
                 for (const float step : steps.falling) code = simd::count_at_least(code, negative, simd::set(step));
-            simd::store_codes(out + r * out_stride + c, code);
-        }
+            return code;
+        });
 }
 
 void step_sums(const int32_t* sums, size_t stride, size_t rows, size_t width, const float* scale, const float* shift,
@@ -206,13 +215,14 @@ void softmax_codes(const int32_t* sums, size_t stride, size_t rows, size_t width
                 sum[r] = simd::add(sum[r], e);
             });
         unrolled<kRows>([&](auto r) { factor[r] = simd::set(inverse / simd::reduce_add(sum[r])); });
-        for (size_t c = 0; c < width; c += kWidth)
-            unrolled<kRows>([&](auto r) {
+        unrolled<kRows>([&](auto r) {
+            store_row(width, out + (first + r) * out_stride, [&](size_t c) {
                 const Float e = c < kRow ? simd::load(kept[r] + c) : exp2_negative(simd::sub(logit(r, c), largest[r]));
                 const Float code = simd::min(simd::round(simd::mul(e, factor[r])), t);
-                simd::store_codes(out + (first + r) * out_stride + c, code);
                 total[r] = simd::add(total[r], code);
+                return code;
             });
+        });
         unrolled<kRows>([&](auto r) { totals[first + r] = simd::reduce_add(total[r]); });
     });
 }
@@ -250,7 +260,7 @@ inline void find_moments(const float* x, size_t stride, const Normalize& norm, M
     });
 }
 
-// Call store(row, column, normalized) for all values.
+// Call store(row, normalized) for all rows, of which normalized(column) gives a vector at a time.
 template <class Store>
 inline void normalize_rows(const float* x, size_t stride, size_t rows, const Normalize& norm, Store store) {
     some_rows(rows, [&](size_t first, auto count) {
@@ -259,12 +269,12 @@ inline void normalize_rows(const float* x, size_t stride, size_t rows, const Nor
         find_moments(x + first * stride, stride, norm, moments);
         unrolled<kRows>([&](auto r) {
             const Float mean = simd::set(moments[r].mean), inverse = simd::set(moments[r].inverse);
-            for (size_t c = 0; c < norm.padded; c += kWidth) {
+            store(first + r, [&](size_t c) {
                 const Float from = simd::load(x + (first + r) * stride + c);
                 Float y = simd::mul(simd::sub(from, mean), simd::load(norm.weight + c));
                 if (norm.inner != nullptr) y = simd::add(y, simd::load(norm.inner + c));
-                store(first + r, c, simd::fma(y, inverse, simd::load(norm.bias + c)));
-            }
+                return simd::fma(y, inverse, simd::load(norm.bias + c));
+            });
         });
     });
 }
@@ -272,13 +282,15 @@ inline void normalize_rows(const float* x, size_t stride, size_t rows, const Nor
 void normalize_codes(const float* x, size_t stride, size_t rows, const Normalize& norm, float top, uint8_t* out,
                      size_t out_stride) {
     const Float t = simd::set(top);
-    normalize_rows(x, stride, rows, norm,
-                   [&](size_t r, size_t c, Float y) { simd::store_codes(out + r * out_stride + c, clamp_code(y, t)); });
+    normalize_rows(x, stride, rows, norm, [&](size_t r, const auto& normalized) {
+        store_row(norm.padded, out + r * out_stride, [&](size_t c) { return clamp_code(normalized(c), t); });
+    });
 }
 
 void normalize(const float* x, size_t stride, size_t rows, const Normalize& norm, float* out, size_t out_stride) {
-    normalize_rows(x, stride, rows, norm,
-                   [&](size_t r, size_t c, Float y) { simd::store(out + r * out_stride + c, y); });
+    normalize_rows(x, stride, rows, norm, [&](size_t r, const auto& normalized) {
+        for (size_t c = 0; c < norm.padded; c += kWidth) simd::store(out + r * out_stride + c, normalized(c));
+    });
 }
 
 void quantize(const float* x, size_t stride, size_t rows, size_t width, Rounding quantizer, uint8_t* out,
@@ -286,10 +298,10 @@ void quantize(const float* x, size_t stride, size_t rows, size_t width, Rounding
     const Float step = simd::set(quantizer.step), offset = simd::set(quantizer.offset);
     const Float low = simd::set(quantizer.low), top = simd::set(quantizer.top);
     for (size_t r = 0; r < rows; ++r)
-        for (size_t c = 0; c < width; c += kWidth) {
+        store_row(width, out + r * out_stride, [&](size_t c) {
             const Float y = simd::round(simd::div(simd::sub(simd::load(x + r * stride + c), offset), step));
-            simd::store_codes(out + r * out_stride + c, clamp_code(simd::sub(y, low), top));
-        }
+            return clamp_code(simd::sub(y, low), top);
+        });
 }
 
 void activate(float* x, size_t count, Activation activation) {

@@ -51,6 +51,12 @@ inline Float copy_sign(Float size, Float sign) {
 inline Float absolute(Float x) { return _mm512_abs_ps(x); }
 inline float reduce_add(Float x) { return _mm512_reduce_add_ps(x); }
 inline float reduce_max(Float x) { return _mm512_reduce_max_ps(x); }
+inline void store_codes(uint8_t* p, const Float (&x)[4]) {
+    const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+    const __m512i low = _mm512_packs_epi32(_mm512_cvtps_epi32(x[0]), _mm512_cvtps_epi32(x[1]));
+    const __m512i high = _mm512_packs_epi32(_mm512_cvtps_epi32(x[2]), _mm512_cvtps_epi32(x[3]));
+    _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, _mm512_packus_epi16(low, high)));
+}
 inline void store_codes(uint8_t* p, Float x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)));
 }

@@ -46,10 +46,13 @@ inline Float absolute(Float x) { return vabsq_f32(x); }
 inline float reduce_add(Float x) { return vaddvq_f32(x); }
 inline float reduce_max(Float x) { return vmaxvq_f32(x); }
 inline void store_codes(uint8_t* p, Float x) {
-    const uint16x4_t words = vmovn_u32(vcvtq_u32_f32(x));
+    const uint16x4_t words = vmovn_u32(vcvtnq_u32_f32(x));
     const uint8x8_t bytes = vmovn_u16(vcombine_u16(words, words));
     const uint32_t four = vget_lane_u32(vreinterpret_u32_u8(bytes), 0);
     std::memcpy(p, &four, sizeof four);
+}
+inline void store_codes(uint8_t* p, const Float (&x)[4]) {
+    for (size_t i = 0; i < 4; ++i) store_codes(p + i * kWidth, x[i]);
 }
 
 }  // namespace simd

@@ -36,8 +36,11 @@ inline Float copy_sign(Float size, Float sign) { return std::copysign(size, sign
 inline Float absolute(Float x) { return std::fabs(x); }
 inline float reduce_add(Float x) { return x; }
 inline float reduce_max(Float x) { return x; }
-// Whole numbers 0..255 as bytes
-inline void store_codes(uint8_t* p, Float x) { *p = static_cast<uint8_t>(x); }
+// Numbers 0..255 as bytes, rounded to the nearest, a half to the even one
+inline void store_codes(uint8_t* p, Float x) { *p = static_cast<uint8_t>(std::nearbyint(x)); }
+inline void store_codes(uint8_t* p, const Float (&x)[4]) {
+    for (size_t i = 0; i < 4; ++i) store_codes(p + i * kWidth, x[i]);
+}
 
 }  // namespace simd
 }  // namespace
