@@ -8,6 +8,9 @@ CXX_FOLDERS := src/qvit/kernels src/qvit/kernels/steps src/qvit/kernels/web test
 # A compiler's warning ends the build here, and never a user's.
 STRICT := -C cmake.define.CMAKE_COMPILE_WARNING_AS_ERROR=ON
 
+# Without the caches of bytecode each process of the tests would compile half of PyTorch.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: install web demo test test-fast test-kernels test-docs docs test-lowest test-sanitize test-tsan lint \
 	wheel wheels test-wheel test-aarch64 test-sde
 
