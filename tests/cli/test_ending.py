@@ -24,7 +24,7 @@ import qvit
 from commands import run, sentence
 from conftest import TINY, make_vit
 from members import images_for, student_of
-from qvit.cli.app import TOGETHER, app
+from qvit.cli.app import TOGETHER, app, help_text
 from qvit.cli.ending import less_memory
 from qvit.errors import TrainingStopped
 from qvit.models.checkpoint import write_checkpoint
@@ -85,6 +85,26 @@ def test_less_memory_is_asked_for_by_options_that_the_command_has(command: typer
     options = re.findall(r"--[\w-]+", less_memory(command.callback))
     assert bool(options) or name not in ("quantize", "train", "eval", "predict", "bench")
     assert set(options) <= set(re.findall(r"--[\w-]+", run(name, "--help").out))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "empty"),
+    [
+        (["predict", "", "a.png"], "Argument 2"),
+        (["predict", "m.safetensors", ""], "Argument 3"),
+        (["export", "last.pt", ""], "Argument 3"),
+        (["quantize", "deit_tiny_patch16_224", "--images", "photos", "--out", ""], "--out"),
+        (["quantize", "deit_tiny_patch16_224", "--images", "photos", "--out", "m", "--report="], "--report"),
+        (["train", "deit_tiny_patch16_224", "--data", "", "--out", "run"], "--data"),
+        (["info", "--", ""], "Argument 3"),
+    ],
+)
+def test_an_empty_argument_is_refused_before_it_is_this_folder(arguments: list[str], empty: str) -> None:
+    assert sentence(run(*arguments)) == f"qvit: {empty} is empty: say what is meant, or leave it out."
+
+
+def test_commands_have_no_help_where_python_keeps_no_docstrings() -> None:
+    assert help_text(lambda: None) == ""
 
 
 @pytest.mark.parametrize("stop", [None, TrainingStopped("Stopped by SIGTERM at the end of epoch 1.")])

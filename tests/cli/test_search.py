@@ -166,7 +166,7 @@ def test_what_is_no_float_model_is_refused(search: Callable[..., Done], tmp_path
     export(student, tmp_path / "q.safetensors", preprocessing=spec.preprocessing, classes=CLASSES)
     packed = search("--budget-mb", "1", source=tmp_path / "q.safetensors")
     assert "is a packed model, which is quantized" in sentence(packed)
-    assert "The name of a model is empty" in sentence(search("--budget-mb", "1", source=""))
+    assert "Argument 2 is empty" in sentence(search("--budget-mb", "1", source=""))
 
 
 def test_pictures_that_cannot_be_read_are_named(search: Callable[..., Done], tmp_path: Path, pictures: Path) -> None:

@@ -151,7 +151,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, pictures: Path) -> N
     assert "has no classes to compare" in sentence(run("compare", first, vectors, "--data", pictures))
     for arguments in ([], ["--data", pictures, "--images", pictures]):
         assert "Give either --data" in sentence(run("compare", first, first, *arguments))
-    assert "--data or --images is empty" in sentence(run("compare", first, first, "--data", ""))
+    assert "--data is empty" in sentence(run("compare", first, first, "--data", ""))
     (pictures / "a" / "3.png").write_bytes(b"")
     assert "3.png cannot be read" in sentence(run("compare", first, first, "--data", pictures))
     second = checkpoint(tmp_path / "c.pt", seed=5)

@@ -16,7 +16,6 @@ from qvit.cli.options import (
     Splits,
     Workers,
     check_bits,
-    check_given,
     console,
     float_model,
     options_of,
@@ -84,8 +83,6 @@ def analyze(
 
     if (data is None) == (images is None):
         raise ConfigError("Give either --data, whose validation images have labels, or --images, a folder of pictures.")
-    if images is not None:
-        check_given("--images", images, "a folder of pictures")
     source = images if data is None else data
     assert source is not None
     options = options_of(out, seed, workers, "no", False, skip_corrupt, False, cpu, source)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import io
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -52,8 +53,8 @@ def common(
 
 
 def help_text(command: Callable[..., None]) -> str:
-    """Return a command's docstring, whose examples keep their lines."""
-    return inspect.getdoc(command).replace("\nExample", "\n\b\nExample")  # type: ignore[union-attr]
+    """Return a command's docstring, whose examples keep their lines; ``python -OO`` keeps none."""
+    return (inspect.getdoc(command) or "").replace("\nExample", "\n\b\nExample")
 
 
 for command in (
@@ -78,11 +79,24 @@ for command in (
     app.command(help=help_text(command))(ends_in_a_sentence(command))
 
 
+def empty_argument(arguments: Sequence[str]) -> str | None:
+    """Return what the first empty argument is called, an unset variable of a script perhaps; an empty path is ``.``."""
+    for number, argument in enumerate(arguments):
+        before = arguments[number - 1] if number else ""
+        if not argument:
+            return before if re.fullmatch(r"--[\w-]+", before) else f"Argument {number + 1}"
+        if re.fullmatch(r"--[\w-]+=", argument):
+            return argument.removesuffix("=")
+    return None
+
+
 def main() -> None:
     """Run the command line; see :mod:`qvit.cli.ending` for how it ends."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal may lack a character that a file name or a class has
             stream.reconfigure(errors="backslashreplace")
+    if (empty := empty_argument(sys.argv[1:])) is not None:
+        end(f"{empty} is empty: say what is meant, or leave it out.", REFUSED)
     try:
         with ended_by_sigterm():
             status = app(standalone_mode=False)

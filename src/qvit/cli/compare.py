@@ -99,8 +99,6 @@ def compare(
     from qvit.study.comparison import Request, run_comparison
     from qvit.study.comparison_report import comparison_table, pages, sentences, write_comparison_report
 
-    if data == "" or images == "":  # an unset variable of a script; the empty path would be this folder
-        raise ConfigError("--data or --images is empty: give a folder.")
     pictures = None if images is None else Path(images)
     request = Request(first, second, data, pictures, data_root, splits, batch_size, threads)
     options = options_of(Path(), 0, workers, "no", False, skip_corrupt, False, cpu, data or str(images))

@@ -155,7 +155,6 @@ def options_of(
     from qvit.train.options import Options
     from qvit.train.run import SaveEvery
 
-    check_given("--data", data, "a data set's name or folder")
     if precision not in ("no", "bf16"):
         raise ConfigError(f"--precision must be no or bf16, not {precision!r}.")
     if workers is None:
@@ -163,12 +162,6 @@ def options_of(
         workers = min(8, torch.get_num_threads()) if torch.cuda.is_available() and data != "digits" else 0
     interval = SaveEvery.parse(save_every)
     return Options(out, seed, workers, precision, compile_models, skip_corrupt, resume, cpu, accumulate, fsdp, interval)
-
-
-def check_given(option: str, value: str, what: str) -> None:
-    """Refuse an empty value, an unset variable of a script perhaps: the empty path would be this folder."""
-    if not value:
-        raise ConfigError(f"{option} is empty: give {what}.")
 
 
 def decoded(sets: ImageSets, spec: ModelSpec, options: Options) -> ImageSets:

@@ -20,7 +20,6 @@ from qvit.cli.options import (
     WeightsName,
     Workers,
     check_bits,
-    check_given,
     console,
     options_of,
     parse_overrides,
@@ -69,7 +68,6 @@ def quantize(
         raise ConfigError(f"--method must be reconstruct or calibrate, not {method!r}.")
     if method == "calibrate" and (minutes is not None or steps is not None):
         raise ConfigError("--method calibrate has no budget: leave out --minutes and --steps.")
-    check_given("--images", images, "a folder of pictures")
     if resume and method == "calibrate":
         raise ConfigError("--method calibrate takes seconds and leaves nothing to go on with: leave out --resume.")
     if minutes is not None and steps is not None:

@@ -16,7 +16,6 @@ from qvit.cli.options import (
     SkipCorrupt,
     WeightsName,
     Workers,
-    check_given,
     console,
     options_of,
 )
@@ -55,7 +54,6 @@ def search_bits(
     """
     from qvit.search.run import Request, run_search, summary
 
-    check_given("--images", images, "a folder of pictures")
     options = options_of(out, seed, workers, "no", False, skip_corrupt, False, cpu, images)
     given = {"mb": budget_mb, "bops": budget_bops, "ms": budget_ms}
     budgets = {name: limit for name, limit in given.items() if limit is not None}
