@@ -11,7 +11,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "qvit"
 LEVELS = (
     ("qvit.errors", "qvit._version"),
-    ("qvit.config", "qvit.files"),
+    ("qvit.config", "qvit.files", "qvit.kinds"),
     ("qvit.images",),
     ("qvit.format",),
     ("qvit.runtime", "qvit._kernels"),
@@ -33,8 +33,8 @@ LEVELS = (
     ("qvit.cli",),
 )
 """From the ground up. A module's level is that of its longest prefix; modules of one level may import one another."""
-NO_TORCH = ("qvit.errors", "qvit._version", "qvit.config", "qvit.files", "qvit.images", "qvit.format", "qvit.runtime")
-NO_TORCH += ("qvit.exporting.onnx", "qvit.exporting.web", "qvit.serving")
+NO_TORCH = ("qvit.errors", "qvit._version", "qvit.config", "qvit.files", "qvit.kinds", "qvit.images", "qvit.format")
+NO_TORCH += ("qvit.runtime", "qvit.exporting.onnx", "qvit.exporting.web", "qvit.serving")
 TRAINING = ("torch", "timm", "torchvision", "accelerate")
 MODULES = {
     "qvit." + ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): path

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from qvit.errors import ConfigError
 from qvit.files import check_absent
+from qvit.kinds import kind_of
 
 PACKED, ONNX = ".safetensors", ".onnx"
 
@@ -32,6 +33,9 @@ def export_file(source: Path, target: Path, *, exact: bool = False, opset: int |
     if target.suffix == PACKED and (exact or opset is not None):
         raise ConfigError(f"--exact and --opset are for ONNX files: {target} must end with {ONNX}.")
     if target.suffix == source.suffix == PACKED:
+        kind = kind_of(source)
+        if kind is not None and kind.name != "packed":
+            raise ConfigError(f"{source} is {kind.text}.")
         raise ConfigError(
             f"{source} is a packed model already: export a checkpoint, or give a name that ends with {ONNX}."
         )

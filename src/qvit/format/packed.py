@@ -31,6 +31,7 @@ from qvit.format.fields import MAX_TEXT, shown
 from qvit.format.header import VERSION, check_header, parse
 from qvit.format.ops import Layer
 from qvit.format.program import Program
+from qvit.kinds import kind_of
 
 MAX_HEADER = 2**22
 """Bytes of the longest header that is read; 20 000 class names and 100 blocks take less than half of it."""
@@ -202,6 +203,9 @@ def _read_path(path: str | os.PathLike[str]) -> PackedModel:
         with open(path, "rb") as file:
             return _read(file, os.fstat(file.fileno()).st_size)
     except PackedFileError as error:
+        kind = kind_of(path)
+        if kind is not None and kind.name != "packed":
+            raise PackedFileError(f"{_called(path)} is {kind.text}.") from error
         raise PackedFileError(f"{_called(path)}: {error}") from error
     except FileNotFoundError as error:
         raise PackedFileError(f"There is no file {_called(path)}.") from error

@@ -19,6 +19,7 @@ from torch import nn
 from qvit.config import QuantConfig
 from qvit.errors import CheckpointError, ConfigError, NewerCheckpointError, UnsupportedModelError
 from qvit.files import shown, write_atomically
+from qvit.kinds import kind_of
 from qvit.models.reading import read_file
 from qvit.models.spec import ModelSpec, instantiate, shape_of
 from qvit.models.weights import fitting
@@ -131,7 +132,9 @@ def parts_of(content: Any, path: str | Path) -> tuple[ModelSpec, dict[str, Any],
         CheckpointError: as :func:`read_checkpoint`.
     """
     if not is_checkpoint(content):
-        raise CheckpointError(f"{path} is not a checkpoint of qvit's.")
+        kind = kind_of(path) if isinstance(content, dict) else None
+        text = "not a checkpoint of qvit's" if kind is None else kind.text
+        raise CheckpointError(f"{path} is {text}.")
     version = content.get("version")
     if type(version) is int and version > VERSION:
         raise NewerCheckpointError(

@@ -16,6 +16,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from qvit.errors import CheckpointError
 from qvit.files import shown
+from qvit.kinds import kind_of
 
 INDEX = ".index.json"
 WEIGHTS = ("model.safetensors", f"model.safetensors{INDEX}", "pytorch_model.bin", f"pytorch_model.bin{INDEX}")
@@ -29,12 +30,6 @@ _MAPPINGS: dict[str, Callable[..., Any]] = {
     "lightning.fabric.utilities.data.AttributeDict": dict,
     "pytorch_lightning.utilities.parsing.AttributeDict": dict,
 }
-_STARTS: tuple[tuple[bytes, str], ...] = (
-    (b"version https://git-lfs", "is a pointer of Git LFS and not the file itself: run git lfs pull"),
-    (b"<", "is a web page and no checkpoint: download the file itself"),
-    (b"\x89HDF", "is an HDF5 file (Keras): give PyTorch's weights"),
-    (b"{", "is JSON and holds no weights"),
-)
 
 
 class StandIn:
@@ -71,8 +66,8 @@ def read_file(path: str | Path) -> Any:
         CheckpointError: if it is absent or cannot be read, saying what it is as far as that can be told.
     """
     path = Path(path)
-    if path.is_dir():
-        raise CheckpointError(f"{path} is a folder, and a file was to be read.")
+    if path.is_dir() and (kind := kind_of(path)) is not None:
+        raise CheckpointError(f"{path} is {kind.text}.")
     if not path.is_file():
         raise CheckpointError(f"There is no file {path}.")
     if path.name.endswith(INDEX):
@@ -163,13 +158,12 @@ def _stand_ins(path: Path) -> list[Any]:
 
 
 def _what_it_is(path: Path) -> str:
+    kind = kind_of(path)
+    damaged = ("weights",) if path.suffix == ".safetensors" else ("weights", "checkpoint")  # if that is what they are
+    if kind is not None and kind.name not in damaged:
+        return f"is {kind.text}"
     with open(path, "rb") as file:
-        start = file.read(64)
-    if not start:
-        return "is empty"
-    for beginning, meaning in _STARTS:
-        if start.lstrip().startswith(beginning):
-            return meaning
+        start = file.read(2)
     if path.suffix == ".safetensors":
         return "is no safetensors file, or was cut short or damaged"
     if start.startswith(b"PK"):
