@@ -21,7 +21,7 @@ from qvit.train.methods import FloatModel, train_full_precision, train_quantized
 from qvit.train.options import Options
 from qvit.train.recipe import Recipe, load_recipe
 
-TINY = ["model_args.depth=2", "model_args.embed_dim=24", "model_args.num_heads=2"]
+TINY = ["model_args.depth=2", "model_args.patch_size=4", "model_args.embed_dim=24", "model_args.num_heads=2"]
 MODEL = "vit_tiny_patch16_224"
 
 CONTEXT = multiprocessing.get_context("forkserver")
