@@ -123,7 +123,12 @@ def test_functions_of_models_leave_nothing_behind(
 
 
 def test_runs_and_ablations_leave_nothing_behind(tmp_path: Path, digits: ImageSets) -> None:
-    changes = ["model_args.depth=2", "quantized.batch_size=512", "quantized.calibration_images=64"]
+    changes = [
+        "model_args.depth=2",
+        "model_args.patch_size=4",
+        "quantized.batch_size=512",
+        "quantized.calibration_images=64",
+    ]
     recipe = load_recipe("digits", [*changes, "quantized.epochs=1", "full_precision.epochs=1"])
     console = Console(quiet=True)
     spec = describe("vit_tiny_patch16_224", recipe.model_args, digits.classes, recipe.preprocessing)

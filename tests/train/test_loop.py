@@ -227,7 +227,7 @@ def test_compiled_training_follows_the_eager_one(
     # The graphs are captured and differentiated as ever, and run without minutes in the C++ compiler.
     compile_module = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_module(self, backend="aot_eager"))
-    recipe = load_recipe("digits", ["quantized.epochs=1", "model_args.depth=1", "quantized.batch_size=256"])
+    recipe = load_recipe("digits", [*TEACHER, "quantized.epochs=1", "model_args.depth=1", "quantized.batch_size=256"])
     spec = describe("vit_tiny_patch16_224", recipe.model_args, digits.classes, recipe.preprocessing)
     torch.manual_seed(0)
     float_model = FloatModel(create_model(spec).eval(), spec)
@@ -303,7 +303,7 @@ def test_metrics_and_tensorboard_are_written(
 
 
 def test_distillation_token_model_trains_both_heads(tmp_path: Path, digits: ImageSets) -> None:
-    recipe = load_recipe("digits", ["quantized.epochs=1"])
+    recipe = load_recipe("digits", [*TEACHER, "quantized.epochs=1"])
     spec = describe("deit_tiny_distilled_patch16_224", recipe.model_args, digits.classes, recipe.preprocessing)
     torch.manual_seed(0)
     float_model = FloatModel(create_model(spec).eval(), spec)
