@@ -15,11 +15,30 @@ const [module, threadsModule] = [compiled("simd128.wasm"), compiled("simd128-thr
 const floats = (path) => new Float32Array(new Uint8Array(readFileSync(path)).buffer);
 const write = (path, values) => writeFileSync(path, new Uint8Array(values.buffer, values.byteOffset, values.byteLength));
 
+/** Let memory of a module that is not shared be used from 2 GiB on; what lies before is never touched. */
+function beyondTwoGiB(work) {
+  const { Instance } = WebAssembly;
+  WebAssembly.Instance = function (...given) {
+    const { exports } = new Instance(...given);
+    const _initialize = () => {
+      exports._initialize();
+      for (let part = 0; part < 3; ++part) exports.allocate(2 ** 30 - 2 ** 20);
+    };
+    return { exports: { ...exports, _initialize } };
+  };
+  try {
+    return work();
+  } finally {
+    WebAssembly.Instance = Instance;
+  }
+}
+
 const calls = {
   /** Logits of images, and with `codes` those of every quantizer, one after the other. */
-  async run({ file, images, out, slow, threads, codes }) {
+  async run({ file, images, out, slow, threads, codes, high }) {
     const [binary, memory] = threads > 1 ? [threadsModule, sharedMemory()] : [module];
-    const engine = new Engine(binary, new Uint8Array(readFileSync(file)), { memory, threads, slow });
+    const made = () => new Engine(binary, new Uint8Array(readFileSync(file)), { memory, threads, slow });
+    const engine = high ? beyondTwoGiB(made) : made();
     await engine.ready;
     write(out, engine.run(floats(images)));
     const found = codes === undefined ? [] : engine.codes(floats(images));

@@ -55,16 +55,18 @@ class Node:
 class NodeEngine:
     """A packed model in Node, as an :class:`qvit.runtime.engine.Engine` for :func:`following.check_codes`."""
 
-    def __init__(self, node: Node, packed: PackedModel, *, threads: int = 1, slow: bool = False) -> None:
-        self._node, self._program, self._threads, self._slow = node, packed.program, threads, slow
+    def __init__(
+        self, node: Node, packed: PackedModel, *, threads: int = 1, slow: bool = False, high: bool = False
+    ) -> None:
+        self._node, self._program = node, packed.program
+        self._how = {"threads": threads, "slow": slow, "high": high}
         self._file = node.put("model.qvit", web_file(packed))
         self.instruction_set = "portable" if slow else "simd128"
 
     def _run(self, images: NDArray[np.float32], **values: Any) -> Any:
         given = self._node.put("images", np.ascontiguousarray(images, np.float32))
         out = self._node.folder / "out"
-        how = {"threads": self._threads, "slow": self._slow}
-        return self._node.call("run", file=self._file, images=given, out=out, **how, **values)
+        return self._node.call("run", file=self._file, images=given, out=out, **self._how, **values)
 
     def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         self._run(images)

@@ -17,8 +17,10 @@ from golden import GOLDEN, check_logits, images_of
 from node import Node, NodeEngine, NodeError, need_modules
 from packed_models import make_packed, random_packed
 from programs import programs
+from qvit.config import Bits
 from qvit.errors import ConfigError
 from qvit.exporting.web_file import web_file
+from qvit.format.ops import Embed, Layer, Pool
 from qvit.format.packed import read_packed
 from qvit.format.program import Program
 from qvit.runtime.engine import Engine
@@ -63,6 +65,20 @@ def test_every_family(node: Node, family: str) -> None:
     check_logits(family, check_codes(packed, engine, images))
     for threads in THREADS:
         check_same(NodeEngine(node, packed, threads=threads), engine, images)
+
+
+def test_memory_beyond_two_gigabytes_is_addressed(node: Node) -> None:
+    packed = read_packed(GOLDEN / "vit.safetensors")
+    check_same(NodeEngine(node, packed, high=True), NodeEngine(node, packed), images_of(packed.program))
+
+
+def test_a_model_that_needs_more_than_can_be_counted_is_refused_in_a_sentence(node: Node) -> None:
+    """The bytes of what flows between its layers are a multiple of 2^32, which 32 bits take for none."""
+    side, width = 2**8, 2**14
+    operations = (Embed((1, 1), Layer("embed", 1, width, Bits(8, 8))), Pool("avg"))
+    packed = random_packed(Program("vast", (1, side, side), operations))
+    with pytest.raises(NodeError, match=re.escape("vast needs more memory than there is.")):
+        NodeEngine(node, packed)(np.zeros((1, 1, side, side), np.float32))
 
 
 @pytest.mark.parametrize("bits", range(2, 9))

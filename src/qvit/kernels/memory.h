@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -20,6 +21,15 @@ constexpr bool kChecked = true;
 #else
 constexpr bool kChecked = false;
 #endif
+
+// A product of sizes. Where an address has 32 bits a large image may need more than can be counted.
+template <class... Sizes>
+size_t product_of(Sizes... sizes) {
+    size_t product = 1;
+    for (const size_t size : {static_cast<size_t>(sizes)...})
+        if (__builtin_mul_overflow(product, size, &product)) raise<std::bad_alloc>();
+    return product;
+}
 
 inline void check(bool inside) {
     if (kChecked && !inside)
@@ -73,8 +83,8 @@ class Buffer {
   public:
     Buffer() = default;
     explicit Buffer(size_t count) : size_(count) {
+        if (count > (SIZE_MAX - 128) / sizeof(T) || allocation_fault.strikes()) raise<std::bad_alloc>();
         const size_t bytes = (count * sizeof(T) + 63) / 64 * 64 + 64;  // a whole vector may be read past the end
-        if (allocation_fault.strikes()) raise<std::bad_alloc>();
         data_.reset(static_cast<T*>(std::aligned_alloc(64, bytes)));
         if (!data_) raise<std::bad_alloc>();
         std::memset(static_cast<void*>(data_.get()), 0, bytes);

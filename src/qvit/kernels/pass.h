@@ -39,19 +39,20 @@ struct KeyValues {
 // What one thread works in. Codes have one byte per value; `packed` holds them as a product reads them.
 struct Scratch {
     explicit Scratch(const Plan& plan)
-        : codes(plan.largest_task * plan.largest_row),
-          packed(plan.largest_task * round_up(std::max(plan.largest_row, plan.largest_group), 64)),
-          hidden(plan.largest_task * plan.largest_row),
-          map(kAttentionRows * plan.largest_group),
-          values(round_up(plan.largest_head, kLargestGroup) * plan.largest_group),
-          sums(std::max(plan.largest_task * kLargestTile, kAttentionRows * round_up(plan.largest_head, kLargestGroup))),
-          scores(kAttentionRows * round_up(plan.largest_group, kLargestGroup)),
-          first(plan.largest_task * plan.largest_row),
-          second(plan.largest_task * plan.largest_row),
-          normed(plan.largest_task * plan.largest_row),
+        : codes(product_of(plan.largest_task, plan.largest_row)),
+          packed(product_of(plan.largest_task, round_up(std::max(plan.largest_row, plan.largest_group), 64))),
+          hidden(product_of(plan.largest_task, plan.largest_row)),
+          map(product_of(kAttentionRows, plan.largest_group)),
+          values(product_of(round_up(plan.largest_head, kLargestGroup), plan.largest_group)),
+          sums(std::max(plan.largest_task * kLargestTile,
+                        product_of(kAttentionRows, round_up(plan.largest_head, kLargestGroup)))),
+          scores(product_of(kAttentionRows, round_up(plan.largest_group, kLargestGroup))),
+          first(product_of(plan.largest_task, plan.largest_row)),
+          second(product_of(plan.largest_task, plan.largest_row)),
+          normed(product_of(plan.largest_task, plan.largest_row)),
           totals(std::max(plan.largest_task, kAttentionRows)),
-          shifts(kAttentionRows * plan.largest_group),
-          stream(plan.windows.empty() ? 0 : plan.largest_task * plan.largest_row),
+          shifts(product_of(kAttentionRows, plan.largest_group)),
+          stream(plan.windows.empty() ? 0 : product_of(plan.largest_task, plan.largest_row)),
           windows(plan.largest_window_codes, plan.largest_window_keys, plan.largest_window_bias) {}
 
     Buffer<uint8_t> codes, packed, hidden, map, values;
@@ -67,9 +68,10 @@ struct Scratch {
 // one's).
 struct Pass {
     Pass(size_t batch_, const Plan& plan_) : batch(batch_), plan(plan_) {
-        for (const Stage& stage : plan.stages) streams.emplace_back(batch * stage.tokens * stage.width);
+        for (const Stage& stage : plan.stages) streams.emplace_back(product_of(batch, stage.tokens, stage.width));
         for (KeyValues& half : halves)
-            half = KeyValues(batch * plan.largest_codes, batch * plan.largest_keys, batch * plan.largest_bias);
+            half = KeyValues(product_of(batch, plan.largest_codes), product_of(batch, plan.largest_keys),
+                             product_of(batch, plan.largest_bias));
     }
 
     // The residual stream of some rows of an image.

@@ -12,6 +12,10 @@ namespace {
 
 void widen(size_t& largest, size_t value) { largest = std::max(largest, value); }
 
+void grow(size_t& sum, size_t count, size_t rows, size_t width) {
+    if (__builtin_add_overflow(sum, product_of(count, rows, width), &sum)) raise<std::bad_alloc>();
+}
+
 void fold(Mlp& mlp, bool post) {
     if (!post && mlp.norm.present && mlp.kind != Mlp::Kind::swiglu) mlp.norm.fold({mlp.fc1.input});
     if (mlp.inner.present) mlp.inner.fold({mlp.fc2.input});
@@ -164,9 +168,9 @@ void Plan::consider(Attentions& group) {
         attention.first_codes = group.codes;
         attention.first_keys = group.keys;
         attention.first_bias = group.biases;
-        group.codes += attention.heads.count * attention.head_codes();
-        group.keys += attention.heads.count * attention.key_bytes();
-        group.biases += attention.heads.count * attention.padded_group;
+        grow(group.codes, attention.heads.count, attention.padded_group, attention.heads.padded());
+        grow(group.keys, attention.heads.count, round_up(attention.group, 64), attention.heads.padded());
+        grow(group.biases, attention.heads.count, attention.padded_group, 1);
     }
     if (group.windows == 0) {
         widen(largest_codes, group.codes);
@@ -174,9 +178,9 @@ void Plan::consider(Attentions& group) {
         widen(largest_bias, group.biases);
     } else {
         const size_t at_once = windows[group.windows - 1].at_once;
-        widen(largest_window_codes, at_once * group.codes);
-        widen(largest_window_keys, at_once * group.keys);
-        widen(largest_window_bias, at_once * group.biases);
+        widen(largest_window_codes, product_of(at_once, group.codes));
+        widen(largest_window_keys, product_of(at_once, group.keys));
+        widen(largest_window_bias, product_of(at_once, group.biases));
     }
 }
 

@@ -7,6 +7,7 @@ const LARGEST_SIDE = 2 ** 16;
 const LARGEST_IMAGE = 2 ** 26; // values
 const LEAST_PAGES = 64; // of a memory, as the modules are linked (modules.cmake)
 const SHARED_PAGES = [2 ** 15, 2 ** 13]; // of 64 KiB: 2 GiB at most, or half a GiB
+const MOST_BYTES = 2 ** 32 - 2 ** 16; // of a memory: a number beyond would be taken for a small one
 const STACK = 2 ** 20;
 const AT_ONCE = 64; // images that are in memory
 
@@ -98,7 +99,7 @@ export class Engine {
       /** Settled when the other threads are there. */
       this.ready = this.#threads.start(this.#messages(module, threads));
       const size = bytes.length - start;
-      const data = exports.allocate(size);
+      const data = this.#allocate(size);
       this.#bytes(data, size).set(bytes.subarray(start));
       const checksum = (exports.checksum(data, size) >>> 0).toString(16).padStart(8, "0");
       need(checksum === description.checksum, "it was damaged or cut short on its way");
@@ -133,9 +134,9 @@ export class Engine {
     const found = [];
     this.#call(images, (data, batch, outputs) => {
       const count = this.#wasm.trace(data, batch, outputs);
-      const about = this.#wasm.allocate(5 * 4);
+      const about = this.#allocate(5 * 4);
       for (let index = 0; index < count; ++index) {
-        const start = this.#wasm.traced(index, about);
+        const start = this.#wasm.traced(index, about) >>> 0;
         const [operation, branch, part, rows, width] = new Uint32Array(this.#memory.buffer, about, 5);
         const values = this.#bytes(start, batch * rows * width).slice();
         found.push({ operation, branch, part: textAt(this.#memory, part), rows, width, values });
@@ -163,7 +164,7 @@ export class Engine {
   #callPart(images, batch, forward) {
     if (this.#images === null || this.#images.batch < batch) {
       if (this.#images !== null) this.#wasm.release(this.#images.data);
-      this.#images = { batch, data: this.#wasm.allocate(4 * (images.length + batch * this.outputs)) };
+      this.#images = { batch, data: this.#allocate(4 * (images.length + batch * this.outputs)) };
     }
     const { data } = this.#images;
     const outputs = data + 4 * images.length;
@@ -179,9 +180,15 @@ export class Engine {
       memory: this.#memory,
       name: this.name,
       thread: index + 1,
-      stack: this.#wasm.allocate(STACK) + STACK,
-      locals: this.#wasm.allocate(this.#wasm.__tls_size.value),
+      stack: this.#allocate(STACK) + STACK,
+      locals: this.#allocate(this.#wasm.__tls_size.value),
     }));
+  }
+
+  /** The address of memory of the module: 32 bits, which JavaScript takes for a number with a sign. */
+  #allocate(bytes) {
+    if (bytes >= MOST_BYTES) throw new QvitError(`${this.name} needs more memory than there is.`);
+    return this.#wasm.allocate(bytes) >>> 0;
   }
 
   #bytes(start, length) {
@@ -203,7 +210,7 @@ export class Engine {
 
   #text(text) {
     const bytes = new TextEncoder().encode(`${text}\0`);
-    const start = this.#wasm.allocate(bytes.length);
+    const start = this.#allocate(bytes.length);
     this.#bytes(start, bytes.length).set(bytes);
     return start;
   }
@@ -234,7 +241,7 @@ export class Engine {
     const sizes = Array.isArray(shape) && shape.length <= 4 && shape.every((side) => isWhole(side, 0, LARGEST_SIDE ** 2));
     need(width !== undefined && sizes && isWhole(start, 0, size) && start % width === 0, "an array has no place in it");
     need(start + shape.reduce((count, side) => count * side, width) <= size, "an array goes beyond its end");
-    const sides = this.#wasm.allocate(4 * Math.max(1, shape.length));
+    const sides = this.#allocate(4 * Math.max(1, shape.length));
     new Uint32Array(this.#memory.buffer, sides, shape.length).set(shape);
     const add = array === "F32" ? this.#wasm.add_floats : this.#wasm.add_codes;
     add(called, data + start, sides, shape.length);

@@ -10,9 +10,9 @@ export class QvitError extends Error {
 
 export const isNode = typeof process === "object" && process.versions?.node !== undefined;
 
-/** The text at an address, which a zero ends. */
+/** The text at an address, which a zero ends; beyond 2 GiB the module gives a negative one. */
 export function textAt(memory, start) {
-  const bytes = new Uint8Array(memory.buffer, start);
+  const bytes = new Uint8Array(memory.buffer, start >>> 0);
   return new TextDecoder().decode(bytes.slice(0, bytes.indexOf(0)));
 }
 
@@ -31,7 +31,7 @@ export function importsOf(memory, name) {
   };
   const none = () => 8; // EBADF: there are no files
   const clock_time_get = (clock, precision, out) => {
-    new DataView(memory.buffer).setBigUint64(out, BigInt(Math.round(performance.now() * 1e6)), true);
+    new DataView(memory.buffer).setBigUint64(out >>> 0, BigInt(Math.round(performance.now() * 1e6)), true);
     return 0;
   };
   return {
