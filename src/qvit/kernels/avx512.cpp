@@ -46,6 +46,57 @@ void run_dense(const uint8_t* rows, size_t stride, size_t count, const uint8_t* 
     }
 }
 
+// The first `count` bytes of a vector, or all.
+inline __mmask64 first_bytes(size_t count) { return count < 64 ? (uint64_t{1} << count) - 1 : ~uint64_t{0}; }
+
+// 16 rows of 16 words become columns.
+inline void transpose(__m512i (&words)[16]) {
+    __m512i pairs[16], fours[16];
+    unrolled<8>([&](auto i) {
+        pairs[2 * i] = _mm512_unpacklo_epi32(words[2 * i], words[2 * i + 1]);
+        pairs[2 * i + 1] = _mm512_unpackhi_epi32(words[2 * i], words[2 * i + 1]);
+    });
+    unrolled<4>([&](auto i) {  // column 4 l + c of rows 4 i to 4 i + 3 is lane l of fours[4 i + c]
+        unrolled<2>([&](auto half) {
+            const __m512i low = pairs[4 * i + half], high = pairs[4 * i + 2 + half];
+            fours[4 * i + 2 * half] = _mm512_unpacklo_epi64(low, high);
+            fours[4 * i + 2 * half + 1] = _mm512_unpackhi_epi64(low, high);
+        });
+    });
+    unrolled<4>([&](auto c) {
+        const __m512i even[] = {_mm512_shuffle_i32x4(fours[c], fours[4 + c], 0x88),
+                                _mm512_shuffle_i32x4(fours[8 + c], fours[12 + c], 0x88)};
+        const __m512i odd[] = {_mm512_shuffle_i32x4(fours[c], fours[4 + c], 0xdd),
+                               _mm512_shuffle_i32x4(fours[8 + c], fours[12 + c], 0xdd)};
+        words[c] = _mm512_shuffle_i32x4(even[0], even[1], 0x88);
+        words[4 + c] = _mm512_shuffle_i32x4(odd[0], odd[1], 0x88);
+        words[8 + c] = _mm512_shuffle_i32x4(even[0], even[1], 0xdd);
+        words[12 + c] = _mm512_shuffle_i32x4(odd[0], odd[1], 0xdd);
+    });
+}
+
+// The channels of a panel at once. Words of other channels may be another thread's, so they are not written.
+void dense_pack_channels(uint8_t* packed, size_t k, size_t channel, size_t channels, const uint8_t* codes,
+                         size_t stride, int low) {
+    const __m512i shift = _mm512_set1_epi8(static_cast<char>(low));
+    const size_t last = channel + channels;
+    for (size_t end; channel < last; channel = end) {
+        const size_t lane = channel % kChannels, panel = channel - lane;
+        end = std::min(last, panel + kChannels);
+        const __mmask16 mask = static_cast<__mmask16>(((1u << (end - channel)) - 1) << lane);
+        for (size_t at = 0; at < k; at += 64) {
+            __m512i words[kChannels] = {};
+            for (size_t i = 0; i < end - channel; ++i)
+                words[lane + i] =
+                    _mm512_sub_epi8(_mm512_maskz_loadu_epi8(first_bytes(k - at), codes + i * stride + at), shift);
+            transpose(words);
+            for (size_t i = 0; i < std::min<size_t>(k - at, 64); i += kDepth)
+                _mm512_mask_storeu_epi32(packed + dense_index(panel, at + i, k), mask, words[i / kDepth]);
+        }
+        codes += (end - channel) * stride;
+    }
+}
+
 // Weights of up to 4 bits stay two to a byte in memory: half the bytes to keep and to load, and vpdpbusd leaves the
 // units that unpack them idle anyway. A byte holds code + 8 of a channel in its low half and of the channel 16 further
 // on in its high half: [n / 32 pairs of panels][k / 4][16 channels][4 k].
@@ -125,9 +176,6 @@ inline const uint8_t* table(size_t distance) { return &kTables.bytes[0][0] + dis
 size_t triples(size_t k) { return (k + kTriple - 1) / kTriple; }
 
 size_t lookup_weight_bytes(size_t n, size_t k) { return n / kGroup * (kStarts<kGroup> + triples(k) * kGroup); }
-
-// The first `count` bytes of a vector, or all.
-inline __mmask64 first_bytes(size_t count) { return count < 64 ? (uint64_t{1} << count) - 1 : ~uint64_t{0}; }
 
 // Triples [at, at + 64) of one channel; the sum of its codes is added to `totals`.
 inline __m512i channel_triples(const uint8_t* codes, size_t k, size_t at, int low, __m512i& totals) {
@@ -336,8 +384,9 @@ constexpr Product kLookup = {"lookup",
                              run_lookup,
                              lookup_pack_columns,
                              lookup_pack_channels};
-constexpr Product kDense = {"vnni",   8,       8,        kChannels, 64, dense_weight_bytes, dense_pack_channel,
-                            byte_row, nullptr, run_dense};
+constexpr Product kDense = {
+    "vnni",  8,         8,       kChannels,          64, dense_weight_bytes, dense_pack_channel, byte_row,
+    nullptr, run_dense, nullptr, dense_pack_channels};
 constexpr Product kNibble = {"vnni-4", 8,       4,          kPair, 64, nibble_weight_bytes, nibble_pack_channel,
                              byte_row, nullptr, run_nibbles};
 constexpr Product kProducts[] = {kLookup, kNibble, kDense};
