@@ -44,7 +44,7 @@ def main() -> None:
     print(f"calibrated: {qvit.agreement(student, model, held_out).sentence}")
     qvit.reconstruct(student, model, used, steps=args.steps)
     print(f"reconstructed: {qvit.agreement(student, model, held_out).sentence}")
-    qvit.export(student, args.out, preprocessing=preprocessing)
+    qvit.export(student, args.out, preprocessing=preprocessing, replace=True)
     print(f"{args.out}: {args.out.stat().st_size / 1e6:.2f} MB")
 
     engine = qvit.load(args.out)  # needs no PyTorch

@@ -58,9 +58,8 @@ def test_a_students_step_keeps_at_most_a_quarter_more_than_a_float_step(make_mod
         torch._dynamo.reset()
         student.compile(fullgraph=True, backend="aot_eager_decomp_partition")  # with the partitioner of inductor
     student_bytes = saved_bytes(student, lambda: student(x))
-    assert (
-        float_bytes > len(teacher.blocks) * 4 * 50 * 48 * 4 * 10
-    )  # blocks, images, tokens, channels, bytes, tensors a block
+    # Blocks, images, tokens, channels, bytes, tensors a block
+    assert float_bytes > len(teacher.blocks) * 4 * 50 * 48 * 4 * 10
     assert student_bytes <= 1.25 * float_bytes
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from conftest import make_vit
@@ -146,7 +147,7 @@ def test_images_of_no_fractions_are_refused(path: Path, dtype: str) -> None:
         load(path)(np.ones((1, 3, 16, 16), dtype))
 
 
-@pytest.mark.parametrize("images", [None, [[1.0], [1.0, 2.0]], "x"])
+@pytest.mark.parametrize("images", [None, [[1.0], [1.0, 2.0]], "x", torch.zeros(1, 3, 16, 16, requires_grad=True)])
 def test_what_is_no_array_is_refused(path: Path, images: Any) -> None:
     with pytest.raises(DataError, match="takes images"):
         load(path)(images)
@@ -160,6 +161,7 @@ def test_other_fractions_are_rounded_to_float32(path: Path, dtype: str) -> None:
     np.testing.assert_array_equal(engine(images), engine(np.ascontiguousarray(images, np.float32)))
     np.testing.assert_array_equal(engine(images.tolist()), engine(images))
     large = np.full((1, 3, 16, 16), np.finfo(dtype).max, dtype)
+    large[0, 0, 0, 0] *= -1
     if dtype == "float64":
         with pytest.raises(DataError, match="infinity"):
             engine(large)

@@ -153,7 +153,7 @@ void run_nibbles(const uint8_t* rows, size_t stride, size_t count, const uint8_t
 
 // 2 bits x 2 bits: three codes of a channel are 6 bits, and so are three codes of a row. So a row's triple chooses one
 // of 64 constant tables of 64 bytes, in which vpermb looks up 64 channels' triples at once: 192 multiply-adds by one
-// vpermb and one vpaddb.
+// vpermb and one vpaddusb.
 //
 // Layout: [n / 64 groups][64 starts, k / 3 triples][64 channels], a byte a triple w0 + 4 w1 + 16 w2 of the codes modulo
 // 4. A triple is (i, i + T, i + 2 T) with T = ceil(k / 3), so that a row is packed by whole vectors. A row's triple is

@@ -239,7 +239,7 @@ class Engine:
         expected = self.program.input
         try:
             images = np.asarray(images)
-        except (TypeError, ValueError) as error:  # of a tensor on a GPU, of rows of several lengths
+        except (TypeError, ValueError, RuntimeError) as error:  # of a tensor on a GPU, with a gradient
             raise DataError(f"{self.program.name} takes images in an array: {error}") from error
         if images.dtype.kind != "f":
             raise DataError(
@@ -250,7 +250,7 @@ class Engine:
             raise DataError(
                 f"{self.program.name} takes images of shape (B, {', '.join(map(str, expected))}), not {images.shape}."
             )
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             images = np.ascontiguousarray(images, np.float32)
             # The sum is finite unless a value is not (or the values are of no image): the quick check first.
             finite = bool(np.isfinite(images.sum())) or bool(np.isfinite(images).all())
