@@ -8,13 +8,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import jobs
 import pytest
 import torch
 from accelerate import Accelerator
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+import jobs
 from members import FAMILIES, family_member, student_of
 from qvit import DistillationLoss, QuantConfig
 from qvit.data.loader import make_loader, make_transform

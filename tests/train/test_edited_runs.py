@@ -6,13 +6,13 @@ import io
 from pathlib import Path
 from typing import Any
 
-import jobs
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+import jobs
 from edits import NONSENSE, edited, places
 from qvit.errors import CheckpointError, NewerCheckpointError, QvitError
 from qvit.train import loop

@@ -7,10 +7,10 @@ import sys
 import time
 from pathlib import Path
 
-import jobs
 import pytest
 import torch
 
+import jobs
 from qvit.errors import CheckpointError, OutputError
 from qvit.models.checkpoint import load_checkpoint, read_checkpoint
 from qvit.train.loop import read_metrics

@@ -7,10 +7,10 @@ import signal
 import time
 from pathlib import Path
 
-import jobs
 import pytest
 from rich.console import Console
 
+import jobs
 from commands import run, sentence
 from qvit.errors import ConfigError
 from qvit.study.demo import run_demo

@@ -6,9 +6,9 @@ import resource
 import sys
 from pathlib import Path
 
-import jobs
 import pytest
 
+import jobs
 from commands import run
 
 LARGE = ["--set", "model_args.embed_dim=96", "--set", "full_precision.batch_size=1024"]
