@@ -56,7 +56,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def subset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with six of each digit, half of them to validate with."""
 
     def write(folder: Path) -> None:
@@ -67,13 +67,13 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray((image * 255 / 16).astype(np.uint8).reshape(8, 8)).save(path)
 
-    return made_once(tmp_path_factory, "few", write)
+    return made_once(tmp_path_factory, "subset", write)
 
 
 @pytest.fixture
-def student(recipe: Path, few: Path, tmp_path: Path) -> list[str]:
+def student(recipe: Path, subset: Path, tmp_path: Path) -> list[str]:
     """Arguments of a two-bit training; a later option of the same name wins."""
-    arguments = ["train", MODEL, "--data", str(few), "--recipe", str(recipe), "--bits", "2"]
+    arguments = ["train", MODEL, "--data", str(subset), "--recipe", str(recipe), "--bits", "2"]
     return [*arguments, "--out", str(tmp_path / "run")]
 
 
@@ -124,13 +124,13 @@ def test_evaluation_repeats_what_training_measured(qvit: Run, teacher: Path) -> 
 
 @pytest.mark.parametrize("method", ["q-vit", "baseline", "rectify", "distill", "reconstruct", "ptq"])
 def test_every_method_trains_and_its_checkpoint_evaluates(
-    qvit: Run, student: list[str], teacher: Path, few: Path, tmp_path: Path, method: str
+    qvit: Run, student: list[str], teacher: Path, subset: Path, tmp_path: Path, method: str
 ) -> None:
     done = qvit(*student, "--teacher", teacher, "--method", method, "--override", "blocks.0.*=4/8")
     assert done.status == 0, done.err
     printed = re.search(r", 30 validation images: .*top-1 (\d+\.\d\d), top-5 \d+\.\d\d, in .*best\.pt", done.out)
     assert printed
-    evaluated = qvit("eval", tmp_path / "run" / "best.pt", "--data", few, "--batch-size", "20")
+    evaluated = qvit("eval", tmp_path / "run" / "best.pt", "--data", subset, "--batch-size", "20")
     assert evaluated.status == 0, evaluated.err
     assert printed[1] in evaluated.out
     files = ["best.pt"] if method in ("reconstruct", "ptq") else ["best.pt", "last.pt"]
@@ -208,10 +208,10 @@ OTHERS = {
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, recipe: Path, few: Path, teacher: Path) -> list[str]:
+def finished(tmp_path_factory: pytest.TempPathFactory, recipe: Path, subset: Path, teacher: Path) -> list[str]:
     """The command of a run that is finished."""
     out = tmp_path_factory.mktemp("finished")
-    arguments = ["train", MODEL, "--data", str(few), "--recipe", str(recipe), "--bits", "2"]
+    arguments = ["train", MODEL, "--data", str(subset), "--recipe", str(recipe), "--bits", "2"]
     arguments += ["--teacher", str(teacher), "--out", str(out)]
     done = run(*arguments)
     assert done.status == 0, done.err
@@ -235,10 +235,10 @@ def test_a_resumed_run_has_the_same_teacher(qvit: Run, finished: list[str], teac
 
 
 def test_ablation_prints_a_table_and_keeps_finished_cells(
-    qvit: Run, recipe: Path, few: Path, teacher: Path, tmp_path: Path
+    qvit: Run, recipe: Path, subset: Path, teacher: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "table"
-    arguments = ["ablate", MODEL, "--data", few, "--recipe", recipe, "--teacher", teacher, "--out", out]
+    arguments = ["ablate", MODEL, "--data", subset, "--recipe", recipe, "--teacher", teacher, "--out", out]
     done = qvit(*arguments, "--bits", "4,2", "--seeds", "2", "--rows", "ptq,baseline")
     assert done.status == 0, done.err
     assert "post-training" in done.out
@@ -310,9 +310,9 @@ def test_teacher_of_other_classes_is_refused(qvit: Run, student: list[str], teac
 
 @pytest.mark.parametrize("change", ["model_args.depth=3", "model_args.num_heads=3"])
 def test_teacher_of_other_depth_or_heads_cannot_guide(
-    qvit: Run, student: list[str], recipe: Path, few: Path, teacher: Path, tmp_path: Path, change: str
+    qvit: Run, student: list[str], recipe: Path, subset: Path, teacher: Path, tmp_path: Path, change: str
 ) -> None:
-    arguments = ["train", MODEL, "--full-precision", "--data", few, "--recipe", recipe, "--set", change]
+    arguments = ["train", MODEL, "--full-precision", "--data", subset, "--recipe", recipe, "--set", change]
     arguments += ["--set", "full_precision.batch_size=10"]
     done = qvit(*arguments, "--set", "full_precision.epochs=1", "--out", tmp_path / "other")
     assert done.status == 0, done.err
@@ -335,7 +335,7 @@ def test_bits_outside_two_to_eight_are_refused(
 
 
 def test_nan_loss_stops_and_the_last_good_checkpoint_evaluates(
-    qvit: Run, student: list[str], few: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    qvit: Run, student: list[str], subset: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def poisoned(self: DistillationLoss, *args: object) -> torch.Tensor:
         return original(self, *args) * (float("nan") if self.progress >= 0.6 else 1.0)
@@ -347,7 +347,7 @@ def test_nan_loss_stops_and_the_last_good_checkpoint_evaluates(
     assert "NaN" in message
     assert "epoch 2" in message
     assert "last.pt" in message
-    done = qvit("eval", tmp_path / "run" / "last.pt", "--data", few)
+    done = qvit("eval", tmp_path / "run" / "last.pt", "--data", subset)
     assert done.status == 0, done.err
 
 
@@ -401,12 +401,12 @@ def test_full_precision_takes_no_option_of_quantization(qvit: Run, recipe: Path,
 
 @pytest.mark.parametrize("section", ["full_precision", "quantized"])
 def test_a_recipe_needs_the_section_alone_that_the_run_uses(
-    qvit: Run, recipe: Path, few: Path, teacher: Path, tmp_path: Path, section: str
+    qvit: Run, recipe: Path, subset: Path, teacher: Path, tmp_path: Path, section: str
 ) -> None:
     lines = [line for line in recipe.read_text().splitlines() if not line.startswith(("full", "quant"))]
     lines.append(f"{section}: {{epochs: 1, batch_size: 10, lr: 4e-3}}")
     (tmp_path / "one.yaml").write_text("\n".join(lines))
-    float_run = ["train", MODEL, "--full-precision", "--data", few, "--recipe", tmp_path / "one.yaml"]
+    float_run = ["train", MODEL, "--full-precision", "--data", subset, "--recipe", tmp_path / "one.yaml"]
     few_bits = [
         "train",
         MODEL,
@@ -415,11 +415,11 @@ def test_a_recipe_needs_the_section_alone_that_the_run_uses(
         "--teacher",
         teacher,
         "--data",
-        few,
+        subset,
         "--recipe",
         tmp_path / "one.yaml",
     ]
-    table = ["ablate", MODEL, "--teacher", teacher, "--data", few, "--recipe", tmp_path / "one.yaml"]
+    table = ["ablate", MODEL, "--teacher", teacher, "--data", subset, "--recipe", tmp_path / "one.yaml"]
     runs = {"full_precision": [float_run], "quantized": [few_bits, table]}
     good = runs.pop(section)[0]
     done = qvit(*good, "--out", tmp_path / "run")
