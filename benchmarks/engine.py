@@ -3,8 +3,8 @@
 Without --scaling: DeiT-T and DeiT-S, 224 x 224, batch 1 and 8, 2 threads, at 4 and 2 bits beside every runtime that is
 installed (pip install 'qvit[train,bench]'), interleaved in one run; "share of peak" is the time that the model's
 products would take in loops that touch registers only (peak.cpp), divided by the whole time. With it: the engine alone
-against the batch, the number of tokens and threads. With --profile: what the engine's time goes to, one image, one
-thread. With --avx2: all are held to AVX2, those apart that cannot be. Random weights.
+against the batch, the number of tokens and threads. With --profile: what the engine's time goes to, with one
+thread and two, one image and eight. With --avx2: the engine and those that can be held to AVX2 are. Random weights.
 
 Examples:
   python benchmarks/engine.py --json engine.json

@@ -77,14 +77,14 @@ def _sizes(config: Mapping[str, Any]) -> dict[str, Any]:
     if config.get("do_pad"):
         raise UnsupportedModelError("its images are padded (do_pad).")
     edges = set(size) if isinstance(size, dict) else set()
-    shape = bool(edges) and not edges <= {"height", "width"}  # one edge is given, and images keep their shape
-    if shape and edges != {"shortest_edge"}:
+    keeps_shape = bool(edges) and not edges <= {"height", "width"}  # one edge is given
+    if keeps_shape and edges != {"shortest_edge"}:
         raise UnsupportedModelError(
             f"its images are resized to {shown(size)}, and qvit knows height and width, or shortest_edge."
         )
     resized = config.get("do_resize", True)
     if not crops:
-        if shape and resized:
+        if keeps_shape and resized:
             raise UnsupportedModelError("its images keep their shape: shortest_edge is given, and no crop.")
         return {**found, "crop_pct": 1.0, "crop_mode": "squash"}
     if not resized:
@@ -93,8 +93,8 @@ def _sizes(config: Mapping[str, Any]) -> dict[str, Any]:
     fraction = crop / side
     if math.floor(crop / fraction) < side:  # timm rounds down
         fraction = math.nextafter(fraction, 0)
-    both = bool(edges) and not shape
-    return {**found, "crop_pct": fraction, "crop_mode": "squash" if both else "center"}
+    squashed = bool(edges) and not keeps_shape
+    return {**found, "crop_pct": fraction, "crop_mode": "squash" if squashed else "center"}
 
 
 def _side(size: Any, name: str) -> int:
