@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from multiprocessing.util import get_temp_dir
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,7 @@ def test_sigterm_leaves_no_temporary_folder(
 
     name, arguments = SIGNALLED[command]
     monkeypatch.setattr(name, terminate)
+    get_temp_dir()  # of multiprocessing, which keeps one until the process ends, is made before
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     monkeypatch.setattr("qvit.exporting.web_site._static_files", dict)  # what only a build has
     monkeypatch.setattr("qvit.exporting.web_site._keeping", lambda files: {})
