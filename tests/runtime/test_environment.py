@@ -24,7 +24,7 @@ def test_json_has_what_a_report_needs() -> None:
     assert int(found["processors"]) >= 1
     assert found["cpu"]
     assert {"numpy", "safetensors", "torch", "timm", "onnx"} <= found["packages"].keys()
-    assert not {"pytest", "ruff", "gunicorn"} & found["packages"].keys()
+    assert not {"pytest", "ruff", "gunicorn", "qvit"} & found["packages"].keys()
     assert all(found["packages"][name] for name in ("numpy", "torch"))
 
 

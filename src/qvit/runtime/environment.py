@@ -50,10 +50,13 @@ def machine() -> dict[str, str]:
 
 
 def _packages() -> list[str]:
-    """Return what qvit may be installed with, without what only its developers need."""
+    """Return what qvit may be installed with, without what only its developers need.
+
+    An extra asks for another as a ``qvit`` of its own, which is none of them.
+    """
     required = importlib.metadata.requires("qvit") or []
     named = (re.match(r"[\w.-]+", line) for line in required if not line.endswith('extra == "dev"'))
-    return list(dict.fromkeys(name[0] for name in named if name))
+    return list(dict.fromkeys(name[0] for name in named if name and name[0] != "qvit"))
 
 
 def _version_of(package: str) -> str | None:
