@@ -99,3 +99,14 @@ _interpreters.run_string(number, {IMPORTING!r})
     assert "QvitError" in out
     assert "'ImportError'" in out
     assert "qvit does not run in a sub-interpreter: import it in the main one" in out
+
+
+def test_python_without_its_lock_is_refused_in_a_sentence() -> None:
+    out = run(f"""
+import sys
+sys._is_gil_enabled = lambda: False
+{IMPORTING}
+""")
+    assert "QvitError" in out
+    assert "'ImportError'" in out
+    assert "qvit does not run without Python's global interpreter lock: set PYTHON_GIL=1" in out

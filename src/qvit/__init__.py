@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 from qvit import errors
@@ -69,8 +70,13 @@ def _is_in_main_interpreter() -> bool:
 
 # NumPy breaks off with a page of advice there or warns, and then the engine may wait for ever (Python 3.10).
 if not _is_in_main_interpreter():
-    raise errors.SubInterpreterError(
+    raise errors.UnsupportedPythonError(
         "qvit does not run in a sub-interpreter: import it in the main one (mod_wsgi: WSGIApplicationGroup %{GLOBAL})."
+    )
+# The kernels' module would turn the lock on again for the whole program, or race without it.
+if not getattr(sys, "_is_gil_enabled", lambda: True)():
+    raise errors.UnsupportedPythonError(
+        "qvit does not run without Python's global interpreter lock: set PYTHON_GIL=1, or take the ordinary build."
     )
 
 

@@ -65,8 +65,8 @@ class TrainingStopped(QvitError):  # noqa: N818  # no error, and no finished run
     """Training was told to stop (SIGTERM), and has saved where it is."""
 
 
-class SubInterpreterError(QvitError, ImportError):
-    """qvit was imported in a sub-interpreter."""
+class UnsupportedPythonError(QvitError, ImportError):
+    """qvit was imported in a sub-interpreter, or by a Python without its lock."""
 
 
 class MissingExtraError(QvitError, ImportError):
