@@ -16,6 +16,7 @@ from PIL import Image
 import qvit
 from commands import run, sentence
 from conftest import CLASSES, MODEL, make_vit
+from pictures import PREPROCESSING
 from qvit.cli.app import app
 from qvit.errors import ConfigError, OutputError
 from qvit.exporting.files import export_file
@@ -47,14 +48,6 @@ COMMANDS: dict[str, tuple[list[str], list[str]]] = {
     "demo out": (["demo", "--out", "out"], ["out/report.html", "out/float", "out/2-bit", "out/ptq-4-bit.safetensors"]),
 }
 """A command for each option that names what is written, and what it would write."""
-PREPROCESSING = {
-    "input_size": (3, 16, 16),
-    "mean": (0.5,) * 3,
-    "std": (0.5,) * 3,
-    "crop_pct": 0.9,
-    "crop_mode": "center",
-    "interpolation": "bicubic",
-}
 OCCUPANTS: dict[str, Callable[[Path], Any]] = {
     "a file": lambda path: path.write_text("mine"),
     "a folder": lambda path: path.mkdir(),
@@ -122,7 +115,7 @@ def writers(inputs: Path) -> dict[str, Callable[..., object]]:
     """Return the functions that write to a path, with what they need beside it."""
     student = qvit.quantize(make_vit(), qvit.QuantConfig(4))
     qvit.calibrate(student, [torch.randn(8, 3, 16, 16)])
-    known = {"preprocessing": PREPROCESSING, "classes": CLASSES}
+    known = {"preprocessing": {**PREPROCESSING, "input_size": (3, 16, 16)}, "classes": CLASSES}
     qvit.save_checkpoint(student, "q.pt", **known)
     return {
         "own.pt": functools.partial(qvit.save_checkpoint, student, **known),

@@ -12,8 +12,8 @@ namespace {
 
 void widen(size_t& largest, size_t value) { largest = std::max(largest, value); }
 
-void grow(size_t& sum, size_t count, size_t rows, size_t width) {
-    if (__builtin_add_overflow(sum, product_of(count, rows, width), &sum)) raise<std::bad_alloc>();
+void grow(size_t& sum, size_t count, size_t size) {
+    if (__builtin_add_overflow(sum, product_of(count, size), &sum)) raise<std::bad_alloc>();
 }
 
 void fold(Mlp& mlp, bool post) {
@@ -168,9 +168,9 @@ void Plan::consider(Attentions& group) {
         attention.first_codes = group.codes;
         attention.first_keys = group.keys;
         attention.first_bias = group.biases;
-        grow(group.codes, attention.heads.count, attention.padded_group, attention.heads.padded());
-        grow(group.keys, attention.heads.count, round_up(attention.group, 64), attention.heads.padded());
-        grow(group.biases, attention.heads.count, attention.padded_group, 1);
+        grow(group.codes, attention.heads.count, attention.head_codes());
+        grow(group.keys, attention.heads.count, attention.key_bytes());
+        grow(group.biases, attention.heads.count, attention.padded_group);
     }
     if (group.windows == 0) {
         widen(largest_codes, group.codes);

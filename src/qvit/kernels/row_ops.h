@@ -12,6 +12,16 @@
 
 namespace {
 
+namespace simd {
+
+// Several vectors of codes side by side, where an instruction set has nothing of its own for them.
+template <size_t Count>
+inline void store_codes(uint8_t* p, const Float (&x)[Count]) {
+    for (size_t i = 0; i < Count; ++i) store_codes(p + i * kWidth, x[i]);
+}
+
+}  // namespace simd
+
 using namespace qvit;
 using simd::Float;
 using simd::kWidth;

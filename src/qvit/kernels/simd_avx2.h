@@ -64,9 +64,6 @@ inline void store_codes(uint8_t* p, Float x) {
     const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(codes), _mm256_extracti128_si256(codes, 1));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
 }
-inline void store_codes(uint8_t* p, const Float (&x)[4]) {
-    for (size_t i = 0; i < 4; ++i) store_codes(p + i * kWidth, x[i]);
-}
 
 }  // namespace simd
 }  // namespace

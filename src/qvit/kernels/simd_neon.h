@@ -51,9 +51,6 @@ inline void store_codes(uint8_t* p, Float x) {
     const uint32_t four = vget_lane_u32(vreinterpret_u32_u8(bytes), 0);
     std::memcpy(p, &four, sizeof four);
 }
-inline void store_codes(uint8_t* p, const Float (&x)[4]) {
-    for (size_t i = 0; i < 4; ++i) store_codes(p + i * kWidth, x[i]);
-}
 
 }  // namespace simd
 }  // namespace

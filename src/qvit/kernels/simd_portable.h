@@ -38,9 +38,6 @@ inline float reduce_add(Float x) { return x; }
 inline float reduce_max(Float x) { return x; }
 // Numbers 0..255 as bytes, rounded to the nearest, a half to the even one
 inline void store_codes(uint8_t* p, Float x) { *p = static_cast<uint8_t>(std::nearbyint(x)); }
-inline void store_codes(uint8_t* p, const Float (&x)[4]) {
-    for (size_t i = 0; i < 4; ++i) store_codes(p + i * kWidth, x[i]);
-}
 
 }  // namespace simd
 }  // namespace

@@ -58,9 +58,6 @@ inline void store_codes(uint8_t* p, Float x) {
     const v128_t words = wasm_i16x8_narrow_i32x4(codes, codes);
     wasm_v128_store32_lane(p, wasm_u8x16_narrow_i16x8(words, words), 0);
 }
-inline void store_codes(uint8_t* p, const Float (&x)[4]) {
-    for (size_t i = 0; i < 4; ++i) store_codes(p + i * kWidth, x[i]);
-}
 
 }  // namespace simd
 }  // namespace
