@@ -25,10 +25,10 @@ struct KeyValues {
         Span<float> bias;            // of the logits, one per key; -infinity for padding
     };
     Head head(const Attentions& all, const Attention& a, size_t group, size_t index) {
-        const size_t size = a.heads.padded(), codes = group * all.codes + a.first_codes + index * a.head_codes();
-        const size_t keys = group * all.keys + a.first_keys + index * a.key_bytes();
+        const size_t size = a.heads.padded(), codes = group * all.codes + a.first_codes + index * a.head_codes;
+        const size_t keys = group * all.keys + a.first_keys + index * a.key_bytes;
         return {query.rows(a.padded_group, size, codes), value.rows(a.padded_group, size, codes),
-                key.rows(1, a.key_bytes(), keys),
+                key.rows(1, a.key_bytes, keys),
                 bias.rows(1, a.padded_group, group * all.biases + a.first_bias + index * a.padded_group)};
     }
 

@@ -165,11 +165,13 @@ void Plan::consider(Attentions& group) {
         consider(attention.proj);
         widen(largest_group, attention.padded_group);
         widen(largest_head, attention.heads.padded());
+        attention.head_codes = product_of(attention.padded_group, attention.heads.padded());
+        attention.key_bytes = product_of(round_up(attention.group, 64), attention.heads.padded());
         attention.first_codes = group.codes;
         attention.first_keys = group.keys;
         attention.first_bias = group.biases;
-        grow(group.codes, attention.heads.count, attention.head_codes());
-        grow(group.keys, attention.heads.count, attention.key_bytes());
+        grow(group.codes, attention.heads.count, attention.head_codes);
+        grow(group.keys, attention.heads.count, attention.key_bytes);
         grow(group.biases, attention.heads.count, attention.padded_group);
     }
     if (group.windows == 0) {

@@ -82,9 +82,8 @@ struct Attention {
     // Tokens that attend to one another, what a head of them takes in memory, and where this attention's heads begin in
     // the memory of all that stand side by side.
     size_t group = 0, padded_group = 0;
+    size_t head_codes = 0, key_bytes = 0;
     size_t first_codes = 0, first_keys = 0, first_bias = 0;
-    size_t head_codes() const { return product_of(padded_group, heads.padded()); }
-    size_t key_bytes() const { return product_of(round_up(group, 64), heads.padded()); }
     size_t width() const { return heads.total(); }
     size_t sections() const { return pools ? 2 : 3; }
     bool floats_first() const {

@@ -69,7 +69,7 @@ void keep(const Attention& a, const Segment& segment, size_t head, KeyValues::He
           Span<uint8_t> k, Span<uint8_t> v) {
     const size_t padded = a.heads.padded(), size = a.heads.size;
     const int low = 1 << (a.key.quantizers[0].bits - 1);
-    uint8_t* keys = memory.key.get(1, a.key_bytes());
+    uint8_t* keys = memory.key.get(1, a.key_bytes);
     float* bias = memory.bias.get(1, a.padded_group);
     for (size_t r = 0; r < segment.count; ++r) {
         const size_t token = segment.token + r;
