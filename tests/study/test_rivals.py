@@ -64,7 +64,7 @@ def test_student_of_a_rival_is_not_exported(vit: nn.Module, images: Tensor, tmp_
     adapt(student)
     initialize(student, [images])
     assert torch.isfinite(student(images)).all()
-    with pytest.raises(UnsupportedModelError, match="of a kind that a packed file cannot hold"):
+    with pytest.raises(UnsupportedModelError, match="may compute otherwise|not as qvit.quantize makes it"):
         qvit.export(student, tmp_path / "rival.safetensors", preprocessing=preprocessing(), classes=["a"] * 10)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from qvit.format.ops import Embed
-from qvit.models.families import lower
 from qvit.models.queries import attention_layers
-from qvit.nn.quantizer import Quantizer
-from qvit.quantization.convert import quantize
+from qvit.quantization.convert import program_of
 
 
 @dataclass(frozen=True)
@@ -75,8 +72,7 @@ def attention_grids(model: nn.Module, image_size: tuple[int, int]) -> list[Atten
         UnsupportedModelError: naming the module that qvit does not know.
         ConfigError: if the model does not take images of this size.
     """
-    quantized = any(isinstance(module, Quantizer) for module in model.modules())
-    program, _ = lower(model if quantized else quantize(copy.deepcopy(model).to("meta")), image_size)
+    program = program_of(model, image_size)
     after = zip(program.operations, program.streams[1:], strict=True)
     patch, patches = next((embed.patch, stream.grid) for embed, stream in after if isinstance(embed, Embed))
     names = {module: name for name, module in model.named_modules()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,11 +9,10 @@ from timm.layers import to_2tuple
 from torch import nn
 
 from qvit.config import Bits
-from qvit.models.families import lower
 from qvit.nn.linear import QuantConv2d, QuantLinear
 from qvit.nn.quantizer import Quantizer
 from qvit.nn.rectifier import Rectifier
-from qvit.quantization.convert import quantize
+from qvit.quantization.convert import program_of
 
 _FLOAT_BITS = 32
 RULE = (
@@ -109,7 +107,5 @@ def operations(model: nn.Module, image_size: int | tuple[int, int]) -> Operation
         ConfigError: if the model does not take images of this size.
     """
     quantized = any(isinstance(module, Quantizer) for module in model.modules())
-    probe = model if quantized else quantize(copy.deepcopy(model).to("meta"))
-    program, _ = lower(probe, to_2tuple(image_size))
-    macs = program.macs()
+    macs = program_of(model, to_2tuple(image_size)).macs()
     return Operations(macs if quantized else {Bits(_FLOAT_BITS, _FLOAT_BITS): sum(macs.values())})

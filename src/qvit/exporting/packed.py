@@ -18,7 +18,7 @@ from qvit.models.keeping import described
 from qvit.models.lowering import refuse
 from qvit.models.spec import ModelSpec
 from qvit.nn.quantizer import Quantizer
-from qvit.quantization.convert import check_calibrated, check_known
+from qvit.quantization.convert import check_finished, check_known
 
 
 def export(
@@ -55,7 +55,7 @@ def export(
     check_known(student, "export")
     if not any(isinstance(module, Quantizer) for module in student.modules()):
         refuse("the model", student, "it has no quantizers: pass what qvit.quantize returned")
-    check_calibrated(student)
+    check_finished(student)
     if not replace:
         check_absent(path, "replace=True")
     program, settings, names, lowering = described(student, preprocessing, classes)

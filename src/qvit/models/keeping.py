@@ -21,7 +21,7 @@ from qvit.models.lowering import Lowering
 from qvit.models.spec import ModelSpec, shape_of, unnamed_classes
 from qvit.models.weights import fitting
 from qvit.nn.quantizer import Quantizer
-from qvit.quantization.convert import check_calibrated, check_known, quantize
+from qvit.quantization.convert import check_finished, check_known, quantize
 
 
 def save_checkpoint(
@@ -56,7 +56,7 @@ def save_checkpoint(
         OutputError: if the file cannot be written.
     """
     check_known(model, "save")
-    check_calibrated(model)
+    check_finished(model)
     if not replace:
         check_absent(path, "replace=True")
     program, settings, names, _ = described(_student(model), preprocessing, classes)

@@ -142,10 +142,6 @@ class Lowering:
             return scale * factor, shift * factor + added
 
         def codes() -> np.ndarray:
-            for part, module in zip(self.parts[name], modules, strict=True):
-                for quantizer in (module.weight_quantizer, module.input_quantizer):
-                    if type(quantizer) is not Quantizer:
-                        refuse(part, quantizer, "it is of a kind that a packed file cannot hold")
             rows = torch.cat([module.weight_quantizer.codes(module.weight).flatten(1) for module in modules])
             return pack_codes(rows.cpu().numpy(), bits)
 

@@ -15,14 +15,17 @@ import torch
 from timm.layers import LayerScale
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
-from qvit.config import QuantConfig
+from qvit.config import EDGE_BITS, QuantConfig
 from qvit.errors import ConfigError, UncalibratedError, UnsupportedModelError
-from qvit.models.families import MODELS, family_of, image_size_of, lower
+from qvit.format.program import Program
+from qvit.models.families import ATTENTIONS, MODELS, family_of, image_size_of, lower
 from qvit.models.lowering import NORMS, refuse
 from qvit.nn.attention import QuantAttention
 from qvit.nn.linear import QuantConv2d, QuantLinear
 from qvit.nn.quantizer import Float32Module, Quantizer
+from qvit.nn.rectifier import Rectifier
 
 # Modules that own parameters and stay in floating point, as the residual stream does (docs/method.md, section 1).
 _FLOAT = (*NORMS, LayerScale)
@@ -52,10 +55,7 @@ def quantize(teacher: nn.Module, config: QuantConfig | None = None) -> Any:
     config = config or QuantConfig()
     _check_float(teacher)
     family = family_of(teacher)
-    for name, module in _replaced(teacher):
-        _check_plain(name, module)
-    _check_places(teacher)
-    _check_forwards(teacher)
+    check_unchanged(teacher)
     # A teacher is often frozen for distillation; its student is there to be trained.
     student: Any = copy.deepcopy(teacher).requires_grad_(True)
     for name, module in list(_replaced(student)):
@@ -88,6 +88,20 @@ def quantize(teacher: nn.Module, config: QuantConfig | None = None) -> Any:
     student.quant_config = config
     student.register_load_state_dict_pre_hook(_drop_scales)
     return student.train()
+
+
+def program_of(model: nn.Module, image_size: tuple[int, int]) -> Program:
+    """Return the program of a float model or a student, which need not be calibrated, for images of ``image_size``.
+
+    Raises:
+        UnsupportedModelError: naming the module that cannot be quantized, or that was changed after it.
+        ConfigError: if the model does not take images of this size.
+    """
+    if any(isinstance(module, Quantizer) for module in model.modules()):
+        check_unchanged(model)
+    else:
+        model = quantize(copy.deepcopy(model).to("meta"))
+    return lower(model, image_size)[0]
 
 
 def layers_with_bits(model: nn.Module) -> list[str]:
@@ -180,18 +194,55 @@ def check_known(model: nn.Module, verb: str) -> None:
     raise UnsupportedModelError(f"Cannot {verb} the model ({kind}): {way}.")
 
 
-def check_calibrated(student: nn.Module) -> None:
-    """Refuse a student of which a quantizer is switched off or has no scale.
+def check_unchanged(model: nn.Module) -> None:
+    """Refuse a model, a float one or a student, of which a part may compute otherwise than its class and weights say.
 
     Raises:
-        UnsupportedModelError: naming the quantizer that is off.
-        UncalibratedError: naming the one without a scale.
+        UnsupportedModelError: naming the part.
     """
+    for name, module in _replaced(model):
+        _check_plain(name, module)
+    _check_places(model)
+    _check_forwards(model)
+
+
+def check_finished(student: nn.Module) -> None:
+    """Refuse a student of which a file would say other things than it computes, or that has no scales yet.
+
+    Raises:
+        UnsupportedModelError: naming the part that was changed after quantization, or that is switched off.
+        UncalibratedError: naming the quantizer without a scale.
+    """
+    check_unchanged(student)
+    check_quantized(student)
     for name, module in student.named_modules():
-        if isinstance(module, Quantizer) and not module.enabled:
+        if isinstance(module, (QuantLinear, QuantConv2d, QuantAttention)):
+            _check_quantizers(name, module)
+        if isinstance(module, (Quantizer, Rectifier)) and not module.enabled:
             refuse(name, module, "it is switched off, so that this part of the model is in floating point")
         if isinstance(module, Quantizer) and not module.calibrated:
             raise UncalibratedError(f"{name} has no scale yet: call qvit.calibrate(model, batches) first.")
+
+
+def _check_quantizers(name: str, owner: nn.Module) -> None:
+    """Refuse a quantized module of a class that qvit.quantize does not make, or with quantizers that it does not."""
+    if type(owner) not in (QuantLinear, QuantConv2d, *ATTENTIONS.values()):
+        refuse(name, owner, "it may compute otherwise than the class that it extends")
+    for part, quantizer in owner.named_children():
+        if not part.endswith("_quantizer"):
+            continue
+        weights, map_ = part == "weight_quantizer", part == "attention_quantizer"
+        scales: Any = len(owner.weight) if weights else getattr(owner, "num_heads", 1)  # type: ignore[arg-type]
+        bits = getattr(quantizer, "bits", EDGE_BITS)
+        made = Quantizer(bits, (scales,), signed=not map_, offset=not (weights or map_))
+        same = type(quantizer) is Quantizer and quantizer.extra_repr() == made.extra_repr()
+        if not same or (quantizer.low, quantizer.high) != (made.low, made.high):
+            refuse(
+                f"{name}.{part}",
+                quantizer,
+                "it is not as qvit.quantize makes it and a file can hold it "
+                f"({made.extra_repr()}, codes from {made.low} to {made.high})",
+            )
 
 
 def _check_plain(name: str, module: nn.Module) -> None:
@@ -207,7 +258,7 @@ def _check_plain(name: str, module: nn.Module) -> None:
 
 def _check_places(model: nn.Module) -> None:
     """Refuse a layer or attention that stands at two places, which a packed file has once each."""
-    kinds = (*_LAYERS, *family_of(model).ATTENTIONS)
+    kinds = (*_LAYERS, QuantAttention, *family_of(model).ATTENTIONS)
     places: dict[nn.Module, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, kinds) and (first := places.setdefault(module, name)) != name:
@@ -216,15 +267,22 @@ def _check_places(model: nn.Module) -> None:
 
 def _check_forwards(model: nn.Module) -> None:
     """Refuse modules that may compute otherwise than their class says, by a hook or a function put in its place."""
+    if _global_forward_hooks or _global_forward_pre_hooks:
+        refuse(
+            "the model",
+            model,
+            "a forward hook of all modules (torch.nn.modules.module.register_module_forward_hook and its like) may "
+            "change what it computes: remove that",
+        )
     for name, module in model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks:
             refuse(
                 name or "the model",
                 module,
-                "it has a forward hook, which may change what it computes: remove that, or add it to what "
-                "qvit.quantize returns",
+                "it has a forward hook, which may change what it computes: remove that; what qvit.quantize returns may "
+                "have hooks until it is exported",
             )
-        for attribute in vars(module):
+        for attribute in vars(module).keys() - {"no_weight_decay"}:  # which optimizers ask, and quantize itself sets
             if inspect.isfunction(getattr(type(module), attribute, None)):
                 refuse(
                     name or "the model",
