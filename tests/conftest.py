@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import shutil
 import signal
@@ -26,6 +27,7 @@ from node import Node, need_modules
 from qvit.data.sources import ImageSets, open_data
 from qvit.models.checkpoint import write_checkpoint
 from qvit.models.spec import describe
+from qvit.train.evaluate import Accuracy
 from qvit.train.methods import FloatModel, train_full_precision
 from qvit.train.options import Options
 from qvit.train.recipe import Recipe, load_recipe
@@ -40,8 +42,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 FAST = ("format", "nn", "runtime", "serving")
 """Folders whose tests neither train nor start processes; with the tests beside this file they are the fast part."""
-SLOW = ("test_hooks.py", "test_hub.py", "test_import.py", "test_readme.py", "test_recompute.py", "test_rectify.py")
-SLOW += ("test_faults.py", "test_programs.py", "test_image_memory.py")
+SLOW = ("test_hooks.py", "test_hub.py", "test_import.py", "test_readme.py", "test_recompute.py")
+SLOW += ("test_faults.py", "test_workers.py", "test_programs.py", "test_image_memory.py")
 SLOW += ("test_serving_process.py", "test_many_pictures.py", "test_examples.py")
 """Files of these that do, or that take long."""
 
@@ -210,3 +212,66 @@ def image_folder(tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / root
 
     return make
+
+
+TINY_RECIPE = """
+model_args: {img_size: 8, patch_size: 4, in_chans: 1, embed_dim: 24, depth: 2, num_heads: 2}
+preprocessing: {mean: [0.5], std: [0.5], crop_pct: 1.0, interpolation: bilinear}
+augmentation: {scale: [0.9, 1.0], ratio: [1.0, 1.0], hflip: 0.0, color_jitter: null, interpolation: bilinear}
+full_precision: {epochs: 3, batch_size: 64, lr: 4e-3, optimizer: adamw}
+quantized: {epochs: 1, batch_size: 10, lr: 2e-3, optimizer_args: {eps: 1e-8}, calibration_images: 128, reconstruction_steps: 9}
+"""  # noqa: E501
+"""Of a model that trains on the digits in seconds, through the command line."""
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    path.write_text(TINY_RECIPE)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_float(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Path) -> Path:
+    """A float model, made as a user makes one: by the command; its third epoch, the last one, is not the best."""
+    from commands import run
+    from qvit.train import loop
+
+    evaluate, evaluations = loop.evaluate, itertools.count(1)
+
+    def spoil_and_evaluate(model: nn.Module, *arguments: Any, **options: Any) -> Accuracy:
+        if next(evaluations) == 3:
+            nn.init.zeros_(model.head.weight)
+        return evaluate(model, *arguments, **options)
+
+    def train(out: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop, "evaluate", spoil_and_evaluate)
+            done = run("train", MODEL, "--full-precision", "--data", "digits", "--recipe", tiny_recipe, "--out", out)
+        assert done.status == 0, done.err
+        (out / "said").write_text(done.out)
+
+    return made_once(tmp_path_factory, "teacher", train) / "best.pt"
+
+
+@pytest.fixture(scope="session")
+def digit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with six of each digit, half of them to validate with."""
+    from sklearn.datasets import load_digits
+
+    def write(folder: Path) -> None:
+        images, labels = load_digits(return_X_y=True)
+        for digit in range(10):
+            for n, image in enumerate(images[labels == digit][:6]):
+                path = folder / ("train", "val")[n % 2] / str(digit) / f"{n}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray((image * 255 / 16).astype(np.uint8).reshape(8, 8)).save(path)
+
+    return made_once(tmp_path_factory, "subset", write)
+
+
+@pytest.fixture
+def training(tiny_recipe: Path, digit_folder: Path, tmp_path: Path) -> list[str]:
+    """Arguments of a two-bit training; a later option of the same name wins."""
+    arguments = ["train", MODEL, "--data", str(digit_folder), "--recipe", str(tiny_recipe), "--bits", "2"]
+    return [*arguments, "--out", str(tmp_path / "run")]

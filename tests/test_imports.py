@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from conftest import SLOW
+
 SOURCE = Path(__file__).parents[1] / "src" / "qvit"
 LEVELS = (
     ("qvit.errors", "qvit._version"),
@@ -97,13 +99,15 @@ def test_no_module_imports_itself_through_others() -> None:
         visit(module, ())
 
 
-@pytest.mark.parametrize(
-    "path", sorted(p for p in SOURCE.rglob("*") if p.suffix in (".py", ".cpp", ".h")), ids=lambda p: p.name
-)
-def test_no_file_is_longer_than_400_lines(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 400
+def test_no_file_is_longer_than_400_lines() -> None:
+    folders = [SOURCE, *(SOURCE.parents[1] / name for name in ("tests", "benchmarks", "examples"))]
+    code = (".py", ".cpp", ".h", ".js", ".mjs", ".sh")
+    paths = [path for folder in folders for path in folder.rglob("*") if path.suffix in code]
+    assert {folder for folder in folders if any(folder in path.parents for path in paths)} == set(folders)
+    assert [str(path) for path in paths if len(path.read_text().splitlines()) > 400] == []
 
 
-def test_no_two_test_files_have_the_same_name() -> None:
+def test_files_of_tests_are_named_once_and_slow_ones_are_there() -> None:
     names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert sorted(set(SLOW) - set(names)) == []
     assert sorted({name for name in names if names.count(name) > 1}) == []  # pytest would not collect the second

@@ -1,17 +1,13 @@
-"""Weights as timm's train.py, DeiT's main.py, Lightning and transformers write them, and files that hold none."""
+"""Weights as timm's train.py, DeiT's main.py, Lightning and transformers write them."""
 
 from __future__ import annotations
 
 import argparse
-import io
 import json
-import os
-import pickle
 import re
 import shutil
 import sys
 import types
-import zipfile
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.torch
-import timm
 import torch
 import transformers
 from hypothesis import given, settings
@@ -28,51 +23,10 @@ from hypothesis import strategies as st
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from qvit.errors import CheckpointError, ConfigError, QvitError
+from foreign_weights import ARGS, EXPECTED, SWIN, VIT, load, refusal, trained
+from qvit.errors import QvitError
 from qvit.models.float_models import load_float
-from qvit.models.spec import ModelSpec, create_model, describe
-
-VIT = "vit_tiny_patch16_224"
-ARGS = {"img_size": 16, "patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 2}
-SWIN = {"img_size": 16, "patch_size": 2, "window_size": 4, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2]}
-
-
-def trained(name: str = VIT, **changes: Any) -> nn.Module:
-    """Return a small float model whose weights are of the size that trained ones have."""
-    model = timm.create_model(name, num_classes=3, **{**(SWIN if "swin" in name else ARGS), **changes}).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.3)
-    return model
-
-
-@pytest.fixture
-def expected() -> ModelSpec:
-    return describe(VIT, ARGS, ["a", "b", "c"], {})
-
-
-@pytest.fixture
-def images() -> Tensor:
-    return torch.randn(2, 3, 16, 16)
-
-
-def load(path: Path, spec: ModelSpec) -> tuple[Any, list[str]]:
-    said: list[str] = []
-    model, _ = load_float(path, spec, said.append)
-    return model, said
-
-
-def refusal(path: Path, spec: ModelSpec) -> str:
-    """Return the sentence in which a file is refused: one line, short, and no escape sequence."""
-    with pytest.raises(QvitError) as caught:
-        load_float(path, spec, print)
-    text = str(caught.value)
-    assert text.isprintable()
-    assert len(text) < 600
-    assert "torch.load" not in text
-    assert "weights_only" not in text
-    return text
-
+from qvit.models.spec import create_model, describe
 
 # --- who wrote it -----------------------------------------------------------------------------------------------------
 
@@ -139,7 +93,7 @@ WRITERS: list[Callable[[nn.Module], tuple[Any, str]]] = [
 @pytest.mark.parametrize("writer", WRITERS, ids=lambda writer: writer.__name__)
 @pytest.mark.parametrize("zipped", [True, False])
 def test_checkpoint_as_others_write_it_is_taken(
-    tmp_path: Path, expected: ModelSpec, images: Tensor, writer: Callable[[nn.Module], tuple[Any, str]], zipped: bool
+    tmp_path: Path, images: Tensor, writer: Callable[[nn.Module], tuple[Any, str]], zipped: bool
 ) -> None:
     model = trained()
     content, sentence = writer(model)
@@ -148,9 +102,9 @@ def test_checkpoint_as_others_write_it_is_taken(
     for name in [name for name in sys.modules if name.startswith("lightning_fabric")]:
         del sys.modules[name]
     if not zipped and writer in (timm_train, lightning):  # whose classes only PyTorch's present files list
-        assert "cannot" in refusal(path, expected) or "damaged" in refusal(path, expected)
+        assert "cannot" in refusal(path, EXPECTED) or "damaged" in refusal(path, EXPECTED)
         return
-    loaded, said = load(path, expected)
+    loaded, said = load(path, EXPECTED)
     assert torch.equal(loaded(images), model(images))
     assert [line for line in said if sentence not in line] == []
     assert bool(said) == bool(sentence)
@@ -170,24 +124,26 @@ def test_prefixes_and_nesting_of_any_kind_are_taken_off(prefix: str, inside: str
     for key in (inside, outside):
         content = {key: content, "epoch": 1} if key else content
     said: list[str] = []
-    weights = adapted(content, describe(VIT, ARGS, ["a", "b", "c"], {}), "w.pth", said.append)
+    weights = adapted(content, EXPECTED, "w.pth", said.append)
     assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
     assert said == [f"w.pth: the averaged weights are taken ({inside})."] * inside.endswith("ema")
 
 
-def test_backbone_and_head_of_a_module_come_together(tmp_path: Path, expected: ModelSpec, images: Tensor) -> None:
+def test_backbone_and_head_of_a_module_come_together(tmp_path: Path, images: Tensor) -> None:
     model = trained()
     weights = {f"model.{'' if name.startswith('head.') else 'backbone.'}{name}": value
                for name, value in model.state_dict().items()}  # fmt: skip
     torch.save({"state_dict": weights}, tmp_path / "w.ckpt")
-    loaded, _ = load(tmp_path / "w.ckpt", expected)
+    loaded, _ = load(tmp_path / "w.ckpt", EXPECTED)
     assert torch.equal(loaded(images), model(images))
 
 
-def test_two_models_in_one_file_are_not_mixed_up(tmp_path: Path, expected: ModelSpec) -> None:
+def test_two_models_in_one_file_are_not_mixed_up(
+    tmp_path: Path,
+) -> None:
     weights = {f"{prefix}{name}": value for prefix in ("", "module.") for name, value in trained().state_dict().items()}
     torch.save(weights, tmp_path / "w.pth")
-    assert "holds more than one model: 'cls_token' and 'module.cls_token'" in refusal(tmp_path / "w.pth", expected)
+    assert "holds more than one model: 'cls_token' and 'module.cls_token'" in refusal(tmp_path / "w.pth", EXPECTED)
 
 
 @pytest.mark.parametrize("name", [VIT, "deit_tiny_distilled_patch16_224"])
@@ -209,32 +165,30 @@ def test_position_embedding_of_another_image_size_is_resampled_and_said(tmp_path
 def test_checkpoint_of_qvits_of_another_image_size_is_resampled_and_said(tmp_path: Path) -> None:
     from qvit.models.checkpoint import write_checkpoint
 
-    spec = describe(VIT, ARGS, ["a", "b", "c"], {})
     model = trained()
-    write_checkpoint(tmp_path / "best.pt", spec, model)
-    expected = describe(VIT, {**ARGS, "img_size": 24}, ["a", "b", "c"], {})
+    write_checkpoint(tmp_path / "best.pt", EXPECTED, model)
+    other = describe(VIT, {**ARGS, "img_size": 24}, ["a", "b", "c"], {})
     said: list[str] = []
-    loaded, loaded_spec = load_float(tmp_path / "best.pt", expected, said.append)
+    loaded, loaded_spec = load_float(tmp_path / "best.pt", other, said.append)
     assert said == [
         f"{tmp_path / 'best.pt'}: the position embedding was resampled from images of 16 x 16 pixels to 24 x 24."
     ]
     assert (loaded_spec.name, loaded_spec.model_args, loaded_spec.preprocessing["input_size"]) == (
         VIT,
-        expected.model_args,
+        other.model_args,
         [3, 24, 24],
     )
     model.set_input_size((24, 24))  # type: ignore[operator]
     images = torch.randn(2, 3, 24, 24)
     assert torch.equal(loaded(images), model(images))
     write_checkpoint(tmp_path / "again.pt", loaded_spec, loaded)
-    assert torch.equal(load(tmp_path / "again.pt", expected)[0](images), model(images))
+    assert torch.equal(load(tmp_path / "again.pt", other)[0](images), model(images))
 
 
 def test_images_of_other_channels_are_refused(tmp_path: Path) -> None:
     from qvit.models.checkpoint import write_checkpoint
 
-    spec = describe(VIT, ARGS, ["a", "b", "c"], {})
-    write_checkpoint(tmp_path / "best.pt", spec, trained())
+    write_checkpoint(tmp_path / "best.pt", EXPECTED, trained())
     grey = describe(VIT, {**ARGS, "in_chans": 1}, ["a", "b", "c"], {"mean": [0.5], "std": [0.5]})
     assert "takes images of 3 channels, the images have 1" in refusal(tmp_path / "best.pt", grey)
 
@@ -285,19 +239,19 @@ def shards(folder: Path, weights: dict[str, Tensor], suffix: str, parts: int = 3
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
-def test_weights_in_several_files_are_taken(tmp_path: Path, expected: ModelSpec, images: Tensor, suffix: str) -> None:
+def test_weights_in_several_files_are_taken(tmp_path: Path, images: Tensor, suffix: str) -> None:
     model = trained()
     index = shards(tmp_path, model.state_dict(), suffix)
-    assert torch.equal(load(index, expected)[0](images), model(images))
+    assert torch.equal(load(index, EXPECTED)[0](images), model(images))
     (tmp_path / "config.json").write_text(
         json.dumps({"architecture": VIT, "num_classes": 3, "model_args": ARGS, "pretrained_cfg": {}})
     )
-    assert torch.equal(load(tmp_path, expected)[0](images), model(images))
+    assert torch.equal(load(tmp_path, EXPECTED)[0](images), model(images))
 
 
 @pytest.mark.parametrize("way", ["safetensors", "sharded safetensors", "bin", "sharded bin"])
 def test_folder_of_transformers_is_taken_however_its_weights_are_written(
-    tmp_path: Path, expected: ModelSpec, images: Tensor, way: str
+    tmp_path: Path, images: Tensor, way: str
 ) -> None:
     config = transformers.ViTConfig(
         hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=4,
@@ -312,7 +266,7 @@ def test_folder_of_transformers_is_taken_however_its_weights_are_written(
             torch.save(weights, tmp_path / "pytorch_model.bin")
         else:
             shards(tmp_path, weights, way.split()[1])
-    loaded, _ = load(tmp_path, expected)
+    loaded, _ = load(tmp_path, EXPECTED)
     with torch.no_grad():
         torch.testing.assert_close(loaded(images), original(images).logits, atol=2e-4, rtol=1e-4)
 
@@ -327,7 +281,7 @@ def test_folder_of_transformers_is_taken_however_its_weights_are_written(
         (lambda places: places.update({"more": "model-00001-of-00003.safetensors"}), "which none of its files holds"),
     ],
 )
-def test_index_that_lies_is_refused(tmp_path: Path, expected: ModelSpec, change: Any, sentence: str) -> None:
+def test_index_that_lies_is_refused(tmp_path: Path, change: Any, sentence: str) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     safetensors.torch.save_file({"cls_token": torch.zeros(1)}, tmp_path / "secret.safetensors")
@@ -335,7 +289,7 @@ def test_index_that_lies_is_refused(tmp_path: Path, expected: ModelSpec, change:
     content = json.loads(index.read_text())
     change(content["weight_map"])
     index.write_text(json.dumps(content))
-    assert sentence in refusal(index, expected)
+    assert sentence in refusal(index, EXPECTED)
 
 
 @pytest.fixture(scope="module")
@@ -378,272 +332,6 @@ def test_edited_settings_of_transformers_are_a_sentence(saved: Path, name: str, 
             assert str(error).isprintable()  # noqa: PT017
             assert len(str(error)) < 500  # noqa: PT017
     assert refused or field in ("do_center_crop", "resample")
-
-
-# --- what cannot be used ----------------------------------------------------------------------------------------------
-
-
-def test_what_is_missing_is_described_with_what_was_found(tmp_path: Path, expected: ModelSpec) -> None:
-    weights = trained().state_dict()
-    del weights["blocks.1.mlp.fc1.weight"]
-    torch.save({"arch": "vit_small_patch16_224", "state_dict": weights}, tmp_path / "w.pth")
-    text = refusal(tmp_path / "w.pth", expected)
-    assert "blocks.1.mlp.fc1.weight' is absent; found cls_token, pos_embed" in text
-    assert "it says that it is of 'vit_small_patch16_224'" in text
-
-
-@pytest.mark.parametrize(
-    ("content", "sentence"),
-    [
-        ({"epoch": 3, "loss": 0.1}, "expected a state dict, by itself or as .*model_ema.*; found epoch, loss"),
-        ([1, 2], r"found \[1, 2\]"),
-        ("text", "found 'text'"),
-        ({}, "found nothing"),
-        (None, "found None"),
-        ({"state_dict": {"a": "b"}}, "holds no weights"),
-        ({"model": {"state_dict": {"model": {}}}}, "holds no weights"),
-    ],
-)
-def test_file_without_weights_says_what_it_holds(
-    tmp_path: Path, expected: ModelSpec, content: Any, sentence: str
-) -> None:
-    torch.save(content, tmp_path / "w.pth")
-    assert re.search(sentence, refusal(tmp_path / "w.pth", expected))
-
-
-def test_models_of_others_are_recognised(tmp_path: Path, expected: ModelSpec) -> None:
-    names = {
-        "torchvision's names": ["conv_proj.weight", "encoder.layers.encoder_layer_0.ln_1.weight"],
-        "give the folder with its config.json": ["vit.embeddings.patch_embeddings.projection.weight"],
-        "give the checkpoint that it was exported from": ["patch_embed.proj.codes", "head.scale"],
-    }
-    for sentence, entries in names.items():
-        torch.save({name: torch.zeros(2) for name in entries}, tmp_path / "w.pth")
-        assert sentence in refusal(tmp_path / "w.pth", expected)
-
-
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"depth": 3}, "'blocks.2.norm1.weight' is more than the model has; found cls_token"),
-        ({"depth": 1}, "'blocks.1.norm1.weight' is absent; found cls_token"),
-        ({"embed_dim": 16}, r"cls_token has shape \(1, 1, 16\), the model needs \(1, 1, 8\)"),
-        ({"patch_size": 2}, "its patches have 2 x 2 pixels, the model's 4 x 4"),
-        ({"in_chans": 1}, r"patch_embed.proj.weight has shape \(8, 1, 4, 4\)"),
-        ({"reg_tokens": 2}, "'reg_token' is more than the model has"),
-        ({"class_token": False, "global_pool": "avg"}, "'cls_token' is absent"),
-        ({"qk_norm": True}, r"'blocks.0.attn.q_norm.weight' is more than the model has"),
-    ],
-)
-def test_another_model_is_refused_by_what_differs(
-    tmp_path: Path, expected: ModelSpec, changes: dict[str, Any], sentence: str
-) -> None:
-    torch.save(trained(**changes).state_dict(), tmp_path / "w.pth")
-    assert re.search(sentence, refusal(tmp_path / "w.pth", expected))
-
-
-def test_distilled_weights_do_not_pass_for_others(tmp_path: Path, expected: ModelSpec) -> None:
-    torch.save(trained("deit_tiny_distilled_patch16_224").state_dict(), tmp_path / "w.pth")
-    assert re.search("dist_token.* is more than the model has|pos_embed", refusal(tmp_path / "w.pth", expected))
-
-
-def test_other_classes_are_told(tmp_path: Path) -> None:
-    torch.save(trained().state_dict(), tmp_path / "w.pth")
-    text = refusal(tmp_path / "w.pth", describe(VIT, ARGS, ["a", "b"], {}))
-    assert "tells 3 classes apart and the data has 2: give a model of these classes" in text
-
-
-@pytest.mark.parametrize(
-    ("spoil", "why"),
-    [
-        (lambda v: v * float("nan"), "holds a NaN or an infinity"),
-        (lambda v: v.double() * 1e300, "holds a NaN or an infinity"),
-        (lambda v: v.masked_fill(v == v.max(), float("inf")), "holds a NaN or an infinity"),
-        (lambda v: v.to(torch.complex64), "is complex"),
-        (lambda v: v.to_sparse(), "is sparse"),
-        (lambda v: v.to("meta"), "is on the meta device"),
-        (lambda v: v.to(torch.int64), "is of type int64, the model needs float32"),
-        (lambda v: v > 0, "is of type bool"),
-        (lambda v: torch.quantize_per_tensor(v, 0.1, 0, torch.qint8), "quantized tensors"),
-        (lambda v: torch.zeros(1).expand(v.shape), "repeats fewer values"),
-        (lambda v: v[:1], "has shape"),
-        (lambda v: v.tolist(), "and no tensor"),
-        (lambda v: None, "is None and no tensor"),
-    ],
-)
-@pytest.mark.parametrize("name", ["blocks.1.attn.qkv.weight", "norm.bias"])
-def test_weight_that_is_none_is_refused_by_name(
-    tmp_path: Path, expected: ModelSpec, name: str, spoil: Callable[[Tensor], Any], why: str
-) -> None:
-    weights: dict[str, Any] = dict(trained().state_dict())
-    weights[name] = spoil(weights[name])
-    torch.save({"model": weights}, tmp_path / "w.pth")
-    text = refusal(tmp_path / "w.pth", expected)
-    assert name in text
-    assert why in text
-
-
-# --- files that are none ----------------------------------------------------------------------------------------------
-
-
-def torchscript(path: Path) -> None:
-    torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)), path)
-
-
-def archive(path: Path, *names: str) -> None:
-    with zipfile.ZipFile(path, "w") as file:
-        for name in names:
-            file.writestr(name, "x")
-
-
-FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "empty": (lambda path: path.touch(), "is empty"),
-    "pointer": (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"), "git lfs pull"),
-    "page": (lambda path: path.write_text("\n<!DOCTYPE html>"), "is a web page"),
-    "json": (lambda path: path.write_text('{"a": 1}'), "is JSON"),
-    "hdf5": (lambda path: path.write_bytes(b"\x89HDF\r\n"), "HDF5"),
-    "text": (lambda path: path.write_text("hello"), "was damaged, or is no file of PyTorch's"),
-    "noise": (lambda path: path.write_bytes(os.urandom(300)), "damaged"),
-    "cut": (lambda path: path.write_bytes(b"PK\x03\x04" + bytes(50)), "was cut short or damaged"),
-    "torchscript": (torchscript, "TorchScript"),
-    "numpy": (lambda path: archive(path, "w/a.npy"), "NumPy"),
-    "zip": (lambda path: archive(path, "a.txt"), "is a zip archive of something else"),
-    "pickle": (lambda path: path.write_bytes(pickle.dumps({"a": 1})), "damaged"),
-}
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("kind", FILES)
-def test_file_that_is_none_is_described(tmp_path: Path, expected: ModelSpec, kind: str) -> None:
-    write, sentence = FILES[kind]
-    path = tmp_path / "w.pth"
-    write(path)
-    text = refusal(path, expected)
-    assert text.startswith(f"{path} ")
-    assert sentence in text
-    (tmp_path / "w.safetensors").write_bytes(path.read_bytes())
-    refusal(tmp_path / "w.safetensors", expected)
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.data())
-def test_damaged_file_is_a_sentence(tmp_path_factory: Any, data: st.DataObject) -> None:
-    spec = describe(VIT, ARGS, ["a", "b", "c"], {})
-    buffer = io.BytesIO()
-    torch.save({"model": trained().state_dict(), "args": argparse.Namespace(lr=1)}, buffer)
-    content = bytearray(buffer.getvalue())
-    for _ in range(data.draw(st.integers(1, 3))):
-        at = data.draw(st.integers(0, len(content) - 1))
-        content[at] ^= data.draw(st.integers(1, 255))
-    path = tmp_path_factory.mktemp("damaged") / "w.pth"
-    path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
-    try:
-        load_float(path, spec, lambda sentence: None)
-    except QvitError as error:
-        assert str(error).isprintable()  # noqa: PT017
-        assert len(str(error)) < 600  # noqa: PT017
-
-
-def test_folder_that_is_none_says_what_to_give(tmp_path: Path, expected: ModelSpec) -> None:
-    assert "expected model.safetensors or pytorch_model.bin" in refusal(tmp_path, expected)
-    (tmp_path / "best.pt").touch()
-    assert f"give {tmp_path / 'best.pt'}" in refusal(tmp_path, expected)
-
-
-def test_whole_model_is_not_built_and_says_what_to_save(tmp_path: Path, expected: ModelSpec) -> None:
-    torch.save({"model": trained()}, tmp_path / "w.pth")
-    text = refusal(tmp_path / "w.pth", expected)
-    assert "a whole object of the class 'timm.models.vision_transformer.VisionTransformer'" in text
-    assert "save its state_dict()" in text
-
-
-# --- code in files ----------------------------------------------------------------------------------------------------
-
-
-class Calls:
-    def __init__(self, function: Any, *args: Any) -> None:
-        self.function, self.args = function, args
-
-    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
-        return self.function, self.args
-
-
-def malicious(target: Path) -> dict[str, Any]:
-    import importlib
-    import subprocess
-
-    made = f"open({str(target)!r}, 'w')"
-    return {
-        "os.system": Calls(os.system, f"touch {target}"),
-        "subprocess": Calls(subprocess.getoutput, f"touch {target}"),
-        "eval": Calls(eval, made),
-        "exec": Calls(exec, made),
-        "open": Calls(open, str(target), "w"),
-        "touch": Calls(Path.touch, target),
-        "import": Calls(importlib.import_module, "antigravity"),
-        "numpy": Calls(np.fromfile, str(target)),
-        "torch.load": Calls(torch.load, str(target)),
-        "nested": Calls(getattr, Calls(importlib.import_module, "os"), "system"),
-        "partial": Calls(__import__("functools").partial, eval, made),
-    }
-
-
-@pytest.mark.parametrize("kind", malicious(Path("x")))
-@pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("where", ["args", "weight", "all"])
-def test_no_code_in_a_file_is_run(tmp_path: Path, expected: ModelSpec, kind: str, zipped: bool, where: str) -> None:
-    target = tmp_path / "made"
-    evil = malicious(target)[kind]
-    weights: dict[str, Any] = dict(trained().state_dict())
-    content: Any = {"state_dict": weights, "args": argparse.Namespace(lr=evil) if where == "args" else None}
-    if where == "weight":
-        weights["head.weight"] = evil
-    torch.save(evil if where == "all" else content, tmp_path / "evil.pth", _use_new_zipfile_serialization=zipped)
-    before = set(sys.modules)
-    if zipped and where == "args" and kind not in ("os.system", "touch"):  # which needs two calls
-        load(tmp_path / "evil.pth", expected)  # what stands beside the weights is never looked at
-    else:
-        refusal(tmp_path / "evil.pth", expected)
-    assert not target.exists()
-    assert "antigravity" not in set(sys.modules) - before
-
-
-def test_call_into_the_system_is_named(tmp_path: Path, expected: ModelSpec) -> None:
-    torch.save({"model": Calls(os.system, "true")}, tmp_path / "evil.pth")
-    text = refusal(tmp_path / "evil.pth", expected)
-    assert f"holds a call of '{os.name}.system': qvit runs no code of a file" in text
-
-
-def test_too_many_classes_are_refused(tmp_path: Path, expected: ModelSpec) -> None:
-    pickled = b"\x80\x02(" + b"".join(b"cmodule%d\nname\n" % n for n in range(101)) + b"t."
-    with zipfile.ZipFile(tmp_path / "w.pth", "w") as file:
-        file.writestr("w/data.pkl", pickled)
-        file.writestr("w/version", "3\n")
-    assert "names 101 classes of other programs, the limit is 100" in refusal(tmp_path / "w.pth", expected)
-
-
-# --- names ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224.nonsense", "deit_tiny_patch16_224.fb_in1"])
-def test_unknown_tag_names_those_that_there_are(expected: ModelSpec, name: str) -> None:
-    with pytest.raises(ConfigError, match=rf"no pretrained weights for {name}: it has {name.partition('.')[0]}\."):
-        load_float(name, expected, print)
-
-
-def test_pretrained_weights_with_a_nan_are_refused(expected: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    create = timm.create_model
-
-    def from_timm(name: str, pretrained: bool = False, **arguments: Any) -> Any:
-        model = create(name, **arguments)
-        if pretrained:
-            with torch.no_grad():
-                model.norm.weight[0] = float("nan")
-        return model
-
-    monkeypatch.setattr(timm, "create_model", from_timm)
-    with pytest.raises(CheckpointError, match=r"norm\.weight holds a NaN or an infinity"):
-        load_float("vit_tiny_patch16_224.augreg_in21k_ft_in1k", expected, print)
 
 
 def test_fixture_models_differ() -> None:

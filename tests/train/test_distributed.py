@@ -119,10 +119,12 @@ def test_sharded_training_follows_ddp_and_goes_on_in_one_process(tmp_path: Path)
     changes = [*QUANTIZED, "quantized.freeze_oscillating=0.5", "quantized.epochs=3"]
     every = SaveEvery(steps=4)
     jobs.together(_sharded, tmp_path / "fsdp", changes, bits=8, fsdp=True, save_every=every)
-    assert len(read_metrics(tmp_path / "fsdp")) == 2
+    first = read_metrics(tmp_path / "fsdp")
+    assert len(first) == 2
     jobs.together(jobs.quantized, tmp_path / "ddp", changes, bits=8, save_every=every)
     process = jobs.start(jobs.quantized, tmp_path / "fsdp", changes, bits=8, resume=True)
     process.join()
+    assert read_metrics(tmp_path / "fsdp")[:2] == first  # their seconds too: they were not trained again
     for a, b in zip(read_metrics(tmp_path / "ddp"), read_metrics(tmp_path / "fsdp"), strict=True):
         assert b["train_loss"] == pytest.approx(a["train_loss"], rel=5e-3)
         assert b["val_images"] == 359

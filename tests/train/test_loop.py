@@ -101,9 +101,11 @@ def test_resumed_run_equals_the_uninterrupted_one(
     with pytest.raises(KeyboardInterrupt):
         run(teacher, digits, recipe, Options(tmp_path / "cut"))
     monkeypatch.undo()
-    assert len(read_metrics(tmp_path / "cut")) == 1
+    first = read_metrics(tmp_path / "cut")
+    assert len(first) == 1
     monkeypatch.setattr(methods, "reconstruct", None)  # what is trained already starts from nothing anew
     run(teacher, digits, recipe, Options(tmp_path / "cut", resume=True))
+    assert read_metrics(tmp_path / "cut")[:1] == first  # its seconds too: it was not trained again
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     strip = [{k: v for k, v in r.items() if "second" not in k} for r in read_metrics(tmp_path / "whole")]
     assert strip == [{k: v for k, v in r.items() if "second" not in k} for r in read_metrics(tmp_path / "cut")]
@@ -153,10 +155,12 @@ def test_killed_run_resumes_from_its_last_epoch(tmp_path: Path, teacher_file: Pa
     process.join()
     assert process.exitcode == -signal.SIGKILL
     load_checkpoint(tmp_path / "run" / "last.pt")
-    assert [record["epoch"] for record in read_metrics(tmp_path / "run")] == [1]
+    first = read_metrics(tmp_path / "run")
+    assert [record["epoch"] for record in first] == [1]
     done = run_command(*command, "--resume")
     assert done.status == 0, done.err
     assert [record["epoch"] for record in read_metrics(tmp_path / "run")] == [1, 2]
+    assert read_metrics(tmp_path / "run")[:1] == first  # its seconds too: it was not trained again
 
 
 def test_nan_stops_and_keeps_the_last_good_checkpoint(
