@@ -33,9 +33,9 @@ def write_atomically(path: Path, write: Callable[[Path], object], previous: Path
     Raises:
         OutputError: if that fails; what was at ``path`` is still there.
     """
+    make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
@@ -47,6 +47,21 @@ def write_atomically(path: Path, write: Callable[[Path], object], previous: Path
         raise OutputError(f"Cannot write {path}: {first_line(error)} What was there before is untouched.") from error
     finally:
         _discard(temporary)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder that is not there yet, and the folders above it.
+
+    Raises:
+        OutputError: if that fails.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        obstacle = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+        raise OutputError(f"Cannot write into {folder}: {obstacle} is no folder: give another name.") from error
+    except OSError as error:
+        raise OutputError(f"Cannot write into {folder}: {first_line(error)}") from error
 
 
 def check_absent(path: str | Path, otherwise: str = "move it away") -> None:

@@ -106,7 +106,7 @@ def test_a_command_replaces_nothing(inputs: Path, name: str) -> None:
         output.unlink()
     Path("out").rmdir()
     Path("out").write_text("mine")  # a file where a folder has to be
-    assert "out" in sentence(run(*command))
+    assert sentence(run(*command)).endswith(": out is no folder: give another name.")
     assert Path("out").read_text() == "mine"
 
 
@@ -137,7 +137,7 @@ def test_a_function_replaces_nothing_unless_it_is_told_to(inputs: Path, writers:
                 write(path)
             assert content(inputs) == before
             remove(path)
-        with pytest.raises(OutputError, match="Cannot write "):
+        with pytest.raises(OutputError, match=r"m\.safetensors is no folder: give another name\.$"):
             write(inputs / "m.safetensors" / name)
         write(inputs / "new" / name)
         if path.suffix and name.startswith("own"):

@@ -138,7 +138,10 @@ def test_other_bits_are_told_by_quantize_and_compare(float_file: Path, pictures:
 def test_what_was_stopped_goes_on_as_if_nothing_had_been(
     quantize: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, status: int
 ) -> None:
+    steps: list[int] = []
+    before_step(monkeypatch, steps.append)
     assert quantize("--out", tmp_path / "whole.safetensors").status == 0
+    whole = len(steps)
     before_step(monkeypatch, lambda step: os.kill(os.getpid(), number) if step == 3 else None)
     done = quantize()
     assert done.status == status
@@ -149,6 +152,7 @@ def test_what_was_stopped_goes_on_as_if_nothing_had_been(
     shutil.copy(tmp_path / "model.partial.pt", tmp_path / "model.partial.pt.copy")
     assert "unfinished reconstruction: give --resume" in sentence(quantize())
     assert quantize("--resume", "--report", tmp_path / "report").status == 0
+    assert len(steps) == 2 * whole  # none was taken twice
     assert checksum(tmp_path / "model.pt") == checksum(tmp_path / "whole.pt")
     assert checksum(tmp_path / "model.pt") != checksum(tmp_path / "model.partial.pt.copy")
     assert json.loads((tmp_path / "report" / "report.json").read_text())["steps"] == 6
@@ -201,7 +205,9 @@ def test_what_goes_wrong_after_the_last_step_loses_nothing(
         assert "is there already" in sentence(quantize())
     assert (tmp_path / "model.safetensors").read_text() == "precious"
     (tmp_path / "model.safetensors").unlink()
-    done = quantize("--resume")
+    with monkeypatch.context() as patch:
+        before_step(patch, lambda step: pytest.fail("a step is taken again"))
+        done = quantize("--resume")
     assert done.status == 0, done.err
     assert quantize("--out", tmp_path / "whole.safetensors").status == 0
     assert checksum(tmp_path / "model.pt") == checksum(tmp_path / "whole.pt")
@@ -235,12 +241,12 @@ def test_what_cannot_be_written_is_found_out_first(
 ) -> None:
     (tmp_path / "file").write_text("x")
     monkeypatch.setattr(Reconstruction, "_make_step", lambda self, learned: pytest.fail("it began"))
-    for arguments in (
-        ["--out", tmp_path / "file" / "model.safetensors"],
-        ["--out", tmp_path / f"{'x' * 300}.safetensors"],
-        ["--report", tmp_path / "file"],
+    for arguments, why in (
+        (["--out", tmp_path / "file" / "model.safetensors"], f"{tmp_path / 'file'} is no folder: give another name."),
+        (["--out", tmp_path / f"{'x' * 300}.safetensors"], "File name too long"),
+        (["--report", tmp_path / "file"], f"{tmp_path / 'file'} is no folder: give another name."),
     ):
-        assert "Cannot write" in sentence(quantize(*arguments))
+        assert why in sentence(quantize(*arguments))
     (tmp_path / "report").mkdir()
     (tmp_path / "report" / "report.json").write_text("precious")
     assert "report.json is there already" in sentence(quantize("--report", tmp_path / "report"))
@@ -248,7 +254,7 @@ def test_what_cannot_be_written_is_found_out_first(
     assert "would be written twice: give two names." in sentence(quantize(*same))
     for option in ("--out", "--images"):
         assert "is empty" in sentence(quantize(option, ""))
-    assert "give" in sentence(quantize("--out", "."))
+    assert "--out '.' is no name of a file: give one such as " in sentence(quantize("--out", "."))
 
 
 def test_a_loss_without_end_leaves_the_calibrated_model(

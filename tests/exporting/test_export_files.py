@@ -69,7 +69,7 @@ def test_a_checkpoint_becomes_onnx(tmp_path: Path) -> None:
         ("q.pt", "there.safetensors", (), "there.safetensors is there already: "),
         ("m.safetensors", "link.onnx", (), "link.onnx is there already: "),
         ("m.safetensors", "folder.onnx", (), "folder.onnx is there already: "),
-        ("m.safetensors", "there.onnx/n.onnx", (), "Cannot write "),
+        ("m.safetensors", "there.onnx/n.onnx", (), "there.onnx is no folder: give another name."),
         ("m.safetensors", "n.onnx", ("--opset", "26"), "The opset must be from 21 to 25, not 26."),
         ("none.safetensors", "n.onnx", (), "There is no file "),
         ("none.pt", "n.onnx", (), "There is no file "),

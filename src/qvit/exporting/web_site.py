@@ -13,7 +13,7 @@ from pathlib import Path
 
 from qvit.errors import ConfigError, OutputError
 from qvit.exporting.web_file import web_file
-from qvit.files import check_absent, first_line
+from qvit.files import check_absent, first_line, make_folder
 from qvit.format.packed import Source, read_packed
 
 MODEL = "model.qvit"
@@ -36,8 +36,8 @@ def write_site(source: Source, folder: str | Path) -> None:
     check_absent(folder)
     files = {**_static_files(), MODEL: web_file(read_packed(source))}
     files.update(_keeping(files))
+    make_folder(folder.parent)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as made:
             site = Path(made) / folder.name
             site.mkdir()

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from qvit.errors import ConfigError, OutputError
-from qvit.files import check_new, first_line, shown
+from qvit.errors import ConfigError
+from qvit.files import check_new, shown
 from qvit.train.lock import locked
 
 
@@ -90,10 +90,7 @@ class Targets:
         """
         file = self.partial.with_name(f".{self.partial.name}.lock")
         with contextlib.ExitStack() as stack:
-            try:
-                free = stack.enter_context(locked(file, accelerator))
-            except OSError as error:
-                raise OutputError(f"Cannot write {self.packed}: {first_line(error)}") from error
+            free = stack.enter_context(locked(file, accelerator))
             if not free:
                 raise ConfigError(f"Another command is writing {self.packed} at present: give another --out.")
             stack.callback(file.unlink, missing_ok=True)

@@ -10,7 +10,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
-from qvit.errors import ConfigError
+from qvit.errors import ConfigError, OutputError
+from qvit.files import first_line, make_folder
 
 LOCK = "lock"
 """Name of the lock file of a folder that one command at a time writes to."""
@@ -22,8 +23,11 @@ def locked(file: Path, accelerator: Accelerator) -> Iterator[bool]:
 
     The main process holds the lock. The system takes it away when that process ends, however it ends, so what a killed
     command leaves behind keeps nobody out; its loaders' processes, which may live on for seconds, do not inherit it.
+
+    Raises:
+        OutputError: if the file, or a folder for it, cannot be made.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(file.parent)
     lock = FileLock(file)
     answer = [True]
     if accelerator.is_main_process:
@@ -31,6 +35,8 @@ def locked(file: Path, accelerator: Accelerator) -> Iterator[bool]:
             lock.acquire(blocking=False)
         except Timeout:
             answer = [False]
+        except OSError as error:
+            raise OutputError(f"Cannot write into {file.parent}: {first_line(error)}") from error
     try:
         yield broadcast_object_list(answer)[0] if accelerator.num_processes > 1 else answer[0]
     finally:
@@ -43,6 +49,7 @@ def alone_in(folder: Path, accelerator: Accelerator) -> Iterator[None]:
 
     Raises:
         ConfigError: if another one does at present.
+        OutputError: if nothing can be written there.
     """
     with locked(folder / LOCK, accelerator) as free:
         if not free:
