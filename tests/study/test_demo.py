@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 import qvit
+from commands import run
 from pages import check_page
 from qvit.study.demo import run_demo
 
@@ -88,3 +89,12 @@ def test_report_holds_table_curves_and_histograms(demo: Demo) -> None:
     for row in rows:
         assert f">{row[2]}</td>" in text
     assert "359 validation images" in text
+
+
+def test_a_finished_demo_is_kept_and_its_report_named(demo: Demo) -> None:
+    out = demo[0]
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    done = run("demo", "--out", out)
+    again = f"to run it again, move {out} away or give another --out"
+    assert (done.status, done.out) == (0, f"The demo is finished. Report: {out / 'report.html'}; {again}.\n")
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before

@@ -102,6 +102,8 @@ class Row:
 def run_demo(out: Path, console: Console, seed: int = 0, changes: Sequence[str] = ()) -> Path:
     """Train, quantize, pack, run in the engine, print the table and write ``report.html``.
 
+    Of a demo that is finished in ``out``, it says where the report is, and how to run another.
+
     Args:
         out: folder for the report, the packed files and a folder a run.
         console: where progress and the table go.
@@ -116,6 +118,10 @@ def run_demo(out: Path, console: Console, seed: int = 0, changes: Sequence[str] 
     """
     report, packed = out / "report.html", [_packed_file(out, bits, method) for bits in BITS for method in DEMO_METHODS]
     outputs = [report, out / "float", *(out / f"{bits}-bit" for bits in BITS), *packed]
+    if all(path.exists() for path in outputs):
+        again = f"to run it again, move {out} away or give another --out"
+        console.print(Text(printable(f"The demo is finished. Report: {report}; {again}.")), soft_wrap=True)
+        return report
     check_new(outputs)
     with alone_in(out, make_accelerator(Options(out, cpu=True))), all_or_none(outputs):
         _demo(out, report, console, seed, changes)
