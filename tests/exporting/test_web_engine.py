@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -187,6 +189,62 @@ def test_an_edited_description_runs_or_is_refused_in_a_sentence(node: Node, data
 )
 def test_a_damaged_file(node: Node, edit: object, sentence: str) -> None:
     assert refusal(node, edit(web_file(make_packed(4)))) == sentence
+
+
+MOST = 2**16
+"""The largest number that the module takes; the square of it is what 32 bits take for 0."""
+
+
+def many_heads(parts: list[dict]) -> None:
+    """So many heads and channels of each that 32 bits count none of them in all."""
+    attention = parts[2]["branches"][0]
+    attention |= {"heads": MOST, "head_dim": MOST}
+    attention["qkv"] |= {"outputs": 0}
+    attention["qkv"]["codes"]["shape"][0] = 0
+    attention["proj"] |= {"inputs": 0}
+    attention["proj"]["codes"]["shape"][1] = 0
+    for array in [attention["qkv"][name] for name in ("scale", "bias")]:
+        array["shape"] = [0]
+    for operand in ("query", "key", "value", "map"):
+        for name in {"scale", "offset"} & attention[operand].keys():
+            attention[operand][name]["shape"] = [MOST]
+    attention["logit_scale"]["shape"] = [MOST]
+
+
+def large_patches(parts: list[dict]) -> None:
+    parts[0] |= {"patch": [MOST, MOST]}
+    parts[0]["layer"] |= {"inputs": 0}
+    parts[0]["layer"]["codes"]["shape"][1] = 0
+
+
+def narrow_windows(parts: list[dict]) -> None:
+    parts[2]["branches"][0] |= {"window": [1, 3], "shift": [0, 0]}
+
+
+def many_pooled(parts: list[dict]) -> None:
+    next(part for part in parts if part["op"] == "pool")["tokens"] = MOST
+
+
+@pytest.mark.parametrize(
+    ("edit", "reason"),
+    [
+        (many_heads, "needs more memory than there is."),
+        (large_patches, ": patch."),
+        (narrow_windows, ": window."),
+        (many_pooled, ": tokens."),
+        (lambda parts: parts.pop(0), ": its first operation alone is to embed."),
+        (lambda parts: parts.append(parts[0]), ": its first operation alone is to embed."),
+        (lambda parts: parts.clear(), ": it has no operations."),
+    ],
+)
+def test_sizes_that_contradict_one_another_are_refused_before_anything_runs(
+    node: Node, edit: Callable[[list[dict]], object], reason: str
+) -> None:
+    description, arrays = split(web_file(make_packed(4)))
+    edit(description["parts"])
+    arrays += bytes(8 * MOST)
+    description["checksum"] = f"{zlib.crc32(arrays):08x}"
+    assert refusal(node, joined(description, arrays)).endswith(reason)
 
 
 def test_a_file_holds_each_array_once() -> None:

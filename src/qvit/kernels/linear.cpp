@@ -23,20 +23,26 @@ void unpack(const uint8_t* row, int bits, size_t count, uint8_t* codes) {
     }
 }
 
+size_t weight_bytes(const Product& product, size_t outputs, size_t inputs) {
+    // None takes more than a byte a weight, and a sum a channel: what can be counted here does not wrap there.
+    product_of(outputs, sum_of(inputs, sizeof(int32_t)));
+    return product.weight_bytes(outputs, inputs);
+}
+
 }  // namespace
 
 Linear::Linear(const Isa& isa, const LinearSpec& spec, Parts out, Parts in)
     : product(&choose(isa.products, isa.product_count, spec.input.bits, spec.weight_bits)),
       input(spec.input),
-      channels(out.count * out.size),
+      channels(out.channels()),
       outputs(round_up(out.total(), product->group)),
       inputs(in.total()),
-      weights(product->weight_bytes(outputs, inputs)),
+      weights(weight_bytes(*product, outputs, inputs)),
       scale(outputs),
       shift(outputs) {
     const int low = 1 << (spec.weight_bits - 1);
-    std::vector<uint8_t> codes(in.count * in.size), padded(inputs, static_cast<uint8_t>(low));
-    for (size_t channel = 0; channel < out.count * out.size; ++channel) {
+    std::vector<uint8_t> codes(in.channels()), padded(inputs, static_cast<uint8_t>(low));
+    for (size_t channel = 0; channel < channels; ++channel) {
         unpack(spec.codes + channel * spec.row_bytes, spec.weight_bits, codes.size(), codes.data());
         int64_t total = 0;
         for (const uint8_t code : codes) total += code - low;

@@ -15,11 +15,12 @@
 
 namespace qvit {
 
-// A range of channels made of `count` parts of `size`, each padded to `padded`.
+// A range of channels made of `count` parts of `size`, each padded to `padded`; `total` counts the padding too.
 struct Parts {
     size_t count, size;
+    size_t channels() const { return product_of(count, size); }
     size_t padded() const { return round_up(size, kChannels); }
-    size_t total() const { return count * padded(); }
+    size_t total() const { return product_of(count, padded()); }
     size_t at(size_t channel) const { return channel / size * padded() + channel % size; }
 };
 

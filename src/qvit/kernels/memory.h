@@ -31,6 +31,12 @@ size_t product_of(Sizes... sizes) {
     return product;
 }
 
+// A sum of sizes, likewise.
+inline size_t sum_of(size_t first, size_t second) {
+    if (__builtin_add_overflow(first, second, &first)) raise<std::bad_alloc>();
+    return first;
+}
+
 inline void check(bool inside) {
     if (kChecked && !inside)
         raise<std::logic_error>("a kernel was given more than its part of a buffer, or codes that are too wide");

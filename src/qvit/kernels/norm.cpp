@@ -26,7 +26,7 @@ void Norm::fold(const std::vector<Quantizer>& quantizers) {
 
 Norm make_norm(bool rms, float eps, const float* weight, const float* bias, Parts parts) {
     Norm norm{true, rms, eps, parts, Buffer<float>(parts.total()), Buffer<float>(parts.total()), {}};
-    for (size_t i = 0; i < parts.count * parts.size; ++i) {
+    for (size_t i = 0; i < parts.channels(); ++i) {
         norm.weight[parts.at(i)] = weight[i];
         norm.bias[parts.at(i)] = bias[i];
     }
@@ -41,7 +41,7 @@ Norm make_rectifier(float eps, const float* gamma, const float* beta, Parts part
               Buffer<float>(parts.total()),
               Buffer<float>(parts.total()),
               Buffer<float>(parts.total())};
-    for (size_t i = 0; i < parts.count * parts.size; ++i) {
+    for (size_t i = 0; i < parts.channels(); ++i) {
         norm.weight[parts.at(i)] = 1.0f / gamma[i];
         norm.inner[parts.at(i)] = beta[i] / gamma[i];
     }

@@ -42,14 +42,14 @@ LinearSpec layer(const Part& part, const char* name) {
 
 Linear linear(const Plan& plan, const Part& part, const char* name, Parts outputs, Parts inputs) {
     const LinearSpec spec = layer(part, name);
-    need(spec.outputs == outputs.count * outputs.size && spec.inputs == inputs.count * inputs.size, name);
+    need(spec.outputs == outputs.channels() && spec.inputs == inputs.channels(), name);
     return Linear(plan.isa, spec, outputs, inputs);
 }
 
 Norm norm(const Part& part, const char* name, Parts parts) {
     if (!part.has(name)) return {};
     const Part& given = part.part(name);
-    const size_t count = parts.count * parts.size;
+    const size_t count = parts.channels();
     return make_norm(given.number("rms") != 0.0, static_cast<float>(given.number("eps")), given.floats("weight", count),
                      given.floats("bias", count), parts);
 }
@@ -68,9 +68,9 @@ std::vector<Quantizer> quantizers(const Part& part, const char* name, size_t hea
 
 // Values per channel of every head, padded.
 Buffer<float> per_channel(const Part& part, const char* name, Parts heads) {
-    const float* given = part.floats(name, heads.count * heads.size);
+    const float* given = part.floats(name, heads.channels());
     Buffer<float> values(heads.total());
-    for (size_t i = 0; i < heads.count * heads.size; ++i) values[heads.at(i)] = given[i];
+    for (size_t i = 0; i < heads.channels(); ++i) values[heads.at(i)] = given[i];
     return values;
 }
 
@@ -81,7 +81,7 @@ Operand operand(const Part& part, const char* name, Parts heads, bool rotates) {
     if (given.has("norm")) made.norms.push_back(norm(given, "norm", heads));
     made.coded = !made.norms.empty() && !rotates;
     if (given.has("gamma")) {
-        const size_t count = heads.count * heads.size;
+        const size_t count = heads.channels();
         made.norms.push_back(make_rectifier(static_cast<float>(given.number("eps")), given.floats("gamma", count),
                                             given.floats("beta", count), heads));
         made.coded = true;
@@ -102,7 +102,7 @@ Rotary rotary(const Part& part, size_t heads, size_t patches, size_t half) {
     made.halves = given.number("halves") != 0.0;
     made.tables = rows_of(given, "cos");
     need(made.tables == 1 || made.tables == heads, "rotary");
-    const size_t count = made.tables * patches * half;
+    const size_t count = product_of(made.tables, patches, half);
     made.cos = Buffer<float>(count);
     made.sin = Buffer<float>(count);
     std::copy_n(given.floats("cos", count), count, made.cos.data());
@@ -113,16 +113,17 @@ Rotary rotary(const Part& part, size_t heads, size_t patches, size_t half) {
 // The file's table has a row per offset of the query from the key, and a column per head; log2 e goes in.
 void set_bias(Attention& a, const Part& part, size_t rows, size_t columns, size_t prefix) {
     constexpr double kLog2E = 1.4426950408889634;
-    const size_t offsets = (2 * rows - 1) * (2 * columns - 1), count = offsets + (prefix == 0 ? 0 : 3);
-    const float* given = part.floats("bias", count * a.heads.count);
-    a.bias = Buffer<float>(a.heads.count * (offsets + 3));
+    const size_t offsets = product_of(2 * rows - 1, 2 * columns - 1), most = sum_of(offsets, 3);
+    const size_t count = prefix == 0 ? offsets : most;
+    const float* given = part.floats("bias", product_of(count, a.heads.count));
+    a.bias = Buffer<float>(product_of(a.heads.count, most));
     a.bias_height = rows;
     a.bias_width = columns;
     a.bias_prefix = prefix;
     for (size_t head = 0; head < a.heads.count; ++head)
         for (size_t i = 0; i < count; ++i) {
             const size_t at = i < offsets ? offsets - 1 - i : i;
-            a.bias[head * (offsets + 3) + at] = static_cast<float>(given[i * a.heads.count + head] * kLog2E);
+            a.bias[head * most + at] = static_cast<float>(given[i * a.heads.count + head] * kLog2E);
         }
 }
 
@@ -132,6 +133,7 @@ Window window_of(const Stage& stage, const Part& part) {
     if (!part.has("window")) return {};
     const auto [rows, columns] = pair(part, "window");
     const auto [down, right] = pair(part, "shift");
+    need(rows > 0 && columns > 0 && stage.rows % rows == 0 && stage.columns % columns == 0, "window");
     // One window that covers the image is no window: its rows can be divided among threads.
     if (rows == stage.rows && columns == stage.columns && down == 0 && right == 0) return {};
     return {rows, columns, down, right};
@@ -152,7 +154,7 @@ Attention attention(const Plan& plan, const Part& part, size_t branch) {
     a.map_quantizer = quantizers(part, "map", a.heads.count);
     a.factors.assign(part.floats("logit_scale", a.heads.count),
                      part.floats("logit_scale", a.heads.count) + a.heads.count);
-    a.inner = norm(part, "inner_norm", {1, a.heads.count * a.heads.size});
+    a.inner = norm(part, "inner_norm", {1, a.heads.channels()});
     if (part.has("bias")) {
         const Window window = window_of(stage, part);
         set_bias(a, part, window[0] == 0 ? stage.rows : window[0], window[0] == 0 ? stage.columns : window[1],
@@ -215,8 +217,8 @@ void add_residual(Plan& plan, const Part& part) {
 void add_tokens(Plan& plan, const Part& part) {
     const Stage& stage = plan.stage();
     const size_t prefix = part.has("prefix") ? rows_of(part, "prefix") : 0;
-    plan.tokens(prefix == 0 ? nullptr : part.floats("prefix", prefix * stage.channels), prefix,
-                part.has("position") ? part.floats("position", stage.tokens * stage.channels) : nullptr);
+    plan.tokens(prefix == 0 ? nullptr : part.floats("prefix", product_of(prefix, stage.channels)), prefix,
+                part.has("position") ? part.floats("position", product_of(stage.tokens, stage.channels)) : nullptr);
 }
 
 void add_pool(Plan& plan, const Part& part) {
@@ -228,6 +230,8 @@ void add_pool(Plan& plan, const Part& part) {
                                 : Pool::Kind::both;
     pool.tokens = part.whole("tokens");
     pool.skip = part.whole("skip");
+    const size_t tokens = plan.stage().tokens;
+    need(pool.tokens > 0 && pool.tokens <= tokens && pool.skip < tokens, "tokens");
     plan.pool(std::move(pool));
 }
 
@@ -261,8 +265,10 @@ void add_classify(Plan& plan, const Part& part) {
 
 void add_operation(Plan& plan, const Part& part) {
     const auto op = part.text("op");
+    need((op == "embed") == plan.stages.empty(), "its first operation alone is to embed");
     if (op == "embed") {
         const auto [rows, columns] = pair(part, "patch");
+        need(rows > 0 && rows <= plan.height && columns > 0 && columns <= plan.width, "patch");
         plan.embed(rows, columns, layer(part, "layer"));
     } else if (op == "tokens") {
         add_tokens(plan, part);
@@ -271,7 +277,9 @@ void add_operation(Plan& plan, const Part& part) {
     } else if (op == "residual") {
         add_residual(plan, part);
     } else if (op == "merge") {
-        plan.merge(norm(part, "norm", {1, 4 * plan.stage().channels}), layer(part, "layer"));
+        const Stage& stage = plan.stage();
+        need(stage.rows % 2 == 0 && stage.columns % 2 == 0 && stage.prefix == 0, "merge");
+        plan.merge(norm(part, "norm", {1, 4 * stage.channels}), layer(part, "layer"));
     } else if (op == "pool") {
         add_pool(plan, part);
     } else if (op == "attention_pool") {

@@ -12,9 +12,7 @@ namespace {
 
 void widen(size_t& largest, size_t value) { largest = std::max(largest, value); }
 
-void grow(size_t& sum, size_t count, size_t size) {
-    if (__builtin_add_overflow(sum, product_of(count, size), &sum)) raise<std::bad_alloc>();
-}
+void grow(size_t& sum, size_t count, size_t size) { sum = sum_of(sum, product_of(count, size)); }
 
 void fold(Mlp& mlp, bool post) {
     if (!post && mlp.norm.present && mlp.kind != Mlp::Kind::swiglu) mlp.norm.fold({mlp.fc1.input});
@@ -29,7 +27,7 @@ Plan::Plan(const Isa& isa_, size_t channels_, size_t height_, size_t width_)
 
 void Plan::embed(size_t patch_height, size_t patch_width, const LinearSpec& layer) {
     const size_t rows = height / patch_height, columns = width / patch_width;
-    const size_t inputs = channels * patch_height * patch_width;
+    const size_t inputs = product_of(channels, patch_height, patch_width);
     stages.push_back({rows * columns, layer.outputs, round_up(layer.outputs, kChannels), rows, columns, 0});
     embedding.patch_height = patch_height;
     embedding.patch_width = patch_width;
@@ -46,13 +44,13 @@ void Plan::tokens(const float* prefix, size_t count, const float* positions) {
     Stage& stage = stages.back();
     const size_t patches = stage.tokens;
     stage.prefix = count;
-    stage.tokens += count;
-    embedding.prefix = Buffer<float>(count * stage.width);
+    stage.tokens = sum_of(patches, count);
+    embedding.prefix = Buffer<float>(product_of(count, stage.width));
     for (size_t i = 0; i < count; ++i)
         std::copy_n(prefix + i * stage.channels, stage.channels,
                     embedding.prefix.rows(count, stage.width).row(i, stage.channels));
     if (positions != nullptr) {
-        embedding.positions = Buffer<float>(patches * stage.width);
+        embedding.positions = Buffer<float>(product_of(patches, stage.width));
         for (size_t i = 0; i < patches; ++i)
             std::copy_n(positions + i * stage.channels, stage.channels,
                         embedding.positions.rows(patches, stage.width).row(i, stage.channels));
@@ -154,7 +152,7 @@ void Plan::classify(std::vector<Linear> layers) {
 }
 
 size_t Plan::outputs() const {
-    return classifiers.empty() ? pooling.tokens * stage().channels : classifiers[0].channels;
+    return classifiers.empty() ? product_of(pooling.tokens, stage().channels) : classifiers[0].channels;
 }
 
 void Plan::consider(const Linear& layer) { widen(largest_row, std::max(layer.inputs, layer.outputs)); }

@@ -112,7 +112,7 @@ void normalize_heads(const Plan& plan, Scratch& s, const Attention& a, size_t co
                      Span<uint8_t> codes) {
     const RowSpans ops(plan.isa.ops);
     const Parts heads = a.heads;
-    const size_t padded = heads.padded(), channels = round_up(heads.count * heads.size, kChannels);
+    const size_t padded = heads.padded(), channels = round_up(heads.channels(), kChannels);
     const Span<float> packed = s.second.rows(count, channels);
     const Span<uint8_t> normed = s.hidden.rows(count, channels);
     for (size_t r = 0; r < count; ++r) {

@@ -91,7 +91,10 @@ QVIT_EXPORT(close_part) void close_part() {
     open_parts.empty() ? add_operation(model->plan(), part) : add(name.c_str(), std::move(part));
 }
 
-QVIT_EXPORT(outputs) size_t outputs() { return model->plan().outputs(); }
+QVIT_EXPORT(outputs) size_t outputs() {
+    need(!model->plan().stages.empty(), "it has no operations");
+    return model->plan().outputs();
+}
 
 QVIT_EXPORT(forward) void forward(const float* images, size_t batch, float* outputs) {
     model->forward(images, batch, outputs);
