@@ -84,9 +84,14 @@ class NodeEngine:
         return codes
 
 
+def are_modules_built() -> bool:
+    """Say whether the engine of the browser is built."""
+    return all((WEB / module).exists() for module in MODULES)
+
+
 def need_modules() -> None:
     """Skip a test where the engine of the browser is not built, or there is no Node to run it."""
-    if not all((WEB / module).exists() for module in MODULES):
+    if not are_modules_built():
         pytest.skip("the engine of the browser is not built: make web")
     if shutil.which("node") is None:
         pytest.skip("there is no Node.js on the path")

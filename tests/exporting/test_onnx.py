@@ -10,10 +10,11 @@ import numpy as np
 import onnx
 import pytest
 import timm
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto
 from onnx.reference import ReferenceEvaluator
+from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 
 from conftest import make_vit
 from family_programs import FAMILIES, shifted_program
@@ -76,7 +77,11 @@ def test_the_mask_of_a_shifted_window_is_a_hundred(exact: bool) -> None:
 @given(program=programs(), seed=st.integers(0, 2**16), exact=st.booleans())
 def test_random_programs_are_the_reference(program: Program, seed: int, exact: bool) -> None:
     packed = random_packed(program, seed)
-    check_codes(packed, OnnxEngine(packed, exact=exact), images_for(program, 2, seed))
+    try:
+        check_codes(packed, OnnxEngine(packed, exact=exact), images_for(program, 2, seed))
+    except InvalidArgument as refusal:  # of ONNX Runtime 1.23, the last one for Python 3.10: no norm of one channel
+        assume("Size of X.shape[axis:] must be larger than 1" not in str(refusal))
+        raise
 
 
 @pytest.mark.parametrize("member", [*MEMBERS, *FAMILY_MEMBERS])
