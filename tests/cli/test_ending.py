@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import os
@@ -20,6 +21,7 @@ import torch.distributed as dist
 import typer
 from PIL import Image
 from rich.table import Table
+from torch.nn.parallel import DistributedDataParallel
 
 import qvit
 from commands import run, sentence
@@ -31,6 +33,7 @@ from qvit.errors import TrainingStopped
 from qvit.models.checkpoint import write_checkpoint
 from qvit.models.spec import describe
 from qvit.runtime import info
+from qvit.train.distributed import shard
 from qvit.train.lock import LOCK
 
 
@@ -108,19 +111,37 @@ def test_commands_have_no_help_where_python_keeps_no_docstrings() -> None:
     assert help_text(lambda: None) == ""
 
 
-@pytest.mark.parametrize("stop", [None, TrainingStopped("Stopped by SIGTERM at the end of epoch 1.")])
-def test_a_command_leaves_the_processes_that_it_ran_with(stop: TrainingStopped | None, monkeypatch: Any) -> None:
+def threads_of_gloo() -> set[str]:
+    """Return the numbers of gloo's threads in this process; Linux alone tells them."""
+    numbers = set()
+    for folder in Path("/proc/self/task").glob("*"):
+        with contextlib.suppress(OSError):  # of a thread that has ended
+            if "gloo" in (folder / "comm").read_text():
+                numbers.add(folder.name)
+    return numbers
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_command_leaves_the_processes_that_it_ran_with(stopped: bool, monkeypatch: Any) -> None:
+    """And the threads of their group end: one that lets go of a tensor after Python's end would end the program."""
+
     def last_of_it(path: Path) -> list[Table]:
-        assert dist.is_initialized()
-        if stop is not None:
-            raise stop
+        for spread in (DistributedDataParallel, shard):
+            student = student_of(make_vit(depth=1), images, qvit.QuantConfig(8, 8)).train()
+            model = spread(student) or student  # shards in place
+            model(images).sum().backward()
+        assert bool(threads_of_gloo() - others) == Path("/proc/self/task").exists()
+        if stopped:
+            raise TrainingStopped("Stopped by SIGTERM at the end of epoch 1.")
         return []
 
     monkeypatch.setattr(info, "info_tables", last_of_it)
+    images, others = images_for(3, (16, 16)), threads_of_gloo()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        assert run("info", "m.safetensors").status == (0 if stop is None else 143)
+        assert run("info", "m.safetensors").status == (143 if stopped else 0)
         assert not dist.is_initialized()
+        assert not threads_of_gloo() - others
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

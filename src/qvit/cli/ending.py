@@ -93,14 +93,12 @@ def rank() -> int:
 
 
 def leave_the_others() -> None:
-    """Leave the processes that have come to this end together, if there are any.
-
-    A thread of gloo lets go of a tensor after those who waited for it go on, and needs Python for that: where Python
-    has ended before, the thread ends the program by SIGABRT.
-    """
+    """Leave the processes that have come to this end together, if there are any."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
+        from qvit.train.distributed import leave
+
+        leave()
 
 
 def less_memory(command: Callable[..., None]) -> str:
@@ -114,12 +112,13 @@ def ends_in_a_sentence(command: _Command) -> _Command:
 
     @functools.wraps(command)
     def run(*args: object, **kwargs: object) -> None:
+        sentence: str | None = None
         try:
-            command(*args, **kwargs)
-            leave_the_others()
-        except TrainingStopped as stopped:
-            leave_the_others()
-            end(str(stopped), STOPPED)
+            try:
+                command(*args, **kwargs)
+            except TrainingStopped as stopped:
+                sentence = str(stopped)
+            leave_the_others()  # after the exception, whose frames hold what was trained
         except KeyboardInterrupt as interrupt:
             end(str(interrupt) or "Interrupted.", INTERRUPTED)
         except CorruptImageError as error:  # of this process's part of the images: the first one does not know of it
@@ -139,6 +138,8 @@ def ends_in_a_sentence(command: _Command) -> _Command:
             if not isinstance(error, OSError):
                 raise
             end(f"{error.strerror or first_line(error)}: {error.filename or 'the output'}.", REFUSED, everywhere=True)
+        if sentence is not None:
+            end(sentence, STOPPED)
 
     return run  # type: ignore[return-value]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from accelerate import Accelerator
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.parallel import DistributedDataParallel
@@ -26,6 +27,7 @@ _ARGUMENTS = inspect.signature(DistributedDataParallel).parameters
 _NO_BROADCAST: dict[str, Any] = {
     "forward_sync_buffers" if "forward_sync_buffers" in _ARGUMENTS else "broadcast_buffers": False
 }
+_meshes: list[DeviceMesh] = []  # of all that was sharded, for leave()
 
 
 def spread(model: VisionTransformer, accelerator: Accelerator, *, fsdp: bool) -> nn.Module:
@@ -53,11 +55,26 @@ def shard(model: VisionTransformer) -> None:
     """
     whole = {p for m in model.modules() if isinstance(m, Float32Module) for p in m.parameters(recurse=False)}
     mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
+    _meshes.append(mesh)
     for block in family_of(model).blocks(model):
         fully_shard(block, mesh=mesh, ignored_params=whole)
     fully_shard(model, mesh=mesh, ignored_params=whole)
     for parameter in whole:
         parameter.register_post_accumulate_grad_hook(_average)
+
+
+def leave() -> None:
+    """Leave the processes that have come to this end together; what they trained must not be held any more.
+
+    A thread of gloo lets go of a tensor after those who waited for it go on, and needs Python for that: where Python
+    has ended before, the thread ends the program by SIGABRT. The threads end with the last reference to their group,
+    which its destruction alone does not take away: models in circles of references hold it (DDP's and FSDP2's), and
+    meshes, which DTensor's caches hold for ever.
+    """
+    gc.collect()
+    while _meshes:
+        getattr(_meshes.pop(), "_pg_registry", {}).clear()
+    dist.destroy_process_group()
 
 
 def is_sharded(model: nn.Module) -> bool:
