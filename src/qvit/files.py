@@ -78,8 +78,12 @@ def check_absent(path: str | Path, otherwise: str = "move it away") -> None:
         raise ConfigError(f"{path} is there already: give another name, or {otherwise}.")
 
 
-def check_new(paths: Iterable[Path]) -> None:
+def check_new(paths: Iterable[Path], otherwise: str = "move it away") -> None:
     """See that nothing is at these paths, and that files can be written there; folders above them are made.
+
+    Args:
+        paths: of files and folders.
+        otherwise: as :func:`check_absent` takes it.
 
     Raises:
         ConfigError: if something is there, or two of them are one file.
@@ -92,7 +96,7 @@ def check_new(paths: Iterable[Path]) -> None:
             if name in names:
                 raise ConfigError(f"{path} would be written twice: give two names.")
             names.add(name)
-            check_absent(path)
+            check_absent(path, otherwise)
             write_atomically(path, lambda temporary: temporary.write_bytes(b""))
             made.callback(path.unlink)
 

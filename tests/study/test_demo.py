@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 import qvit
-from commands import run
+from commands import run, sentence
 from pages import check_page
 from qvit.study.demo import run_demo
 
@@ -89,6 +89,12 @@ def test_report_holds_table_curves_and_histograms(demo: Demo) -> None:
     for row in rows:
         assert f">{row[2]}</td>" in text
     assert "359 validation images" in text
+
+
+def test_an_unfinished_demo_says_what_to_move_away(tmp_path: Path) -> None:
+    (tmp_path / "float").mkdir()  # as a killed one leaves it
+    said = f"qvit: {tmp_path / 'float'} is there already: give another name, or move {tmp_path} away."
+    assert sentence(run("demo", "--out", tmp_path)) == said
 
 
 def test_a_finished_demo_is_kept_and_its_report_named(demo: Demo) -> None:

@@ -122,7 +122,7 @@ def run_demo(out: Path, console: Console, seed: int = 0, changes: Sequence[str] 
         again = f"to run it again, move {out} away or give another --out"
         console.print(Text(printable(f"The demo is finished. Report: {report}; {again}.")), soft_wrap=True)
         return report
-    check_new(outputs)
+    check_new(outputs, f"move {out} away")
     with alone_in(out, make_accelerator(Options(out, cpu=True))), all_or_none(outputs):
         _demo(out, report, console, seed, changes)
     return report
