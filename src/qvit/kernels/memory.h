@@ -84,14 +84,17 @@ class Span {
     size_t stride_;
 };
 
+constexpr size_t kCacheLine = 64, kPage = 4096;
+
 template <class T>
 class Buffer {
   public:
     Buffer() = default;
-    explicit Buffer(size_t count) : size_(count) {
-        if (count > (SIZE_MAX - 128) / sizeof(T) || allocation_fault.strikes()) raise<std::bad_alloc>();
-        const size_t bytes = (count * sizeof(T) + 63) / 64 * 64 + 64;  // a whole vector may be read past the end
-        data_.reset(static_cast<T*>(std::aligned_alloc(64, bytes)));
+    explicit Buffer(size_t count, size_t alignment = kCacheLine) : size_(count) {
+        if (count > (SIZE_MAX - 2 * alignment) / sizeof(T) || allocation_fault.strikes()) raise<std::bad_alloc>();
+        // A whole vector may be read past the end.
+        const size_t bytes = (count * sizeof(T) + kCacheLine + alignment - 1) / alignment * alignment;
+        data_.reset(static_cast<T*>(std::aligned_alloc(alignment, bytes)));
         if (!data_) raise<std::bad_alloc>();
         std::memset(static_cast<void*>(data_.get()), 0, bytes);
     }
@@ -125,6 +128,15 @@ class Buffer {
     };
     std::unique_ptr<T, Free> data_;
     size_t size_ = 0;
+};
+
+// What a thread writes while others work beside it lies in pages of its own. A processor fetches ahead of what is
+// written, up to the page's end, and would take lines there from the thread that works in them.
+template <class T>
+class Workspace : public Buffer<T> {
+  public:
+    Workspace() = default;
+    explicit Workspace(size_t count) : Buffer<T>(count, kPage) {}
 };
 
 }  // namespace qvit

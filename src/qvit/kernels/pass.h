@@ -32,8 +32,8 @@ struct KeyValues {
                 bias.rows(1, a.padded_group, group * all.biases + a.first_bias + index * a.padded_group)};
     }
 
-    Buffer<uint8_t> query, value, key;
-    Buffer<float> bias;
+    Workspace<uint8_t> query, value, key;
+    Workspace<float> bias;
 };
 
 // What one thread works in. Codes have one byte per value; `packed` holds them as a product reads them.
@@ -55,10 +55,10 @@ struct Scratch {
           stream(plan.windows.empty() ? 0 : product_of(plan.largest_task, plan.largest_row)),
           windows(plan.largest_window_codes, plan.largest_window_keys, plan.largest_window_bias) {}
 
-    Buffer<uint8_t> codes, packed, hidden, map, values;
-    Buffer<int32_t> sums, scores;
-    Buffer<float> first, second, normed, totals, shifts;
-    Buffer<float> stream;  // rows of whole windows, side by side
+    Workspace<uint8_t> codes, packed, hidden, map, values;
+    Workspace<int32_t> sums, scores;
+    Workspace<float> first, second, normed, totals, shifts;
+    Workspace<float> stream;  // rows of whole windows, side by side
     KeyValues windows;
     Seconds seconds{};
 };
@@ -82,7 +82,7 @@ struct Pass {
 
     size_t batch;
     const Plan& plan;
-    std::vector<Buffer<float>> streams;
+    std::vector<Workspace<float>> streams;
     std::array<KeyValues, 2> halves;
     const float* images = nullptr;
     float* outputs = nullptr;
