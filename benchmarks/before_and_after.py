@@ -3,7 +3,8 @@
 Each build has a checkout and an environment of its own; the models are written by the build that runs them, with the
 same random numbers. One process per build loads a model and waits; the parent lets them make one call at a time, by
 turns, so that whatever else the machine does falls on both alike. Printed are the medians, their ratio, and the median
-of the ratios of neighbouring turns, which drifts of the machine hardly touch.
+of the ratios of neighbouring turns, which drifts of the machine hardly touch. With --node it is the browser's engine,
+of which `make web` makes the modules, in Node.js.
 
 Example: python benchmarks/before_and_after.py ../old . --models deit_tiny_patch16_224 --bits 4 2 --batches 1 8
 """
@@ -44,13 +45,41 @@ for _ in sys.stdin:
     print(time.perf_counter() - start, flush=True)
 """
 
+NODE_SITE = """
+import os, sys
+from pathlib import Path
+checkout, folder, model, bits, batch, threads, activation_bits, script, *options = sys.argv[1:]
+sys.path.insert(0, f"{checkout}/benchmarks")
+from qvit.exporting.web_site import write_site
+from random_models import write_random
+mixed = {"activation_bits": int(activation_bits)} if activation_bits else {}
+write_site(write_random(Path(folder) / "model.safetensors", model, int(bits), **mixed), Path(folder) / "site")
+os.execvp("node", ["node", *options, "--input-type=module", "-e", script, f"{folder}/site", batch, threads])
+"""
+
+NODE_WORK = """
+import { createInterface } from "node:readline";
+const [site, batch, threads] = process.argv.slice(1);
+const { load } = await import(`${site}/qvit.js`);
+const model = await load(`${site}/model.qvit`, { threads: Number(threads) });
+const images = Float32Array.from({ length: batch * 3 * 224 * 224 }, (_, index) => Math.sin(index));
+let logits;
+for (let call = 0; call < 3; ++call) logits = await model.run(images);
+console.log(logits.reduce((sum, logit) => sum + Math.abs(logit), 0));
+for await (const _ of createInterface({ input: process.stdin })) {
+  const start = performance.now();
+  await model.run(images);
+  console.log((performance.now() - start) / 1e3);
+}
+"""
+
 
 class Build:
     """A process of one build, which makes one call whenever it is asked."""
 
-    def __init__(self, checkout: Path, folder: str, case: tuple[str, int, int], options: list[str]) -> None:
+    def __init__(self, checkout: Path, folder: str, work: str, case: tuple[str, int, int], options: list[str]) -> None:
         python = checkout / ".venv" / "bin" / "python"
-        command = [str(python), "-c", WORK, str(checkout), folder, *map(str, case), *options]
+        command = [str(python), "-c", work, str(checkout), folder, *map(str, case), *options]
         self._worker = Worker(command, {**os.environ, "OMP_NUM_THREADS": "1"})
         self.checksum = float(self._worker.ready)
         self.close = self._worker.close
@@ -72,10 +101,15 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--instruction-set", default="", help="the best one by default")
+    parser.add_argument("--node", nargs="?", const="", metavar="OPTIONS", help="Node.js, with these options of its own")
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--limit", type=float, default=1.02, help="largest ratio that passes")
     arguments = parser.parse_args()
-    options = [str(arguments.threads), str(arguments.activation_bits or ""), arguments.instruction_set]
+    options = [str(arguments.threads), str(arguments.activation_bits or "")]
+    if arguments.node is None:
+        work, options = WORK, [*options, arguments.instruction_set]
+    else:
+        work, options = NODE_SITE, [*options, NODE_WORK, *arguments.node.split()]
     table = Table("model", "bits", "batch", "before (ms)", "after (ms)", "ratio", "ratio of turns", "outputs")
     failed = False
     for case in [(m, b, n) for m in arguments.models for b in arguments.bits for n in arguments.batches]:
@@ -83,7 +117,7 @@ def main() -> None:
             builds = []
             for checkout in (arguments.before, arguments.after):
                 folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="qvit-builds-"))
-                builds.append(Build(checkout.resolve(), folder, case, options))
+                builds.append(Build(checkout.resolve(), folder, work, case, options))
                 stack.callback(builds[-1].close)
             turns = [[build.seconds() for build in builds] for _ in range(arguments.rounds)]
             before, after = (statistics.median(times) for times in zip(*turns, strict=True))

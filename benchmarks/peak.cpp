@@ -17,9 +17,11 @@ namespace {
 #define DOT_256(SUM) "vpdpbusd %%ymm31, %%ymm30, %%ymm" SUM "\n"
 #define LOOKUP_512(SUM) "vpermb %%zmm31, %%zmm30, %%zmm29\n vpaddusb %%zmm29, %%zmm" SUM ", %%zmm" SUM "\n"
 #define LOOKUP_256(SUM) "vpshufb %%ymm15, %%ymm14, %%ymm13\n vpaddb %%ymm13, %%ymm" SUM ", %%ymm" SUM "\n"
-// Two lookups fit into a byte, whose sums then become those of words and of the words' high bytes.
-#define MADE_256(SUM)                                                         \
+// Four lookups fit into a byte, whose sums then become those of words and of the words' high bytes.
+#define MIXED_256(SUM)                                                        \
     "vpshufb %%ymm15, %%ymm14, %%ymm13\n vpshufb %%ymm14, %%ymm15, %%ymm12\n" \
+    "vpaddb %%ymm12, %%ymm13, %%ymm13\n vpshufb %%ymm15, %%ymm14, %%ymm12\n"  \
+    "vpaddb %%ymm12, %%ymm13, %%ymm13\n vpshufb %%ymm14, %%ymm15, %%ymm12\n"  \
     "vpaddb %%ymm12, %%ymm13, %%ymm13\n vpsrlw $8, %%ymm13, %%ymm12\n"        \
     "vpaddw %%ymm13, %%ymm" SUM ", %%ymm" SUM "\n vpaddw %%ymm12, %%ymm" SUM ", %%ymm" SUM "\n"
 #define PAIRS_256(SUM) "vpmaddubsw %%ymm15, %%ymm14, %%ymm13\n vpaddw %%ymm13, %%ymm" SUM ", %%ymm" SUM "\n"
@@ -54,7 +56,7 @@ int main() {
         measure("vpdpbusd-256", 32, [] { asm volatile(TWELVE(DOT_256)::: CHANGED); });
     if (__builtin_cpu_supports("avx2")) {
         measure("vpshufb-256", 64, [] { asm volatile(TWELVE(LOOKUP_256)::: CHANGED); });
-        measure("vpshufb-4-256", 128, [] { asm volatile(TWELVE(MADE_256)::: CHANGED); });
+        measure("vpshufb-4-256", 256, [] { asm volatile(TWELVE(MIXED_256)::: CHANGED); });
         measure("vpmaddubsw-256", 32, [] { asm volatile(TWELVE(PAIRS_256)::: CHANGED); });
         measure("vpmaddwd-256", 16, [] { asm volatile(TWELVE(WORDS_256)::: CHANGED); });
     }

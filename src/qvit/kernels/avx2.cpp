@@ -1,7 +1,9 @@
 // AVX2 with FMA.
 #include "simd_avx2.h"
 
-#include "lookup_mixed.h"
+#include <iterator>
+
+#include "products_256.h"
 #include "row_ops.h"
 
 namespace {
@@ -69,17 +71,49 @@ struct Wide {
     }
 };
 
-constexpr Product kMoving[] = {
+// Rows of 3 and 4 bits in lookups. Few entries fit into a byte, so sums of words take the registers: one row at a time.
+template <int Groups>
+void mixed_tile(const uint8_t* a, size_t, const uint8_t* w, size_t group_bytes, size_t count, const uint8_t* starts,
+                int32_t* out, size_t) {
+    constexpr size_t kPairs = kBeforeWidening<4>;
+    __m256i words[Groups], highs[Groups];
+    unrolled<Groups>([&](auto g) { words[g] = highs[g] = kept(_mm256_setzero_si256()); });
+    for (size_t at = 0; at < count; at += kPairs) {
+        __m256i bytes[Groups];
+        unrolled<Groups>([&](auto g) { bytes[g] = _mm256_setzero_si256(); });
+        unrolled<kPairs>([&](auto i) {
+            const __m256i table = table_of<4>(a, at + i);
+            unrolled<Groups>([&](auto g) {
+                const __m256i channels = load_vector(w + g * group_bytes + (at + i) * kGroup);
+                bytes[g] = kept(_mm256_add_epi8(bytes[g], _mm256_shuffle_epi8(table, channels)));
+            });
+        });
+        unrolled<Groups>([&](auto g) {
+            words[g] = kept(_mm256_add_epi16(words[g], bytes[g]));
+            highs[g] = kept(_mm256_add_epi16(highs[g], _mm256_srli_epi16(bytes[g], 8)));
+        });
+    }
+    unrolled<Groups>([&](auto g) {
+        add_words(words[g], highs[g], starts == nullptr ? nullptr : starts + g * group_bytes, out + g * kGroup);
+    });
+}
+
+template <int Groups>
+constexpr LookupTile kOneRow[] = {mixed_tile<Groups>};
+constexpr LookupTiles kMixedTiles[] = {kOneRow<1>, kOneRow<2>, kOneRow<3>};
+
+constexpr Product kProducts[] = {
     kLookup,
+    pairs_product<4, kGroup, kMixedTiles>("lookup-4", 192),
     dense_product<Narrow<4, 4>>("maddubs-4", 4, 4),
     dense_product<Narrow<6, 6>>("maddubs-6", 6, 6),
     dense_product<Narrow<8, 4>>("maddubs-8", 8, 4),
     dense_product<Wide>("madd", 8, 8),
 };
-constexpr Product kProducts[] = {kLookup, kMixed, kMoving[1], kMoving[2], kMoving[3], kMoving[4]};
+constexpr size_t kCount = std::size(kProducts);
 
 }  // namespace
 
 namespace qvit {
-extern const Isa kAvx2 = {"avx2", kProducts, 6, kMoving, 5, kRowOps};
+extern const Isa kAvx2 = {"avx2", kProducts, kCount, kProducts, kCount, kRowOps};
 }

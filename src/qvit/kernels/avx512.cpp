@@ -159,14 +159,15 @@ void run_nibbles(const uint8_t* rows, size_t stride, size_t count, const uint8_t
 // 4. A triple is (i, i + T, i + 2 T) with T = ceil(k / 3), so that a row is packed by whole vectors. A row's triple is
 // held times 64, the distance of its table, in 16 bits.
 constexpr size_t kGroup = 64, kTriple = 3, kTableBytes = sizeof(uint16_t);
-constexpr size_t kBeforeWidening = (255 / (kTermRange * kTriple) - 1) / 4 * 4 + 1;  // one step, then four at a time
-constexpr size_t kTriplesAtOnce = 65535 / (kTermRange * kTriple);                   // what a 16-bit sum holds
+constexpr size_t kBeforeWidening =
+    (255 / (Terms<2>::kRange * kTriple) - 1) / 4 * 4 + 1;                // one step, then four at a time
+constexpr size_t kTriplesAtOnce = 65535 / (Terms<2>::kRange * kTriple);  // what a 16-bit sum holds
 
 struct Tables {
     alignas(64) uint8_t bytes[64][64];
     Tables() {
         for (int row = 0; row < 64; ++row)
-            for (int channel = 0; channel < 64; ++channel) bytes[row][channel] = lookup_entry<kTriple>(row, channel);
+            for (int channel = 0; channel < 64; ++channel) bytes[row][channel] = lookup_entry<2, kTriple>(row, channel);
     }
 };
 const Tables kTables;
@@ -195,7 +196,7 @@ inline __m512i channel_triples(const uint8_t* codes, size_t k, size_t at, int lo
 
 inline void store_channel_start(uint8_t* group, size_t channel, size_t k, int low, __m512i totals) {
     const int total = static_cast<int>(_mm512_reduce_add_epi64(totals)) - low * static_cast<int>(k);
-    store_start(group, channel % kGroup, total, kTriple * triples(k));
+    store_start<2>(group, channel % kGroup, total, kTriple * triples(k));
 }
 
 void lookup_pack_channel(uint8_t* packed, size_t k, size_t channel, const uint8_t* codes, int low) {
@@ -255,7 +256,7 @@ void lookup_pack_columns(const uint8_t* codes, size_t stride, size_t k, size_t w
         uint8_t* group = packed + channel / kGroup * lookup_weight_bytes(kGroup, k);
         const __mmask64 some = first_bytes(width - channel);
         __m512i starts[4];
-        for (__m512i& start : starts) start = _mm512_set1_epi32(-kTermLowest * static_cast<int>(kTriple * count));
+        for (__m512i& start : starts) start = _mm512_set1_epi32(-Terms<2>::kLowest * static_cast<int>(kTriple * count));
         for (size_t i = 0; i < count; ++i) {
             __m512i triple = _mm512_setzero_si512(), total = triple;
             for (size_t part = kTriple; part-- > 0;) {

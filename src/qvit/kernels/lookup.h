@@ -1,25 +1,30 @@
-// Products by lookup, for codes of 2 bits: what all vector widths share.
+// Products by lookup of channels' codes of 2 bits: what all vector widths share.
 //
-// A byte of a row, made of some of its codes a, chooses one of some constant tables, and a byte of a channel, made of
-// as many of its codes w, an entry of that table. An entry is the sum of (a - 1) w, which takes fewer values than the
-// sum of a w, so that more of them can be added up in bytes, and kTermLowest more for each, so that it is not negative.
-// What is constant for a channel in all this is what its sums start from, and stands before the codes of its group: the
-// sum of w, less kTermLowest for each.
+// Some codes a of a row choose one of some constant tables, and a byte of a channel, made of as many of its codes w, an
+// entry of that table. An entry is the sum of (a - kCentre) w, which takes fewer values than the sum of a w, so that
+// more of them can be added up in bytes, and kLowest more for each, so that it is not negative. What is constant for a
+// channel in all this is what its sums start from, and stands before the codes of its group: kCentre times the sum of
+// w, less kLowest for each.
 #pragma once
 
 #include "products.h"
 
 namespace {
 
-constexpr int kTermLowest = 4, kTermRange = 6;
+// The summands (a - kCentre) w of codes a of `Bits`, an even number: no other centre makes their range smaller.
+template <int Bits>
+struct Terms {
+    static constexpr int kTop = (1 << Bits) - 1, kCentre = kTop / 3;
+    static constexpr int kLowest = 2 * (kTop - kCentre), kRange = 3 * (kTop - kCentre);
+};
 
-// An entry of a table for `Codes` codes on both sides, 2 bits each.
-template <int Codes>
+// An entry of a table for `Codes` codes on both sides, of `Bits` and 2 bits each.
+template <int Bits, int Codes>
 constexpr uint8_t lookup_entry(int row, int channel) {
-    int sum = kTermLowest * Codes;
-    for (int i = 0; i < 2 * Codes; i += 2) {
-        const int code = channel >> i & 3;
-        sum += ((row >> i & 3) - 1) * (code < 2 ? code : code - 4);
+    int sum = Terms<Bits>::kLowest * Codes;
+    for (int i = 0; i < Codes; ++i) {
+        const int code = channel >> 2 * i & 3, a = row >> Bits * i & Terms<Bits>::kTop;
+        sum += (a - Terms<Bits>::kCentre) * (code < 2 ? code : code - 4);
     }
     return static_cast<uint8_t>(sum);
 }
@@ -37,8 +42,9 @@ constexpr size_t lookup_lane(size_t channel) {
 }
 
 // The start of one channel of a group, whose codes have that total and are packed into `terms` of them, zeros beyond.
+template <int Bits>
 inline void store_start(uint8_t* group, size_t channel, int total, size_t terms) {
-    const int32_t start = total - kTermLowest * static_cast<int32_t>(terms);
+    const int32_t start = Terms<Bits>::kCentre * total - Terms<Bits>::kLowest * static_cast<int32_t>(terms);
     std::memcpy(group + channel * sizeof start, &start, sizeof start);
 }
 

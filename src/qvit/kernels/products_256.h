@@ -18,12 +18,12 @@ constexpr int kVectors = kChannels / kLanes;  // vectors in a panel
 // The lookup for 2 bits: 64 multiply-adds by one vpshufb and one vpaddb.
 constexpr size_t kGroup = 32;
 
-// A table of 16 bytes in both halves of a vector.
-inline __m256i load_table(const uint8_t* table) {
-    return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
+// The table of a row's pair, in both halves of a vector.
+template <int Bits>
+inline __m256i table_of(const uint8_t* row, size_t pair) {
+    const auto* table = reinterpret_cast<const __m128i*>(table_at<Bits>(row, pair));
+    return kept(_mm256_broadcastsi128_si256(_mm_load_si128(table)));
 }
-
-inline __m256i table_of(uint8_t pair) { return kept(load_table(&kTables.bytes[0][0] + pair)); }
 
 // Sums of a group, from those of 16-bit words of two bytes and those of the words' high bytes, which make the low
 // bytes' sum by their difference. To what is in `starts`, or if that is null in `out`.
@@ -46,14 +46,14 @@ void lookup_tile(const uint8_t* a, size_t stride, const uint8_t* w, size_t group
     for (size_t at = 0; at < count;) {
         __m256i bytes[Rows][Groups];
         each_sum<Rows, Groups>([&](auto r, auto g) { bytes[r][g] = kept(_mm256_setzero_si256()); });
-        const size_t until = std::min(at + kBeforeWidening, count);
+        const size_t until = std::min(at + kBeforeWidening<2>, count);
         for (; at < until; at += 2)
             unrolled<2>([&](auto i) {
                 __m256i channels[Groups];
                 unrolled<Groups>(
                     [&](auto g) { channels[g] = kept(load_vector(w + g * group_bytes + (at + i) * kGroup)); });
                 unrolled<Rows>([&](auto r) {
-                    const __m256i table = table_of(a[r * stride + at + i]);
+                    const __m256i table = table_of<2>(a + r * stride, at + i);
                     unrolled<Groups>([&](auto g) {
                         bytes[r][g] = kept(_mm256_add_epi8(bytes[r][g], _mm256_shuffle_epi8(table, channels[g])));
                     });
@@ -74,22 +74,6 @@ constexpr LookupTile kOneGroup[] = {lookup_tile<1, 1>, lookup_tile<2, 1>, lookup
 constexpr LookupTile kTwoGroups[] = {lookup_tile<1, 2>, lookup_tile<2, 2>, lookup_tile<3, 2>, lookup_tile<4, 2>};
 constexpr LookupTiles kLookupTiles[] = {kOneGroup, kTwoGroups};
 
-void run_lookup(const uint8_t* rows, size_t stride, size_t count, const uint8_t* packed, size_t, size_t k, size_t first,
-                size_t last, int32_t* out, size_t out_stride) {
-    run_lookup_tiles<kGroup, kPairsAtOnce, 1>(kLookupTiles, rows, stride, count, packed, k / kPair, first, last, out,
-                                              out_stride);
-}
-
-constexpr Product kLookup = {"lookup",
-                             2,
-                             2,
-                             kGroup,
-                             64,
-                             lookup_weight_bytes<kGroup>,
-                             lookup_pack_channel<kGroup>,
-                             lookup_row_bytes,
-                             lookup_pack_rows,
-                             run_lookup,
-                             lookup_pack_columns<kGroup>};
+constexpr Product kLookup = pairs_product<2, kGroup, kLookupTiles>("lookup", 64);
 
 }  // namespace

@@ -101,26 +101,40 @@ inline v128_t look_up(v128_t table, v128_t index) { return wasm_i8x16_swizzle(ta
 
 #endif
 
+// Four sums of each quarter of a group, from those of 16-bit words of two bytes and those of the words' high bytes,
+// which make the low bytes' sum by their difference. To what is in `starts`, or if that is null in `out`.
+template <size_t Group>
+[[gnu::always_inline]] inline void add_words(v128_t words, v128_t highs, const uint8_t* starts, int32_t* out) {
+    const v128_t lows = wasm_i16x8_sub(words, wasm_i16x8_shl(highs, 8)), low_word = wasm_i32x4_splat(0xffff);
+    const v128_t quarters[4] = {wasm_v128_and(lows, low_word), wasm_u32x4_shr(lows, 16), wasm_v128_and(highs, low_word),
+                                wasm_u32x4_shr(highs, 16)};
+    const void* from = starts == nullptr ? static_cast<const void*>(out) : starts;
+    unrolled<4>([&](auto q) {
+        constexpr size_t kChannel = q * Group / 4;
+        const v128_t start = wasm_v128_load(static_cast<const int32_t*>(from) + kChannel);
+        wasm_v128_store(out + kChannel, wasm_i32x4_add(start, quarters[q]));
+    });
+}
+
 // The lookup for 2 bits: 32 multiply-adds by one swizzle and one addition.
 constexpr size_t kGroup = 16;
 
 template <int Rows, int Groups>
 void lookup_tile(const uint8_t* a, size_t stride, const uint8_t* w, size_t group_bytes, size_t count,
                  const uint8_t* starts, int32_t* out, size_t out_stride) {
-    // Sums of the 16-bit words as they are, and of their high bytes: the low bytes' sum is the difference.
     v128_t words[Rows][Groups], highs[Rows][Groups];
     each_sum<Rows, Groups>([&](auto r, auto g) { words[r][g] = highs[r][g] = wasm_i32x4_splat(0); });
     for (size_t at = 0; at < count;) {
         v128_t bytes[Rows][Groups];
         each_sum<Rows, Groups>([&](auto r, auto g) { bytes[r][g] = wasm_i32x4_splat(0); });
-        const size_t until = std::min(at + kBeforeWidening, count);
+        const size_t until = std::min(at + kBeforeWidening<2>, count);
         for (; at < until; at += 2)
             unrolled<2>([&](auto i) {
                 v128_t channels[Groups];
                 unrolled<Groups>(
                     [&](auto g) { channels[g] = wasm_v128_load(w + g * group_bytes + (at + i) * kGroup); });
                 unrolled<Rows>([&](auto r) {
-                    const v128_t table = wasm_v128_load(&kTables.bytes[0][0] + a[r * stride + at + i]);
+                    const v128_t table = wasm_v128_load(table_at<2>(a + r * stride, at + i));
                     unrolled<Groups>(
                         [&](auto g) { bytes[r][g] = wasm_i8x16_add(bytes[r][g], look_up(table, channels[g])); });
                 });
@@ -130,17 +144,9 @@ void lookup_tile(const uint8_t* a, size_t stride, const uint8_t* w, size_t group
             highs[r][g] = wasm_i16x8_add(highs[r][g], wasm_u16x8_shr(bytes[r][g], 8));
         });
     }
-    const v128_t low_word = wasm_i32x4_splat(0xffff);
     each_sum<Rows, Groups>([&](auto r, auto g) {
-        const v128_t high = highs[r][g], lows = wasm_i16x8_sub(words[r][g], wasm_i16x8_shl(high, 8));
-        const v128_t parts[4] = {wasm_v128_and(lows, low_word), wasm_u32x4_shr(lows, 16), wasm_v128_and(high, low_word),
-                                 wasm_u32x4_shr(high, 16)};
-        int32_t* to = out + r * out_stride + g * kGroup;
-        const void* from = starts == nullptr ? static_cast<const void*>(to) : starts + g * group_bytes;
-        for (size_t p = 0; p < 4; ++p) {
-            const v128_t start = wasm_v128_load(static_cast<const int32_t*>(from) + p * kLanes);
-            wasm_v128_store(to + p * kLanes, wasm_i32x4_add(start, parts[p]));
-        }
+        add_words<kGroup>(words[r][g], highs[r][g], starts == nullptr ? nullptr : starts + g * group_bytes,
+                          out + r * out_stride + g * kGroup);
     });
 }
 
@@ -148,15 +154,42 @@ constexpr LookupTile kOneGroup[] = {lookup_tile<1, 1>, lookup_tile<2, 1>, lookup
 constexpr LookupTile kTwoGroups[] = {lookup_tile<1, 2>, lookup_tile<2, 2>, lookup_tile<3, 2>};
 constexpr LookupTiles kLookupTiles[] = {kOneGroup, kTwoGroups};
 
-void run_lookup(const uint8_t* rows, size_t stride, size_t count, const uint8_t* packed, size_t, size_t k, size_t first,
-                size_t last, int32_t* out, size_t out_stride) {
-    run_lookup_tiles<kGroup, kPairsAtOnce, 1>(kLookupTiles, rows, stride, count, packed, k / kPair, first, last, out,
-                                              out_stride);
+// Rows of 3 and 4 bits in lookups: one row, and vectors at constant distances, which V8 adds to an address.
+constexpr size_t kWideGroup = 64;
+
+void mixed_tile(const uint8_t* a, size_t, const uint8_t* w, size_t, size_t count, const uint8_t* starts, int32_t* out,
+                size_t) {
+    constexpr size_t kPairs = kBeforeWidening<4>;
+    constexpr int kIndices = kWideGroup / sizeof(v128_t);
+    v128_t words[kIndices], highs[kIndices];
+    unrolled<kIndices>([&](auto v) { words[v] = highs[v] = wasm_i32x4_splat(0); });
+    for (size_t at = 0; at < count; at += kPairs) {
+        v128_t bytes[kIndices];
+        unrolled<kIndices>([&](auto v) { bytes[v] = wasm_i32x4_splat(0); });
+        unrolled<kPairs>([&](auto i) {
+            const v128_t table = wasm_v128_load(table_at<4>(a, at + i));
+            unrolled<kIndices>([&](auto v) {
+                const v128_t index = wasm_v128_load(w + (at + i) * kWideGroup + v * sizeof index);
+                bytes[v] = wasm_i8x16_add(bytes[v], look_up(table, index));
+            });
+        });
+        unrolled<kIndices>([&](auto v) {
+            words[v] = wasm_i16x8_add(words[v], bytes[v]);
+            highs[v] = wasm_i16x8_add(highs[v], wasm_u16x8_shr(bytes[v], 8));
+        });
+    }
+    unrolled<kIndices>([&](auto v) {
+        constexpr size_t kBytes = kLanes * sizeof(int32_t);
+        add_words<kWideGroup>(words[v], highs[v], starts == nullptr ? nullptr : starts + v * kBytes, out + v * kLanes);
+    });
 }
 
+constexpr LookupTile kOneRow[] = {mixed_tile};
+constexpr LookupTiles kMixedTiles[] = {kOneRow};
+
 constexpr Product kProducts[] = {
-    {"lookup", 2, 2, kGroup, 64, lookup_weight_bytes<kGroup>, lookup_pack_channel<kGroup>, lookup_row_bytes,
-     lookup_pack_rows, run_lookup, lookup_pack_columns<kGroup>},
+    pairs_product<2, kGroup, kLookupTiles>("lookup", 64),
+    pairs_product<4, kWideGroup, kMixedTiles>("lookup-4", 64),
 #if defined(__wasm_relaxed_simd__)
     dense_product<Narrow<4, 4>>("relaxed-4", 4, 4),
     dense_product<Narrow<6, 6>>("relaxed-6", 6, 6),
