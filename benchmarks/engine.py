@@ -4,7 +4,8 @@ Without --scaling: DeiT-T and DeiT-S, 224 x 224, batch 1 and 8, 2 threads, at 4 
 installed (pip install 'qvit[train,bench]'), interleaved in one run; "share of peak" is the time that the model's
 products would take in loops that touch registers only (peak.cpp), divided by the whole time. With it: the engine alone
 against the batch, the number of tokens and threads. With --profile: what the engine's time goes to, with one
-thread and two, one image and eight. With --avx2: the engine and those that can be held to AVX2 are. Random weights.
+thread and two, one image and eight, and how far the two processors were from each other (handover.cpp). With --avx2:
+the engine and those that can be held to AVX2 are. Random weights.
 
 Examples:
   python benchmarks/engine.py --json engine.json
@@ -28,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 import qvit
-from peaks import int8_seconds_at_peak, loop_program, loop_speeds, seconds_at_peak
+from peaks import compiled, handover, int8_seconds_at_peak, loop_speeds, seconds_at_peak
 from qvit import _kernels
 from qvit.bench.compare import ROUNDS, Comparison, Timing, compare
 from qvit.bench.peers import PEERS
@@ -135,7 +136,12 @@ def profile(names: Sequence[str], bits: Sequence[int]) -> dict[str, Any]:
     for name, b in itertools.product(names, bits):
         with tempfile.TemporaryDirectory(prefix="qvit-models-") as folder:
             file = write_random(Path(folder) / "model.safetensors", name, b, 224)
-            columns = {f"{threads} x {batch}": _profile(file, threads, batch) for threads, batch in PROFILED}
+            with compiled("handover") as distance:
+                columns, distances = {}, {}
+                for threads, batch in PROFILED:
+                    before = handover(distance)
+                    columns[f"{threads} x {batch}"] = _profile(file, threads, batch)
+                    distances[f"{threads} x {batch}"] = (before, handover(distance))
         at_peak = seconds_at_peak(program(name, b), speeds, _kernels.instruction_sets()[0])
         table = Table(title=f"{name}, {b} bits, microseconds an image, all threads, {results['machine']['cpu']}")
         table.add_column("threads x images")
@@ -148,8 +154,11 @@ def profile(names: Sequence[str], bits: Sequence[int]) -> dict[str, Any]:
         if at_peak is not None:
             table.add_row("products at their peak", *([f"{1e6 * at_peak:.0f}"] * len(columns)))
             table.add_row("their share", *(f"{100 * at_peak / total:.0f} %" for total in totals))
+        if None not in itertools.chain(*distances.values()):
+            ends = (f"{before:.0f}, {after:.0f}" for before, after in distances.values())
+            table.add_row("ns to the other processor, before and after", *ends)
         console.print(table)
-        results[f"{name}, {b} bits"] = {"seconds": columns, "seconds_at_peak": at_peak}
+        results[f"{name}, {b} bits"] = {"seconds": columns, "seconds_at_peak": at_peak, "handover": distances}
     return results
 
 
@@ -163,7 +172,7 @@ def _profile(file: Path, threads: int, batch: int) -> dict[str, float]:
 
 def _loop_speeds() -> dict[str, float]:
     """Return the 10^9 multiply-adds a second of each loop, the best of some runs."""
-    with loop_program() as loops:
+    with compiled("peak") as loops:
         runs = [loop_speeds(loops) for _ in range(PEAK_ROUNDS)]
     return {loop: max(run[loop] for run in runs) for loop in runs[0]}
 

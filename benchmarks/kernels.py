@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from peaks import LOOPS, loop_program, loop_speeds
+from peaks import LOOPS, compiled, loop_speeds
 from qvit import _kernels
 from qvit.runtime.environment import machine
 
@@ -40,7 +40,7 @@ def main() -> None:
     speeds: dict[Any, list[float]] = {case: [] for case in cases}
     loops: dict[str, list[float]] = {}
     operands = {case: _operands(*case) for case in cases}
-    with loop_program() as program:
+    with compiled("peak") as program:
         for _ in range(arguments.rounds):
             for loop, speed in loop_speeds(program).items():
                 loops.setdefault(loop, []).append(speed)

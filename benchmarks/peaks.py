@@ -1,4 +1,7 @@
-"""What this processor can do: the speed of register-only loops (peak.cpp), and of a whole model's products at it.
+"""What this machine can do.
+
+The speed of register-only loops (peak.cpp), that of a whole model's products at it, and how long a line of memory takes
+from one processor to another (handover.cpp).
 
 Example: python benchmarks/peaks.py
 """
@@ -33,19 +36,25 @@ LOOPS = {
 
 
 @contextlib.contextmanager
-def loop_program() -> Iterator[Path]:
-    """Compile peak.cpp with ``c++`` and give the program's path."""
+def compiled(name: str) -> Iterator[Path]:
+    """Compile a program of this folder (``peak`` or ``handover``) with ``c++`` and give its path."""
     with tempfile.TemporaryDirectory(prefix="qvit-peak-") as folder:
-        program = Path(folder) / "peak"
-        source = Path(__file__).with_name("peak.cpp")
-        subprocess.run(["c++", "-std=c++17", "-O2", str(source), "-o", str(program)], check=True)
+        program = Path(folder) / name
+        source = Path(__file__).with_name(f"{name}.cpp")
+        subprocess.run(["c++", "-std=c++17", "-O2", "-pthread", str(source), "-o", str(program)], check=True)
         yield program
 
 
 def loop_speeds(program: Path) -> dict[str, float]:
-    """Run the compiled loops and return the 10^9 multiply-adds a second of each, on one thread."""
+    """Run the compiled ``peak`` and return the 10^9 multiply-adds a second of each loop, on one thread."""
     lines = subprocess.run([program], check=True, capture_output=True, text=True).stdout.splitlines()
     return {loop: float(speed) for loop, speed in (line.split() for line in lines)}
+
+
+def handover(program: Path) -> float | None:
+    """Run the compiled ``handover`` and return the nanoseconds; ``None`` where it finds no two processors."""
+    line = subprocess.run([program], check=True, capture_output=True, text=True).stdout
+    return float(line) if line else None
 
 
 def seconds_at_peak(program: Program, speeds: Mapping[str, float], isa: str) -> float | None:
@@ -74,10 +83,12 @@ def int8_seconds_at_peak(program: Program, speeds: Mapping[str, float]) -> float
 
 
 def main() -> None:
-    """Print the speed of every loop."""
-    with loop_program() as program:
+    """Print the speed of every loop, and how far two processors are from each other."""
+    with compiled("peak") as program:
         for loop, speed in loop_speeds(program).items():
             print(f"{loop}: {speed:.0f}")
+    with compiled("handover") as program:
+        print(f"from one processor to another, ns: {handover(program)}")
 
 
 if __name__ == "__main__":
