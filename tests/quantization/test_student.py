@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +16,10 @@ from hypothesis import strategies as st
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
-from qvit import DistillationLoss, QuantConfig, calibrate, quantize
-from qvit.errors import ConfigError, ModeError
+import qvit
+from members import preprocessing
+from qvit import DistillationLoss, QuantConfig, calibrate, export, quantize, save_checkpoint
+from qvit.errors import ConfigError, DataError, ModeError, UnsupportedModelError
 from qvit.nn.quantizer import BITS, Float32Module, Quantizer
 from qvit.nn.rectifier import HeadRectifier
 from qvit.quantization.convert import layers_with_bits
@@ -224,3 +228,58 @@ def test_every_layer_can_be_overridden_by_its_name(make_model, name: str) -> Non
     weights = {m.bits for m in student.modules() if isinstance(m, Quantizer) and not m.batched}
     assert (activations, weights) == ({5}, {3})
     assert len(names) == sum(isinstance(m, Quantizer) and m.batched for m in student.modules())
+
+
+# --- what cannot be run -----------------------------------------------------------------------------------------------
+
+
+def runs(student: nn.Module, teacher: nn.Module, batches: Any) -> list[Callable[[], object]]:
+    """Return what runs one of two models, or both, on batches."""
+    return [
+        lambda: calibrate(student, batches),
+        lambda: qvit.reconstruct(student, teacher, batches, steps=1),
+        lambda: qvit.agreement(student, teacher, batches),
+        lambda: qvit.search_bits(teacher, batches, {"mb": 1}),
+    ]
+
+
+def test_model_on_the_meta_device_is_refused_by_all_that_take_its_values(vit, images: Tensor, tmp_path: Path) -> None:
+    student = student_of(vit, images)
+    empty, no_teacher = (copy.deepcopy(model).to("meta") for model in (student, vit))
+    writers = [
+        partial(write, empty, tmp_path / "m", preprocessing=preprocessing()) for write in (export, save_checkpoint)
+    ]
+    functions = runs(empty, vit, [images])[:3] + runs(student, no_teacher, [images])[1:]
+    for function in [*functions, *writers, lambda: DistillationLoss(no_teacher)]:
+        with pytest.raises(UnsupportedModelError, match=r"cls_token has no values, .* give it memory by to_empty"):
+            function()
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        (lambda x: x, r"torch.float32 \(3, 16, 16\)"),
+        (lambda x: [x.byte()], r"torch.uint8 \(16, 3, 16, 16\)"),
+        (lambda x: [x.numpy()], "ndarray"),
+        (lambda x: [{"images": x}], "dict"),
+        (lambda x: [()], "tuple"),
+    ],
+)
+def test_batches_that_are_no_images_are_refused(vit, images: Tensor, change, kind: str) -> None:
+    for function in runs(student_of(vit, images), vit, change(images)):
+        with pytest.raises(DataError, match=rf"Batches must be tensors of images .* and one is {kind}: give a list"):
+            function()
+
+
+def test_images_of_another_type_are_made_the_models(vit: nn.Module, images: Tensor) -> None:
+    student = student_of(vit, images)
+    expected = copy.deepcopy(student.state_dict())
+    calibrate(student, [images.double()])
+    assert all(torch.equal(value, expected[name]) for name, value in student.state_dict().items())
+    assert qvit.agreement(student, vit, [images.double()]) == qvit.agreement(student, vit, [images])
+    with pytest.raises(RuntimeError, match="to have 3 channels, but got 1 channels"):
+        student(images[:, :1])
+    with pytest.raises(DataError, match="at least one image"):
+        qvit.agreement(student, vit, [])
+    with pytest.raises(ConfigError, match="guided_layers names no layer"):
+        DistillationLoss(vit, guided_layers=[])

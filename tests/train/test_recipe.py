@@ -73,7 +73,7 @@ def test_set_changes_and_adds_entries(file: Path) -> None:
         ("quantized.optimizer_args.epps=1", "Unknown entry 'epps' in optimizer_args: did you mean 'eps'"),
         ("quantized.optimizer_args=3", "optimizer_args must be a mapping"),
         ("quantized.repeated_augmentation=1.5", "repeated_augmentation must be a whole number from 0 up"),
-        ("quantized.epochs=0", "epochs must be a whole number above 0"),
+        ("quantized.epochs=0", "epochs must be a whole number from 1 up"),
         ("quantized.epochs", "NAME=VALUE"),
         ("quantized.lr.x=1", "lr is a single value"),
         ("quantized=3", "quantized must be a mapping"),

@@ -13,6 +13,8 @@ from qvit.errors import DataError
 from qvit.models.families import classifies, family_of
 from qvit.nn.modes import evaluating
 from qvit.nn.moments import Moments
+from qvit.quantization.convert import check_values
+from qvit.quantization.images import images_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +49,15 @@ def agreement(student: nn.Module, teacher: nn.Module, batches: Iterable[Any]) ->
     Args:
         student: a quantized model.
         teacher: the float model that it was made of.
-        batches: image tensors ``(B, C, H, W)``, or tuples that start with one; none of them empty.
+        batches: image tensors ``(B, C, H, W)``, or tuples that start with one.
 
     Raises:
-        DataError: if an output is NaN or infinite, naming the first block of which it is.
+        UnsupportedModelError: if a model is on the meta device.
+        DataError: if there are no images, or an output is NaN or infinite, naming the first block of which it is.
     """
-    family, device = family_of(student), next(student.parameters()).device
+    check_values(student)
+    check_values(teacher)
+    family, parameter = family_of(student), next(student.parameters())
     names = {module: name for name, module in student.named_modules()}
     pairs = list(zip(family.blocks(student), family.blocks(teacher), strict=True))
     labels = [names[block] for block, _ in pairs]
@@ -62,7 +67,7 @@ def agreement(student: nn.Module, teacher: nn.Module, batches: Iterable[Any]) ->
     cosines = 0.0
     with evaluating(student, teacher):
         for batch in batches:
-            x = (batch[0] if isinstance(batch, (tuple, list)) else batch).to(device)
+            x = images_of(batch).to(parameter)
             wanted, floats = _with_outputs(teacher, [block for _, block in pairs], x)
             got, outputs = _with_outputs(student, [block for block, _ in pairs], x)
             for index, (output, target) in enumerate(zip(outputs, floats, strict=True)):
@@ -73,6 +78,8 @@ def agreement(student: nn.Module, teacher: nn.Module, batches: Iterable[Any]) ->
             cosines += float(torch.cosine_similarity(got.cpu().double(), wanted.cpu().double(), dim=-1).sum())
             _check_finite({**dict(zip(labels, outputs, strict=True)), "the quantized model": got})
             _check_finite({**dict(zip(labels, floats, strict=True)), "the float model": wanted})
+    if not images:
+        raise DataError("Agreement needs at least one image, and there was none.")
     tiny = torch.finfo(torch.float32).tiny
     return Agreement(
         images,

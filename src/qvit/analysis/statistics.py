@@ -17,6 +17,7 @@ from qvit.models.queries import attention_layers, run_with_maps, run_with_querie
 from qvit.nn.attention import QuantAttention
 from qvit.nn.modes import evaluating
 from qvit.nn.quantizer import Quantizer
+from qvit.quantization.images import images_of
 
 BINS = 100
 OUTSIDE = 0.1
@@ -320,7 +321,7 @@ def _images(batches: Iterable[Any]) -> Iterator[Tensor]:
     """
     seen = False
     for batch in batches:
-        images = batch[0] if isinstance(batch, (tuple, list)) else batch
+        images = images_of(batch)
         if len(images):
             seen = True
             yield images

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from qvit._version import __version__
 from qvit.bench.peers import HOLDS, PEERS, Case, Images, Runner
+from qvit.config import check_count
 from qvit.errors import ConfigError, QvitError
 from qvit.files import first_line
 from qvit.format.packed import read_packed
@@ -168,8 +169,13 @@ def compare(
         ConfigError: for an unknown peer, models that differ in more than bits, or a number below 1.
         QvitError: if a packed model cannot be run.
     """
-    if min([*batches, *threads], default=0) < 1:
-        raise ConfigError(f"Batches and threads are whole numbers from 1 up, not {list(batches)} and {list(threads)}.")
+    for name, values in (("batches", batches), ("threads", threads), ("rounds", [rounds])):
+        if not values:
+            raise ConfigError(f"{name} must be at least one whole number from 1 up, not none.")
+        for value in values:
+            check_count(name, value)
+    if not models:
+        raise ConfigError("There is no model to compare: give at least one packed file.")
     for name in peers:
         if name not in PEERS:
             raise ConfigError(f"There is no peer {name!r}: there are {', '.join(PEERS)}.")

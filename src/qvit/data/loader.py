@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from qvit.config import check_count
 from qvit.data.datasets import Unreadable
 from qvit.data.order import ALONE, EvaluationOrder, Rank, Sample, TrainOrder
 from qvit.data.posterize import allow_no_bits
@@ -144,8 +145,9 @@ def make_loader(
         rank: which of the processes that share the images this is.
 
     Raises:
-        ConfigError: if a training batch cannot be divided evenly.
+        ConfigError: if a training batch cannot be divided evenly, or a batch has no image.
     """
+    check_count("batch_size", batch_size)
     images: int = len(dataset)  # type: ignore[arg-type]
     order: TrainOrder | EvaluationOrder = EvaluationOrder(images, batch_size, rank)
     if shuffle:

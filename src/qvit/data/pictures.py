@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+from qvit.config import check_count
 from qvit.data.datasets import Images
 from qvit.data.listing import KINDS, Visited, natural_key, remark, walk
 from qvit.errors import DataError
@@ -43,6 +44,8 @@ def open_pictures(folder: Path, mode: Mode, *, count: int, held_out: int, seed: 
     Raises:
         DataError: if the folder is absent, cannot be read or holds no picture, or a link leads into it again.
     """
+    check_count("the pictures to work with", count)
+    check_count("the pictures held out", held_out)
     paths, said = _listed(folder)
     random.Random(seed).shuffle(paths)
     apart = min(held_out, max(1, round(HELD_OUT * len(paths)))) if len(paths) > 1 else 0

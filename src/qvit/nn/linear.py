@@ -61,7 +61,8 @@ class QuantConv2d(nn.Conv2d):
 
     def _product(self, input: Tensor) -> Tensor:
         x, weight = self.input_quantizer(input), self.weight_quantizer(self.weight)
-        if self.kernel_size != self.stride or self.padding != (0, 0) or self.groups > 1 or max(self.dilation) > 1:
+        overlap = self.kernel_size != self.stride or self.padding != (0, 0) or self.groups > 1 or max(self.dilation) > 1
+        if overlap or x.shape[1] != self.in_channels:  # of other images the library says what is wrong
             return self._conv_forward(x, weight, self.bias)
         # Patches that do not overlap make a matrix product. The scale of the images is trained, so the backward pass
         # needs the gradient of the images too, for which the library's convolution takes ten times as long.

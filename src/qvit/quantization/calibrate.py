@@ -17,7 +17,8 @@ from qvit.nn.modes import evaluating, switched_off, watching
 from qvit.nn.quantizer import Float32Module, Quantizer, code_range, from_codes, to_codes
 from qvit.nn.rectifier import Rectifier, RectifierInit
 from qvit.quantization.balance import Undo, balance
-from qvit.quantization.convert import check_quantized
+from qvit.quantization.convert import check_quantized, check_values
+from qvit.quantization.images import images_of
 
 WeightInit = Literal["minimum_error", "lsq"]
 SAMPLES = 2**17
@@ -57,8 +58,10 @@ def calibrate(
         report: called with what is done and what there is to do in all: batches to look at and quantizers to fit.
 
     Raises:
-        UnsupportedModelError: if the model has nothing to calibrate, or a float layer was put into it.
-        DataError: if ``batches`` is empty or the images make a NaN or an infinity in the float model.
+        UnsupportedModelError: if the model has nothing to calibrate, a float layer was put into it, or it is on the
+            meta device.
+        DataError: if ``batches`` is empty or of anything but images, or they make a NaN or an infinity in the float
+            model.
         ConfigError: for an unknown ``rectifier_init`` or ``weight_init``.
     """
     for what, value, known in (
@@ -186,13 +189,14 @@ def minimum_error_scale(
 
 
 def _checked(model: nn.Module, batches: Iterable[Any]) -> tuple[dict[str, Quantizer], list[Tensor]]:
-    """Return a model's quantizers by name, and the images on its device."""
+    """Return a model's quantizers by name, and the images on its device, in its type."""
     quantizers = {name: m for name, m in model.named_modules() if isinstance(m, Quantizer)}
     if not quantizers:
         raise UnsupportedModelError("This model has no quantizers to calibrate: pass what qvit.quantize returned.")
     check_quantized(model)
-    device = next(model.parameters()).device
-    images = [(batch[0] if isinstance(batch, (tuple, list)) else batch).to(device) for batch in batches]
+    check_values(model)
+    parameter = next(model.parameters())
+    images = [images_of(batch).to(parameter) for batch in batches]
     images = [batch for batch in images if len(batch)]
     if not images:
         raise DataError("Calibration needs at least one image, and there was none.")

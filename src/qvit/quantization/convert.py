@@ -206,6 +206,20 @@ def check_unchanged(model: nn.Module) -> None:
     _check_forwards(model)
 
 
+def check_values(model: nn.Module) -> None:
+    """Refuse a model on the meta device, which has shapes alone.
+
+    Raises:
+        UnsupportedModelError: naming a parameter or buffer.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise UnsupportedModelError(
+                f"{name} has no values, for the model is on the meta device: give it memory by to_empty(device=...), "
+                "and values by load_state_dict."
+            )
+
+
 def check_finished(student: nn.Module) -> None:
     """Refuse a student of which a file would say other things than it computes, or that has no scales yet.
 
@@ -215,6 +229,7 @@ def check_finished(student: nn.Module) -> None:
     """
     check_unchanged(student)
     check_quantized(student)
+    check_values(student)
     for name, module in student.named_modules():
         if isinstance(module, (QuantLinear, QuantConv2d, QuantAttention)):
             _check_quantizers(name, module)

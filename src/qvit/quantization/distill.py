@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qvit.config import check_number
 from qvit.errors import ConfigError, ModeError, TeacherMismatchError
 from qvit.models.queries import Place, attention_layers, attention_places, recording, run_watched
 from qvit.nn.recompute import recomputed, recomputed_when_compiled
 from qvit.nn.rectifier import EPS, TokenRectifier
-from qvit.quantization.convert import check_quantized
+from qvit.quantization.convert import check_quantized, check_values
 from qvit.quantization.outputs import output_distance
 
 GUIDED_WEIGHT = 0.1
@@ -101,7 +102,8 @@ class DistillationLoss(nn.Module):
     Call it as ``loss_fn(student, images, labels)``; ``last_parts`` then holds the terms and the logits, detached.
 
     Raises:
-        ConfigError: if the teacher has no such layer.
+        ConfigError: if the teacher has no such layer, or ``guided_weight`` is no number from 0 up.
+        UnsupportedModelError: if the teacher is on the meta device.
     """
 
     def __init__(
@@ -115,11 +117,15 @@ class DistillationLoss(nn.Module):
         guided_layers: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
+        check_number("guided_weight", guided_weight, above_zero=False)
+        check_values(teacher)
         self.teacher = teacher.eval()
         self.soft = soft
         self.guided, self.guided_weight, self.guided_decay = guided, guided_weight, guided_decay
         self._teacher_places = attention_places(teacher)
         depth = len(self._teacher_places)
+        if guided_layers is not None and not guided_layers:
+            raise ConfigError("guided_layers names no layer: leave it out for all of them, or give guided=False.")
         for layer in guided_layers or ():
             if not -depth <= layer < depth:
                 raise ConfigError(f"There is no attention layer {layer} to guide: the teacher has {depth}.")

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qvit.errors import DataError, TeacherMismatchError
+from qvit.quantization.images import images_of
 
 _SHIFT = 1 / 8
 """Largest shift of a picture in a view, as a fraction of its sides."""
@@ -55,11 +56,8 @@ def views(images: Tensor, generator: torch.Generator) -> Tensor:
 
 def joined(batches: Iterable[Any]) -> Tensor:
     """Return all images as one tensor on the CPU."""
-    images = [batch[0] if isinstance(batch, (tuple, list)) else batch for batch in batches]
+    images = [images_of(batch) for batch in batches]
     for batch in images:
-        if not isinstance(batch, Tensor) or batch.ndim != 4 or not batch.is_floating_point():
-            kind = f"{batch.dtype} {tuple(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
-            raise DataError(f"Batches must be images (B, C, H, W) in floating point, and one is {kind}.")
         if batch.shape[1:] != images[0].shape[1:]:
             raise DataError(
                 f"Images must be of one size, not {tuple(images[0].shape[1:])} and {tuple(batch.shape[1:])}."

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qvit.config import check_count, check_number
 from qvit.errors import ConfigError, NonFiniteLossError, UncalibratedError
 from qvit.format.fields import is_whole
 from qvit.models.families import classifies
 from qvit.nn.modes import compiled, evaluating
 from qvit.nn.quantizer import Quantizer
 from qvit.nn.state import is_finite, why_not_like
-from qvit.quantization.convert import check_quantized
+from qvit.quantization.convert import check_quantized, check_values
 from qvit.quantization.outputs import joined, output_distance, views
 
 LEARNING_RATE = 1e-3
@@ -90,11 +91,11 @@ class Settings:
         if (self.steps is None) == (self.minutes is None):
             raise ConfigError("Reconstruction needs a budget: give either steps or minutes.")
         for name, value in (("steps", self.steps), ("batch_size", self.batch_size)):
-            if value is not None and not (type(value) is int and value >= 1):
-                raise ConfigError(f"{name} must be a whole number from 1 up, not {value!r}.")
+            if value is not None:
+                check_count(name, value)
         for name, amount in (("minutes", self.minutes), ("learning_rate", self.learning_rate)):
-            if amount is not None and not 0 < amount < math.inf:
-                raise ConfigError(f"{name} must be a number above 0, not {amount!r}.")
+            if amount is not None:
+                check_number(name, amount, above_zero=True)
         if self.precision not in ("no", "bf16"):
             raise ConfigError(f"precision must be no or bf16, not {self.precision!r}.")
 
@@ -160,6 +161,7 @@ class Reconstruction:
 
     def __init__(self, student: nn.Module, teacher: nn.Module, batches: Iterable[Any], settings: Settings) -> None:
         _check_student(student)
+        check_values(teacher)
         self.student, self.teacher, self.settings = student, teacher, settings
         self.images = joined(batches)
         self.peaks = _peaks(self._learned(), settings.learning_rate)
@@ -349,6 +351,7 @@ def _check_student(student: nn.Module) -> None:
         if not quantizer.calibrated:
             raise UncalibratedError(f"{name} has no scale yet: call qvit.calibrate(model, batches) first.")
     check_quantized(student)
+    check_values(student)
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise ConfigError(
             "No parameter of this model learns: call requires_grad_(True) on what is to be reconstructed."

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qvit import _kernels
+from qvit.config import check_count
 from qvit.errors import ConfigError, DataError, PackedFileError
 from qvit.files import cut
 from qvit.format.fields import shown
@@ -110,9 +111,9 @@ class Engine:
     def _build(self, packed: PackedModel, threads: int | None, instruction_set: str | None) -> None:
         """Take the tensors out of ``packed`` one by one: where it is nobody else's, their memory is free at once."""
         self.program, self.classes, self.preprocessing = packed.program, packed.classes, packed.preprocessing
-        self.threads = min(processors(), MOST_THREADS) if threads is None else threads
-        if not isinstance(self.threads, int) or not 1 <= self.threads <= MOST_THREADS:
-            raise ConfigError(f"threads must be a whole number from 1 to {MOST_THREADS}, not {threads!r}.")
+        if threads is not None:
+            check_count("threads", threads, most=MOST_THREADS)
+        self.threads = min(processors(), MOST_THREADS) if threads is None else int(threads)
         known = instruction_sets()
         self.instruction_set = known[0] if instruction_set is None else instruction_set
         if self.instruction_set not in known:
@@ -158,8 +159,7 @@ class Engine:
 
     def most_probable(self, logits: NDArray[np.float32], top_k: int = 5) -> list[list[tuple[str, float]]]:
         """Return the ``top_k`` classes of each row of ``logits`` ``(B, classes)`` as :meth:`predict` does."""
-        if not isinstance(top_k, (int, np.integer)) or top_k < 1:
-            raise ConfigError(f"top_k must be a whole number from 1 up, not {shown(top_k)}.")
+        check_count("top_k", top_k)
         scaled = logits.astype(np.float64)
         powers = np.exp(scaled - scaled.max(axis=1, keepdims=True))
         probabilities = powers / powers.sum(axis=1, keepdims=True)
@@ -216,7 +216,12 @@ class Engine:
         """Return the seconds of each kind of work in a call on ``images``, summed over threads, mean over ``repeats``.
 
         Reading the clock between them costs some percent.
+
+        Raises:
+            ConfigError: for ``repeats`` below 1.
+            DataError: as in a call.
         """
+        check_count("repeats", repeats)
         self(images)
         self._model.profile()
         self._model.set_timed(True)

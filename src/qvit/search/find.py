@@ -12,11 +12,12 @@ import numpy as np
 from torch import Tensor, nn
 
 from qvit.analysis.agreement import Agreement, agreement
-from qvit.config import EDGE_BITS, Bits, QuantConfig
-from qvit.errors import ConfigError
+from qvit.config import EDGE_BITS, Bits, QuantConfig, check_number
+from qvit.errors import ConfigError, DataError
 from qvit.models.families import image_size_of, lower
 from qvit.quantization.calibrate import scales_by_bits
-from qvit.quantization.convert import quantize
+from qvit.quantization.convert import check_values, quantize
+from qvit.quantization.images import images_of
 from qvit.search.cost import UNITS, Cost, counted_costs, time_cost
 from qvit.search.products import CANDIDATES, WIDTHS, FreeProduct, free_products
 from qvit.search.sensitivity import Distances, Rescaled, outputs_of, sensitivities
@@ -108,6 +109,12 @@ def search_bits(
         DataError: if there are no images, or one makes a NaN or an infinity, naming the layer.
     """
     check_budgets(budgets)
+    check_values(teacher)
+    parameter = next(teacher.parameters())
+    batches = [images_of(batch) for batch in batches]
+    images = [images_of(batch).to(parameter) for batch in (batches if held_out is None else held_out)]
+    if not sum(map(len, images)):
+        raise DataError("The search needs at least one image to measure distances on, and there was none.")
     tell = report or (lambda what, done, todo: None)
     student = quantize(teacher, QuantConfig(EDGE_BITS, EDGE_BITS, rectifier=None))
     program, _ = lower(student, image_size_of(student))
@@ -125,9 +132,6 @@ def search_bits(
         )
     _chosen(nothing, costs, budgets)
 
-    device = next(student.parameters()).device
-    batches = [batch[0] if isinstance(batch, (tuple, list)) else batch for batch in batches]
-    images = [batch.to(device) for batch in (batches if held_out is None else held_out)]
     scales = scales_by_bits(student, batches, WIDTHS, report=lambda done, todo: tell("calibration", done, todo))
     model = Rescaled(student, scales)
     model.set({})
@@ -182,8 +186,7 @@ def check_budgets(budgets: Mapping[str, float]) -> None:
         options = [f"--budget-{name}" for name in UNITS]
         raise ConfigError(f"Give a budget: {', '.join(options[:-1])} or {options[-1]}, or several of them.")
     for name, limit in budgets.items():
-        if not 0 < limit < math.inf:
-            raise ConfigError(f"--budget-{name} must be a number above 0, not {limit}.")
+        check_number(f"--budget-{name}", limit, above_zero=True)
 
 
 def _chosen(values: Numbers, costs: Mapping[str, Cost], budgets: Mapping[str, float]) -> list[int]:

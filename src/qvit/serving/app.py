@@ -15,6 +15,7 @@ from starlette.routing import Route
 from starlette.types import Message, Receive
 from starlette_exporter import PrometheusMiddleware, handle_metrics
 
+from qvit.config import check_count
 from qvit.errors import CorruptImageError
 from qvit.files import cut
 from qvit.serving.batches import Batcher
@@ -30,7 +31,11 @@ def make_app(batcher: Batcher, *, largest_body: int) -> Starlette:
     Args:
         batcher: what answers pictures.
         largest_body: bytes of a request's body.
+
+    Raises:
+        ConfigError: for no byte.
     """
+    check_count("largest_body", largest_body)
 
     async def predict(request: Request) -> Response:
         limited = Request(request.scope, _limited(request, largest_body))

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from prometheus_client import Histogram
 
+from qvit.config import check_count
 from qvit.errors import CorruptImageError
 from qvit.runtime.engine import Engine
 from qvit.runtime.preprocess import preprocess
@@ -42,6 +43,8 @@ class Batcher:
     """
 
     def __init__(self, engines: Sequence[Engine], *, top_k: int, waiting: int) -> None:
+        check_count("top_k", top_k)
+        check_count("waiting", waiting)
         self.program = engines[0].program
         self._top_k = top_k
         self._most = waiting

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import uvicorn
 
+from qvit.config import check_count
 from qvit.errors import ConfigError
 from qvit.format.packed import read_packed
 from qvit.runtime.engine import Engine
@@ -74,6 +75,7 @@ def make_engines(model: Path, threads: int) -> list[Engine]:
         PackedFileError: if the model cannot be read.
         ConfigError: for more threads than processors.
     """
+    check_count("threads", threads)
     available = processors()
     if threads > available:
         raise ConfigError(f"There are {available} processors here, fewer than the {threads} threads of --threads.")

@@ -22,7 +22,7 @@ from qvit._version import __version__
 from qvit.analysis.attention_range import AttentionGrid, attention_grids
 from qvit.analysis.bottleneck import KINDS, PARTS, Places, Tried, cells_of, grid_of, overrides_of, variants_of
 from qvit.analysis.examination import Examination
-from qvit.config import MAX_BITS, QuantConfig, bits_text
+from qvit.config import MAX_BITS, QuantConfig, bits_text, check_count
 from qvit.data.loader import Prepared, make_loader, make_transform, readable
 from qvit.data.order import Sample
 from qvit.errors import ConfigError, DataError
@@ -79,6 +79,11 @@ class Request:
     study_images: int = 1000
     bits: int = 4
     recipe: Recipe | None = None
+
+    def __post_init__(self) -> None:
+        if self.limit is not None:
+            check_count("limit", self.limit)
+        check_count("study_images", self.study_images, 0)
 
 
 def run_analysis(request: Request, options: Options, console: Console) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from qvit.analysis.paired import Paired, compare_classes
 from qvit.analysis.size import model_size
 from qvit.bench.compare import ROUNDS, interleaved, time_once
 from qvit.bench.peers import Images, Runner
-from qvit.config import bits_text
+from qvit.config import bits_text, check_count
 from qvit.data.loader import Batch, make_loader, make_transform, readable
 from qvit.data.pictures import all_pictures
 from qvit.data.sources import check_classes, open_validation
@@ -64,6 +64,8 @@ class Request:
     def __post_init__(self) -> None:
         if (self.data is None) == (self.pictures is None):
             raise ConfigError("Give either --data, images in folders of classes, or --images, pictures without labels.")
+        check_count("batch_size", self.batch_size)
+        check_count("threads", self.threads)
 
 
 @dataclasses.dataclass(frozen=True)

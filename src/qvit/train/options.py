@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
+from qvit.config import check_count
 from qvit.data.order import Rank
 from qvit.errors import ConfigError
 from qvit.train.run import TEN_MINUTES, SaveEvery
@@ -48,6 +49,9 @@ class Options:
     save_every: SaveEvery = TEN_MINUTES
 
     def __post_init__(self) -> None:
+        check_count("seed", self.seed, 0)
+        check_count("workers", self.workers, 0)
+        check_count("accumulate", self.accumulate)
         try:
             str(self.out).encode()
         except UnicodeEncodeError:  # of bytes that are not UTF-8 Python makes halves of surrogate pairs

@@ -18,6 +18,7 @@ import torch
 import yaml
 from PIL import Image
 
+from qvit.config import check_count, check_number
 from qvit.data.posterize import allow_no_bits
 from qvit.data.randomness import seeded
 from qvit.errors import ConfigError
@@ -126,17 +127,11 @@ class Hyperparameters:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "calibration_images", *RECONSTRUCTION):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{name} must be a whole number above 0, not {value!r}.")
+            check_count(name, getattr(self, name))
         numbers = [field.name for field in dataclasses.fields(self) if field.type == "float"]
         for name in numbers:
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < float("inf"):
-                raise ConfigError(f"{name} must be a number from 0 up, not {value!r}.")
-        copies = self.repeated_augmentation
-        if not isinstance(copies, int) or isinstance(copies, bool) or copies < 0:
-            raise ConfigError(f"repeated_augmentation must be a whole number from 0 up, not {copies!r}.")
+            check_number(name, getattr(self, name), above_zero=False)
+        check_count("repeated_augmentation", self.repeated_augmentation, 0)
         self._check_optimizer()
         for name in ("guided_decay", "reconstruct_first", "track_oscillation"):
             if not isinstance(getattr(self, name), bool):
