@@ -71,40 +71,9 @@ struct Wide {
     }
 };
 
-// Rows of 3 and 4 bits in lookups. Few entries fit into a byte, so sums of words take the registers: one row at a time.
-template <int Groups>
-void mixed_tile(const uint8_t* a, size_t, const uint8_t* w, size_t group_bytes, size_t count, const uint8_t* starts,
-                int32_t* out, size_t) {
-    constexpr size_t kPairs = kBeforeWidening<4>;
-    __m256i words[Groups], highs[Groups];
-    unrolled<Groups>([&](auto g) { words[g] = highs[g] = kept(_mm256_setzero_si256()); });
-    for (size_t at = 0; at < count; at += kPairs) {
-        __m256i bytes[Groups];
-        unrolled<Groups>([&](auto g) { bytes[g] = _mm256_setzero_si256(); });
-        unrolled<kPairs>([&](auto i) {
-            const __m256i table = table_of<4>(a, at + i);
-            unrolled<Groups>([&](auto g) {
-                const __m256i channels = load_vector(w + g * group_bytes + (at + i) * kGroup);
-                bytes[g] = kept(_mm256_add_epi8(bytes[g], _mm256_shuffle_epi8(table, channels)));
-            });
-        });
-        unrolled<Groups>([&](auto g) {
-            words[g] = kept(_mm256_add_epi16(words[g], bytes[g]));
-            highs[g] = kept(_mm256_add_epi16(highs[g], _mm256_srli_epi16(bytes[g], 8)));
-        });
-    }
-    unrolled<Groups>([&](auto g) {
-        add_words(words[g], highs[g], starts == nullptr ? nullptr : starts + g * group_bytes, out + g * kGroup);
-    });
-}
-
-template <int Groups>
-constexpr LookupTile kOneRow[] = {mixed_tile<Groups>};
-constexpr LookupTiles kMixedTiles[] = {kOneRow<1>, kOneRow<2>, kOneRow<3>};
-
 constexpr Product kProducts[] = {
     kLookup,
-    pairs_product<4, kGroup, kMixedTiles>("lookup-4", 192),
+    kMixed,
     dense_product<Narrow<4, 4>>("maddubs-4", 4, 4),
     dense_product<Narrow<6, 6>>("maddubs-6", 6, 6),
     dense_product<Narrow<8, 4>>("maddubs-8", 8, 4),

@@ -5,5 +5,5 @@
 #include "row_ops.h"
 
 namespace qvit {
-extern const Isa kAvx512VlVnni = {"avx512vl-vnni", kVnniProducts, 2, kVnniProducts, 2, kRowOps};
+extern const Isa kAvx512VlVnni = {"avx512vl-vnni", kVnniProducts, kVnniCount, kVnniProducts, kVnniCount, kRowOps};
 }

@@ -5,5 +5,5 @@
 #include "row_ops.h"
 
 namespace qvit {
-extern const Isa kAvxVnni = {"avx-vnni", kVnniProducts, 2, kVnniProducts, 2, kRowOps};
+extern const Isa kAvxVnni = {"avx-vnni", kVnniProducts, kVnniCount, kVnniProducts, kVnniCount, kRowOps};
 }

@@ -1,4 +1,4 @@
-// What the instruction sets with 256-bit vectors share: the lookup for 2 bits.
+// What the instruction sets with 256-bit vectors share: the lookups of weights of 2 bits.
 #pragma once
 
 #include <immintrin.h>
@@ -75,5 +75,37 @@ constexpr LookupTile kTwoGroups[] = {lookup_tile<1, 2>, lookup_tile<2, 2>, looku
 constexpr LookupTiles kLookupTiles[] = {kOneGroup, kTwoGroups};
 
 constexpr Product kLookup = pairs_product<2, kGroup, kLookupTiles>("lookup", 64);
+
+// Rows of 3 and 4 bits in lookups. Few entries fit into a byte, so sums of words take the registers: one row at a time.
+template <int Groups>
+void mixed_tile(const uint8_t* a, size_t, const uint8_t* w, size_t group_bytes, size_t count, const uint8_t* starts,
+                int32_t* out, size_t) {
+    constexpr size_t kPairs = kBeforeWidening<4>;
+    __m256i words[Groups], highs[Groups];
+    unrolled<Groups>([&](auto g) { words[g] = highs[g] = kept(_mm256_setzero_si256()); });
+    for (size_t at = 0; at < count; at += kPairs) {
+        __m256i bytes[Groups];
+        unrolled<Groups>([&](auto g) { bytes[g] = _mm256_setzero_si256(); });
+        unrolled<kPairs>([&](auto i) {
+            const __m256i table = table_of<4>(a, at + i);
+            unrolled<Groups>([&](auto g) {
+                const __m256i channels = load_vector(w + g * group_bytes + (at + i) * kGroup);
+                bytes[g] = kept(_mm256_add_epi8(bytes[g], _mm256_shuffle_epi8(table, channels)));
+            });
+        });
+        unrolled<Groups>([&](auto g) {
+            words[g] = kept(_mm256_add_epi16(words[g], bytes[g]));
+            highs[g] = kept(_mm256_add_epi16(highs[g], _mm256_srli_epi16(bytes[g], 8)));
+        });
+    }
+    unrolled<Groups>([&](auto g) {
+        add_words(words[g], highs[g], starts == nullptr ? nullptr : starts + g * group_bytes, out + g * kGroup);
+    });
+}
+
+template <int Groups>
+constexpr LookupTile kOneRow[] = {mixed_tile<Groups>};
+constexpr LookupTiles kMixedTiles[] = {kOneRow<1>, kOneRow<2>, kOneRow<3>};
+constexpr Product kMixed = pairs_product<4, kGroup, kMixedTiles>("lookup-4", 192);
 
 }  // namespace

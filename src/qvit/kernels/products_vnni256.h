@@ -1,6 +1,8 @@
 // The dense product of the instruction sets with 256-bit VNNI, in either of its two encodings.
 #pragma once
 
+#include <iterator>
+
 #include "products_256.h"
 
 namespace {
@@ -32,6 +34,7 @@ struct Vnni {
     }
 };
 
-constexpr Product kVnniProducts[] = {kLookup, dense_product<Vnni>("vnni", 8, 8)};
+constexpr Product kVnniProducts[] = {kLookup, kMixed, dense_product<Vnni>("vnni", 8, 8)};
+constexpr size_t kVnniCount = std::size(kVnniProducts);
 
 }  // namespace
