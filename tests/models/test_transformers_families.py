@@ -1,5 +1,6 @@
 """Teachers that transformers saved, of other families than the plain ViT, against transformers itself. No network."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from commands import run
 from qvit import QuantConfig, quantize
 from qvit.errors import CheckpointError, UnsupportedModelError
 from qvit.models.float_models import load_float
-from qvit.models.spec import ModelSpec, describe
+from qvit.models.spec import ModelSpec, create_model, describe
 from qvit.models.transformers_families import CONVERSIONS
 
 CLASSES = ["a", "b", "c"]
@@ -80,6 +81,40 @@ def test_transformers_model_gives_the_same_output(tmp_path: Path, expected: Mode
     torch.testing.assert_close(found, wanted, atol=1e-5 * float(wanted.abs().max()), rtol=1e-4)
     assert spec.classes == (CLASSES if MODELS[model][0].endswith("Classification") else [])
     quantize(loaded, QuantConfig())
+
+
+def preprocessed(folder: Path, **settings: Any) -> None:
+    content = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, **settings}
+    (folder / "preprocessor_config.json").write_text(json.dumps(content))
+
+
+CROPS = {"size": {"shortest_edge": 10}, "do_center_crop": True, "crop_size": {"height": 8, "width": 8}}
+
+
+@pytest.mark.parametrize("model", ["dinov2", "dinov2_registers"])
+@pytest.mark.parametrize("settings", [CROPS, {"size": {"height": 24, "width": 20}}])
+def test_dinov2_takes_images_as_its_processor_makes_them(tmp_path: Path, model: str, settings: dict[str, Any]) -> None:
+    original = saved(tmp_path, model)
+    preprocessed(tmp_path, **settings)
+    said: list[str] = []
+    loaded, spec = load_float(tmp_path, None, said.append)
+    size = [8, 8] if settings is CROPS else [24, 20]
+    assert spec.preprocessing["input_size"] == [3, *size]
+    assert f"resampled from images of 16 x 16 pixels to the {size[0]} x {size[1]} of its preprocessor." in said[0]
+    images = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(images), original(images).pooler_output, atol=1e-5, rtol=1e-4)
+    assert tuple(create_model(spec).pos_embed.shape) == tuple(loaded.pos_embed.shape)
+
+
+@pytest.mark.parametrize("model", ["swin", "beit", "clip", "siglip"])
+def test_model_whose_processor_makes_images_of_another_size_is_refused(tmp_path: Path, model: str) -> None:
+    saved(tmp_path, model)
+    preprocessed(tmp_path, **CROPS)
+    with pytest.raises(
+        UnsupportedModelError, match=r"makes images of 8 x 8 pixels and the model takes (16 x 16|32 x 32)"
+    ):
+        load_float(tmp_path, None, print)
 
 
 def test_siglip_classifier_pools_by_the_mean(tmp_path: Path, expected: ModelSpec) -> None:

@@ -53,7 +53,7 @@ def test_settings_beside_those_of_texts_are_read(tmp_path: Path) -> None:
     content = {"image_processor": {"image_mean": [0.1] * 3, "image_std": [0.3] * 3, "size": EDGES, "resample": 5}}
     (tmp_path / "processor_config.json").write_text(json.dumps(content))
     found = {"mean": [0.1] * 3, "std": [0.3] * 3, "interpolation": "hamming", "crop_pct": 1.0, "crop_mode": "squash"}
-    assert preprocessing_in(tmp_path, "here", 3) == found
+    assert preprocessing_in(tmp_path, "here", 3) == {**found, "input_size": [3, 16, 16]}
 
 
 def test_timm_resizes_to_the_size_that_is_given(tmp_path: Path) -> None:

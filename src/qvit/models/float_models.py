@@ -157,7 +157,7 @@ def _from_folder(
         find_weights(folder, source)  # which may know better what is meant
     config = read_json(folder / "config.json", source)
     if is_transformers_config(config):
-        return load_transformers(folder, source, expected)
+        return load_transformers(folder, source, expected, report)
     if not isinstance(config.get("architecture"), str):
         kind = shown(config.get("model_type", "unknown"))
         raise UnsupportedModelError(

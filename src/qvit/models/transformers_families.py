@@ -243,7 +243,7 @@ _CLIP = Conversion(
     r"(text_model\.|logit_scale|text_projection|visual_projection|.*\.position_ids$)",
     _clip,
 )
-_DINOV2 = Conversion(
+DINOV2 = Conversion(
     "vit_base_patch14_dinov2",
     {**_PLAIN, "patch_size": 14, "layer_norm_eps": 1e-6, "qkv_bias": True, "use_swiglu_ffn": False},
     (
@@ -306,8 +306,8 @@ CONVERSIONS: dict[str, Conversion] = {
         r".*(relative_position_index|embeddings\.mask_token)$",
         _beit,
     ),
-    "dinov2": _DINOV2,
-    "dinov2_with_registers": _DINOV2,
+    "dinov2": DINOV2,
+    "dinov2_with_registers": DINOV2,
     "clip": _CLIP,
     "clip_vision_model": _CLIP,
     "siglip": _SIGLIP,

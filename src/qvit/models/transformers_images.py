@@ -18,7 +18,9 @@ _RESAMPLING = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 
 
 def preprocessing_in(folder: Path, source: str, channels: int) -> dict[str, Any]:
-    """Return what a folder of transformers' says of mean, std, resizing and cropping; nothing if it does not.
+    """Return what a folder of transformers' says of mean, std, resizing, cropping and the size that comes out.
+
+    Nothing if it does not.
 
     Where an odd number of pixels is cut off, timm's crop lies one pixel beside transformers'.
 
@@ -38,7 +40,10 @@ def preprocessing_in(folder: Path, source: str, channels: int) -> dict[str, Any]
             config = config.get("image_processor", config)
             if not isinstance(config, dict):
                 raise ConfigError(f"image_processor of {name} is {shown(config)}.")
-            return {**_values(config, channels), **_sizes(config)}
+            sizes = _sizes(config)
+            if "input_size" in sizes:
+                sizes["input_size"] = [channels, *sizes["input_size"]]
+            return {**_values(config, channels), **sizes}
     return {}
 
 
@@ -66,7 +71,7 @@ def _values(config: Mapping[str, Any], channels: int) -> dict[str, Any]:
 
 
 def _sizes(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return crop and interpolation."""
+    """Return crop, interpolation, and height and width that come out where they are given."""
     found: dict[str, Any] = {}
     resample = config.get("resample")
     if resample is not None:
@@ -86,6 +91,11 @@ def _sizes(config: Mapping[str, Any]) -> dict[str, Any]:
     if not crops:
         if keeps_shape and resized:
             raise UnsupportedModelError("its images keep their shape: shortest_edge is given, and no crop.")
+        if size is not None and resized:
+            sides = [size["height"], size["width"]] if edges == {"height", "width"} else [_side(size, "size")] * 2
+            if not all(is_whole(side, 1, MAX_SIDE) for side in sides):
+                raise ConfigError(f"size of the preprocessor must be numbers of pixels, not {shown(size)}.")
+            found["input_size"] = sides
         return {**found, "crop_pct": 1.0, "crop_mode": "squash"}
     if not resized:
         raise UnsupportedModelError("its images are cropped and not resized (do_resize).")
@@ -94,7 +104,8 @@ def _sizes(config: Mapping[str, Any]) -> dict[str, Any]:
     if math.floor(crop / fraction) < side:  # timm rounds down
         fraction = math.nextafter(fraction, 0)
     squashed = bool(edges) and not keeps_shape
-    return {**found, "crop_pct": fraction, "crop_mode": "squash" if squashed else "center"}
+    found |= {"crop_pct": fraction, "crop_mode": "squash" if squashed else "center"}
+    return {**found, "input_size": [crop, crop]}
 
 
 def _side(size: Any, name: str) -> int:

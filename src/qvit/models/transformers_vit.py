@@ -6,12 +6,14 @@ Only the folder that ``save_pretrained`` writes is read, by its names: transform
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import timm.data
 import torch
+import torch.nn.functional as F
+from timm.layers import to_2tuple
 from timm.models import VisionTransformer
 from torch import Tensor
 
@@ -22,7 +24,7 @@ from qvit.models.arguments import MAX_CHANNELS
 from qvit.models.checkpoint import build
 from qvit.models.reading import find_weights, read_file, read_json
 from qvit.models.spec import ModelSpec, describe, same_architecture, unnamed_classes
-from qvit.models.transformers_families import CONVERSIONS, Weights, activation, plain_arguments
+from qvit.models.transformers_families import CONVERSIONS, DINOV2, Conversion, Weights, activation, plain_arguments
 from qvit.models.transformers_images import preprocessing_in
 
 # What a transformers configuration means where it says nothing.
@@ -69,7 +71,9 @@ def is_transformers_config(config: Mapping[str, Any]) -> bool:
     return config.get("model_type") in ("vit", "deit", *CONVERSIONS)
 
 
-def load_transformers(folder: Path, source: str, expected: ModelSpec | None) -> tuple[VisionTransformer, ModelSpec]:
+def load_transformers(
+    folder: Path, source: str, expected: ModelSpec | None, report: Callable[[str], None]
+) -> tuple[VisionTransformer, ModelSpec]:
     """Return the timm model with the weights and the settings of a transformers vision model.
 
     ViT and DeiT classifiers, Swin, BEiT, DINOv2, and the vision towers of CLIP and SigLIP. What has no classifier is a
@@ -80,6 +84,7 @@ def load_transformers(folder: Path, source: str, expected: ModelSpec | None) -> 
             ``preprocessor_config.json`` or ``processor_config.json``.
         source: where it comes from, for messages.
         expected: the model and the classes that the user works with, if they are known.
+        report: told what was changed for the images.
 
     Raises:
         CheckpointError: if a file is absent or damaged, or weights do not fit the configuration.
@@ -94,6 +99,8 @@ def load_transformers(folder: Path, source: str, expected: ModelSpec | None) -> 
         else:
             name, arguments, weights = conversion.convert(config, stored)
         said = preprocessing_in(folder, source, arguments["in_chans"])
+        if remark := _follow_processor(conversion, arguments, weights, said):
+            report(f"{source}: {remark}")
         if conversion is None:
             half = [0.5] * arguments["in_chans"]
             said = {"mean": half, "std": half, **said}
@@ -114,6 +121,34 @@ def load_transformers(folder: Path, source: str, expected: ModelSpec | None) -> 
         raise CheckpointError(f"{source} does not hold what its config.json says: {error} is absent.") from error
     except (ArithmeticError, AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{source} has weights and a config.json that do not fit together.") from error
+
+
+def _follow_processor(
+    conversion: Conversion | None, arguments: dict[str, Any], weights: Weights, said: dict[str, Any]
+) -> str:
+    """Make a DINOv2 for images of the size that its processor gives, as transformers does, and say so.
+
+    Raises:
+        UnsupportedModelError: if a model of another family is given images that it does not take.
+    """
+    made = list(to_2tuple(arguments["img_size"]))
+    given = said.pop("input_size", [0, *made])[1:]
+    if given == made:
+        return ""
+    before, after = (" x ".join(map(str, size)) for size in (made, given))
+    if conversion is not DINOV2:
+        raise UnsupportedModelError(
+            f"its preprocessor makes images of {after} pixels and the model takes {before}: write the model's size "
+            "into preprocessor_config.json."
+        )
+    prefix = 0 if arguments.get("no_embed_class") else 1
+    grids = [[side // arguments["patch_size"] for side in size] for size in (made, given)]
+    patches = weights["pos_embed"][:, prefix:].unflatten(1, grids[0]).permute(0, 3, 1, 2)
+    # Antialiased where there are registers, as transformers has it of either.
+    resampled = F.interpolate(patches, size=grids[1], mode="bicubic", antialias="reg_tokens" in arguments)
+    weights["pos_embed"] = torch.cat([weights["pos_embed"][:, :prefix], resampled.flatten(2).mT], dim=1)
+    arguments["img_size"] = given
+    return f"the position embedding was resampled from images of {before} pixels to the {after} of its preprocessor."
 
 
 def class_names(config: Mapping[str, Any], expected: list[str]) -> list[str]:
