@@ -89,12 +89,21 @@ def test_text_named_as_image_is_refused(tmp_path: Path) -> None:
         opened(path)
 
 
-@pytest.mark.parametrize("values", [np.float32([[0.5]]), np.int32([[65536]]), np.int32([[-1]])])
+@pytest.mark.parametrize("values", [np.float32([[0.5]]), np.int32([[65536]]), np.int32([[-1]]), np.int32([[200]])])
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_pixels_of_unknown_range_are_refused(tmp_path: Path, values: np.ndarray, mode: Mode) -> None:
     path = save(Image.fromarray(values), tmp_path / "science.tiff")
     with pytest.raises(CorruptImageError, match=r"science.tiff .*: it has .* pixels, save it with 8 or 16 bits\.$"):
         opened(path, mode)
+
+
+def test_sixteen_bits_of_every_format_are_scaled_and_32_of_memory_refused(tmp_path: Path) -> None:
+    deep = Image.fromarray(np.uint16([[0, 257 * 100, 65535]]))
+    for suffix in ("png", "tiff", "pgm"):
+        path = save(deep, tmp_path / f"deep.{suffix}")
+        assert np.asarray(opened(path, "L")).tolist() == [[0, 100, 255]]
+    with pytest.raises(CorruptImageError, match="it has signed or 32-bit pixels"):
+        open_picture(Image.new("L", (2, 2), 200).convert("I"), "L")
 
 
 def test_grey_with_alpha_lies_on_white(tmp_path: Path) -> None:

@@ -165,7 +165,7 @@ def open_picture(source: ImageSource, mode: Mode = "RGB", name: str | None = Non
 
     Raises:
         CorruptImageError: naming the image, if it is absent, no image, cut short, of more pixels than can be decoded in
-            :data:`MEMORY`, or of floating-point or 32-bit pixels, whose range the file does not tell.
+            :data:`MEMORY`, or of floating-point, signed or 32-bit pixels, whose range the file does not tell.
     """
     try:
         image = _decoded(source)
@@ -310,14 +310,12 @@ def _check_size(image: Image.Image) -> None:
 def _check(image: Image.Image) -> None:
     if image.mode == "F":
         raise ValueError("it has floating-point pixels, save it with 8 or 16 bits")
-    if image.mode == "I":
-        lowest, highest = image.getextrema()
-        if lowest < 0 or highest > 65535:  # type: ignore[operator]
-            raise ValueError("it has 32-bit pixels, save it with 8 or 16 bits")
+    if image.mode == "I" and image.format != "PPM":  # whose decoder scales what has more than 8 bits to 16
+        raise ValueError("it has signed or 32-bit pixels, save it with 8 or 16 bits")
 
 
 def _narrow(image: Image.Image, mode: Mode) -> Image.Image:
-    if image.mode.startswith("I"):  # I;16 and its byte orders; decoders may widen it to I
+    if image.mode.startswith("I"):  # I;16 and its byte orders, or PPM's I
         deep = np.asarray(image).astype(np.uint32)
         return Image.fromarray(((deep + 128) // 257).astype(np.uint8))
     if image.has_transparency_data:

@@ -242,6 +242,10 @@ def test_weights_that_are_not_numbers_are_refused(vit: nn.Module, tmp_path: Path
     [
         ({"classes": ["one"]}, "classes has 1 names, the model has 10 logits"),
         ({"classes": list(range(10))}, "classes must be a list of names"),
+        ({"classes": set("abcdefghij")}, "classes must be a list of names in the order of the logits, not a set"),
+        ({"classes": dict.fromkeys("abcdefghij")}, "in the order of the logits, not a dict"),
+        ({"classes": "abcdefghij"}, "in the order of the logits, not a str"),
+        ({"classes": iter("abc")}, "classes has 3 names"),
         ({"preprocessing": {}}, "input_size must be channels, height and width"),
         ({"preprocessing": {**preprocessing(), "mean": [0.5]}}, "preprocessing.mean must be 3 numbers"),
         ({"preprocessing": {**preprocessing(), "input_size": [3, 32, 32]}}, "not the model's image size"),

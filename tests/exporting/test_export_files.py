@@ -70,7 +70,7 @@ def test_a_checkpoint_becomes_onnx(tmp_path: Path) -> None:
         ("m.safetensors", "link.onnx", (), "link.onnx is there already: "),
         ("m.safetensors", "folder.onnx", (), "folder.onnx is there already: "),
         ("m.safetensors", "there.onnx/n.onnx", (), "there.onnx is no folder: give another name."),
-        ("m.safetensors", "n.onnx", ("--opset", "26"), "The opset must be from 21 to 25, not 26."),
+        ("m.safetensors", "n.onnx", ("--opset", "26"), "opset must be a whole number from 21 to 25, not 26."),
         ("none.safetensors", "n.onnx", (), "There is no file "),
         ("none.pt", "n.onnx", (), "There is no file "),
         ("there.onnx", "n.onnx", (), "there.onnx was damaged, or is no file of PyTorch's"),

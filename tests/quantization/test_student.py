@@ -17,9 +17,10 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 import qvit
+from conftest import make_vit
 from members import preprocessing
 from qvit import DistillationLoss, QuantConfig, calibrate, export, quantize, save_checkpoint
-from qvit.errors import ConfigError, DataError, ModeError, UnsupportedModelError
+from qvit.errors import ConfigError, DataError, ModeError, TeacherMismatchError, UnsupportedModelError
 from qvit.nn.quantizer import BITS, Float32Module, Quantizer
 from qvit.nn.rectifier import HeadRectifier
 from qvit.quantization.convert import layers_with_bits
@@ -281,5 +282,8 @@ def test_images_of_another_type_are_made_the_models(vit: nn.Module, images: Tens
         student(images[:, :1])
     with pytest.raises(DataError, match="at least one image"):
         qvit.agreement(student, vit, [])
+    for other in ({"depth": 1}, {"num_classes": 3}):
+        with pytest.raises(TeacherMismatchError, match="not made of (this float model|it)"):
+            qvit.agreement(student, make_vit(**other), [images])
     with pytest.raises(ConfigError, match="guided_layers names no layer"):
         DistillationLoss(vit, guided_layers=[])

@@ -244,6 +244,16 @@ def test_classes_of_large_and_of_equal_logits_have_their_probabilities_in_order(
     assert pair[:3] == [(engine.classes[4], 0.5), (engine.classes[7], 0.5), (engine.classes[0], 0.0)]
 
 
+def test_classes_are_of_logits_that_are_the_models() -> None:
+    engine = Engine(make_packed(4, class_count=3), threads=1)
+    assert engine.most_probable([[0, 0, 1]], 1)[0][0][0] == engine.classes[2]  # type: ignore[arg-type]
+    for logits in (np.zeros(3), np.zeros((1, 4)), np.zeros((1, 2))):
+        with pytest.raises(DataError, match=r"has logits \(B, 3\), not \("):
+            engine.most_probable(logits, 1)
+    with pytest.raises(DataError, match="logits hold a NaN"):
+        engine.most_probable(np.full((1, 3), np.nan), 1)
+
+
 def test_an_engine_takes_no_more_threads_than_it_may_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qvit.runtime.engine.processors", lambda: 5000)
     assert Engine(make_packed(4)).threads == 1024

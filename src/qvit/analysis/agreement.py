@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qvit.errors import DataError
+from qvit.errors import DataError, TeacherMismatchError
 from qvit.models.families import classifies, family_of
 from qvit.nn.modes import evaluating
 from qvit.nn.moments import Moments
@@ -53,12 +53,15 @@ def agreement(student: nn.Module, teacher: nn.Module, batches: Iterable[Any]) ->
 
     Raises:
         UnsupportedModelError: if a model is on the meta device.
+        TeacherMismatchError: if the blocks or the outputs are others.
         DataError: if there are no images, or an output is NaN or infinite, naming the first block of which it is.
     """
     check_values(student)
     check_values(teacher)
     family, parameter = family_of(student), next(student.parameters())
     names = {module: name for name, module in student.named_modules()}
+    if family is not family_of(teacher) or len(family.blocks(student)) != len(family.blocks(teacher)):
+        raise TeacherMismatchError("The student was not made of this float model: it has other blocks.")
     pairs = list(zip(family.blocks(student), family.blocks(teacher), strict=True))
     labels = [names[block] for block, _ in pairs]
     errors = [torch.zeros((), dtype=torch.float64) for _ in pairs]
@@ -70,6 +73,11 @@ def agreement(student: nn.Module, teacher: nn.Module, batches: Iterable[Any]) ->
             x = images_of(batch).to(parameter)
             wanted, floats = _with_outputs(teacher, [block for _, block in pairs], x)
             got, outputs = _with_outputs(student, [block for block, _ in pairs], x)
+            if got.shape != wanted.shape:
+                raise TeacherMismatchError(
+                    f"The student gives {tuple(got.shape)} and the float model {tuple(wanted.shape)}: it was not made "
+                    "of it."
+                )
             for index, (output, target) in enumerate(zip(outputs, floats, strict=True)):
                 errors[index] += (output.cpu().double() - target.cpu().double()).square().sum()
                 sums[index].add(target)

@@ -9,6 +9,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from qvit._version import __version__
+from qvit.config import check_count
 from qvit.errors import ConfigError
 from qvit.exporting.onnx_builder import Builder
 from qvit.exporting.onnx_graph import FIRST_OPSET, LAST_OPSET, Graph
@@ -61,8 +62,7 @@ def onnx_model(packed: PackedModel, *, exact: bool = False, opset: int | None = 
     """
     if opset is None:
         opset = _narrowest(packed)
-    if not FIRST_OPSET <= opset <= LAST_OPSET:
-        raise ConfigError(f"The opset must be from {FIRST_OPSET} to {LAST_OPSET}, not {opset}.")
+    check_count("opset", opset, FIRST_OPSET, LAST_OPSET)
     program, graph = packed.program, Graph(opset)
     opsets = [helper.make_opsetid("", opset)]
     images, result = graph.name(IMAGES), graph.name("logits" if program.classifies else "features")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -92,14 +92,19 @@ def described(
     if not isinstance(size, list) or len(size) != 3 or not all(type(side) is int for side in size):
         raise ConfigError(f"preprocessing.input_size must be channels, height and width, not {size!r}.")
     program, lowering = lower(student, (size[1], size[2]))
+    if isinstance(classes, (str, bytes, Mapping, Set)):
+        raise ConfigError(
+            f"classes must be a list of names in the order of the logits, not a {type(classes).__name__}."
+        )
     if classes is None:
         classes = unnamed_classes(program.output) if program.classifies else []
+    names = list(classes)
     try:
-        check_classes(list(classes), program)
+        check_classes(names, program)
         check_preprocessing(settings, program.input)
     except PackedFileError as error:
         raise ConfigError(str(error)) from error
-    return program, settings, list(classes), lowering
+    return program, settings, names, lowering
 
 
 def _student(model: nn.Module) -> nn.Module:

@@ -158,9 +158,18 @@ class Engine:
         return self.most_probable(self._of_pictures(images), top_k)
 
     def most_probable(self, logits: NDArray[np.float32], top_k: int = 5) -> list[list[tuple[str, float]]]:
-        """Return the ``top_k`` classes of each row of ``logits`` ``(B, classes)`` as :meth:`predict` does."""
+        """Return the ``top_k`` classes of each row of ``logits`` ``(B, classes)`` as :meth:`predict` does.
+
+        Raises:
+            ConfigError: for another ``top_k``.
+            DataError: for logits of another shape, or with a NaN or an infinity.
+        """
         check_count("top_k", top_k)
-        scaled = logits.astype(np.float64)
+        scaled = np.asarray(logits, np.float64)
+        if scaled.shape[1:] != (len(self.classes),):
+            raise DataError(f"{self.program.name} has logits (B, {len(self.classes)}), not {scaled.shape}.")
+        if not np.isfinite(scaled).all():
+            raise DataError("The logits hold a NaN or an infinity.")
         powers = np.exp(scaled - scaled.max(axis=1, keepdims=True))
         probabilities = powers / powers.sum(axis=1, keepdims=True)
         ranked = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]
