@@ -26,8 +26,8 @@ struct Narrow {
             each_sum<Rows, kVectors>([&](auto r, auto v) { sums[r][v] = _mm256_setzero_si256(); });
             const size_t until = std::min(at + kBeforeWidening, k);
             for (; at < until; at += kDepth) {
-                const __m256i weights[] = {kept(load_vector(w + at * kChannels)),
-                                           kept(load_vector(w + at * kChannels + 32))};
+                const __m256i weights[] = {kept(bytes::load(w + at * kChannels)),
+                                           kept(bytes::load(w + at * kChannels + 32))};
                 unrolled<Rows>([&](auto r) {
                     const __m256i codes = _mm256_set1_epi32(load_word(a + r * stride + at));
                     unrolled<kVectors>([&](auto v) {
@@ -38,8 +38,8 @@ struct Narrow {
             each_sum<Rows, kVectors>([&](auto r, auto v) {
                 int32_t* to = out + r * out_stride + v * kLanes;
                 __m256i sum = _mm256_madd_epi16(sums[r][v], ones);
-                if (!first) sum = _mm256_add_epi32(sum, load_vector(to));
-                store_vector(to, sum);
+                if (!first) sum = _mm256_add_epi32(sum, bytes::load(to));
+                bytes::store(to, sum);
             });
         }
     }
@@ -55,7 +55,7 @@ struct Wide {
         each_sum<Rows, kVectors>([&](auto r, auto v) { sums[r][v] = _mm256_setzero_si256(); });
         for (size_t at = 0; at < k; at += kDepth)
             unrolled<kVectors>([&](auto v) {
-                const __m256i weights = load_vector(w + at * kChannels + v * sizeof(__m256i));
+                const __m256i weights = bytes::load(w + at * kChannels + v * sizeof(__m256i));
                 const __m256i odd = _mm256_srai_epi16(weights, 8);
                 const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(weights, 8), 8);
                 unrolled<Rows>([&](auto r) {
@@ -67,7 +67,7 @@ struct Wide {
                     sums[r][v] = _mm256_add_epi32(sums[r][v], both);
                 });
             });
-        each_sum<Rows, kVectors>([&](auto r, auto v) { store_vector(out + r * out_stride + v * kLanes, sums[r][v]); });
+        each_sum<Rows, kVectors>([&](auto r, auto v) { bytes::store(out + r * out_stride + v * kLanes, sums[r][v]); });
     }
 };
 

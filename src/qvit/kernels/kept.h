@@ -1,4 +1,4 @@
-// A value that is to stay in its register, on x86.
+// A value that is to stay in its register.
 #pragma once
 
 namespace {
@@ -7,7 +7,9 @@ namespace {
 // a chain of additions into a tree, whose branches do not fit into the registers.
 template <class Vector>
 [[gnu::always_inline]] inline Vector kept(Vector x) {
+#if defined(__x86_64__)
     asm("" : "+v"(x));
+#endif
     return x;
 }
 

@@ -18,7 +18,8 @@ constexpr size_t kPair = 2;
 template <int Bits>
 constexpr size_t kBeforeWidening = 255 / (Terms<Bits>::kRange * kPair) / 2 * 2;  // pairs, two at a step
 template <int Bits>
-constexpr size_t kPairsAtOnce = 65535 / (Terms<Bits>::kRange * kPair) / 8 * 8;  // what a 16-bit sum holds
+constexpr size_t kPairsAtOnce =
+    65535 / (Terms<Bits>::kRange * kPair) / kBeforeWidening<Bits> * kBeforeWidening<Bits>;  // what a 16-bit sum holds
 
 template <int Bits>
 struct Tables {

@@ -24,13 +24,13 @@ struct Vnni {
         __m256i sums[Rows][kVectors];
         each_sum<Rows, kVectors>([&](auto r, auto v) { sums[r][v] = _mm256_setzero_si256(); });
         for (size_t at = 0; at < k; at += kDepth) {
-            const __m256i weights[] = {load_vector(w + at * kChannels), load_vector(w + at * kChannels + 32)};
+            const __m256i weights[] = {bytes::load(w + at * kChannels), bytes::load(w + at * kChannels + 32)};
             unrolled<Rows>([&](auto r) {
                 const __m256i codes = _mm256_set1_epi32(load_word(a + r * stride + at));
                 unrolled<kVectors>([&](auto v) { sums[r][v] = multiply_add(sums[r][v], codes, weights[v]); });
             });
         }
-        each_sum<Rows, kVectors>([&](auto r, auto v) { store_vector(out + r * out_stride + v * kLanes, sums[r][v]); });
+        each_sum<Rows, kVectors>([&](auto r, auto v) { bytes::store(out + r * out_stride + v * kLanes, sums[r][v]); });
     }
 };
 

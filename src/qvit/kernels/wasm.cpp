@@ -1,7 +1,8 @@
 // WebAssembly with vectors of 128 bits; compiled once more with relaxed SIMD for the engines that have it.
 #include "simd_wasm.h"
 
-#include "lookup_pairs.h"
+#include "bytes_wasm.h"
+#include "lookup_tiles.h"
 #include "panels.h"
 #include "row_ops.h"
 
@@ -93,98 +94,17 @@ struct Narrow {
     }
 };
 
-inline v128_t look_up(v128_t table, v128_t index) { return wasm_i8x16_relaxed_swizzle(table, index); }
-
-#else
-
-inline v128_t look_up(v128_t table, v128_t index) { return wasm_i8x16_swizzle(table, index); }
-
 #endif
 
-// Four sums of each quarter of a group, from those of 16-bit words of two bytes and those of the words' high bytes,
-// which make the low bytes' sum by their difference. To what is in `starts`, or if that is null in `out`.
-template <size_t Group>
-[[gnu::always_inline]] inline void add_words(v128_t words, v128_t highs, const uint8_t* starts, int32_t* out) {
-    const v128_t lows = wasm_i16x8_sub(words, wasm_i16x8_shl(highs, 8)), low_word = wasm_i32x4_splat(0xffff);
-    const v128_t quarters[4] = {wasm_v128_and(lows, low_word), wasm_u32x4_shr(lows, 16), wasm_v128_and(highs, low_word),
-                                wasm_u32x4_shr(highs, 16)};
-    const void* from = starts == nullptr ? static_cast<const void*>(out) : starts;
-    unrolled<4>([&](auto q) {
-        constexpr size_t kChannel = q * Group / 4;
-        const v128_t start = wasm_v128_load(static_cast<const int32_t*>(from) + kChannel);
-        wasm_v128_store(out + kChannel, wasm_i32x4_add(start, quarters[q]));
-    });
-}
-
-// The lookup for 2 bits: 32 multiply-adds by one swizzle and one addition.
-constexpr size_t kGroup = 16;
-
-template <int Rows, int Groups>
-void lookup_tile(const uint8_t* a, size_t stride, const uint8_t* w, size_t group_bytes, size_t count,
-                 const uint8_t* starts, int32_t* out, size_t out_stride) {
-    v128_t words[Rows][Groups], highs[Rows][Groups];
-    each_sum<Rows, Groups>([&](auto r, auto g) { words[r][g] = highs[r][g] = wasm_i32x4_splat(0); });
-    for (size_t at = 0; at < count;) {
-        v128_t bytes[Rows][Groups];
-        each_sum<Rows, Groups>([&](auto r, auto g) { bytes[r][g] = wasm_i32x4_splat(0); });
-        const size_t until = std::min(at + kBeforeWidening<2>, count);
-        for (; at < until; at += 2)
-            unrolled<2>([&](auto i) {
-                v128_t channels[Groups];
-                unrolled<Groups>(
-                    [&](auto g) { channels[g] = wasm_v128_load(w + g * group_bytes + (at + i) * kGroup); });
-                unrolled<Rows>([&](auto r) {
-                    const v128_t table = wasm_v128_load(table_at<2>(a + r * stride, at + i));
-                    unrolled<Groups>(
-                        [&](auto g) { bytes[r][g] = wasm_i8x16_add(bytes[r][g], look_up(table, channels[g])); });
-                });
-            });
-        each_sum<Rows, Groups>([&](auto r, auto g) {
-            words[r][g] = wasm_i16x8_add(words[r][g], bytes[r][g]);
-            highs[r][g] = wasm_i16x8_add(highs[r][g], wasm_u16x8_shr(bytes[r][g], 8));
-        });
-    }
-    each_sum<Rows, Groups>([&](auto r, auto g) {
-        add_words<kGroup>(words[r][g], highs[r][g], starts == nullptr ? nullptr : starts + g * group_bytes,
-                          out + r * out_stride + g * kGroup);
-    });
-}
-
+// 32 multiply-adds by one swizzle and one addition.
+constexpr size_t kGroup = sizeof(v128_t);
 constexpr LookupTile kOneGroup[] = {lookup_tile<1, 1>, lookup_tile<2, 1>, lookup_tile<3, 1>};
 constexpr LookupTile kTwoGroups[] = {lookup_tile<1, 2>, lookup_tile<2, 2>, lookup_tile<3, 2>};
 constexpr LookupTiles kLookupTiles[] = {kOneGroup, kTwoGroups};
 
-// Rows of 3 and 4 bits in lookups: one row, and vectors at constant distances, which V8 adds to an address.
-constexpr size_t kWideGroup = 64;
-
-void mixed_tile(const uint8_t* a, size_t, const uint8_t* w, size_t, size_t count, const uint8_t* starts, int32_t* out,
-                size_t) {
-    constexpr size_t kPairs = kBeforeWidening<4>;
-    constexpr int kIndices = kWideGroup / sizeof(v128_t);
-    v128_t words[kIndices], highs[kIndices];
-    unrolled<kIndices>([&](auto v) { words[v] = highs[v] = wasm_i32x4_splat(0); });
-    for (size_t at = 0; at < count; at += kPairs) {
-        v128_t bytes[kIndices];
-        unrolled<kIndices>([&](auto v) { bytes[v] = wasm_i32x4_splat(0); });
-        unrolled<kPairs>([&](auto i) {
-            const v128_t table = wasm_v128_load(table_at<4>(a, at + i));
-            unrolled<kIndices>([&](auto v) {
-                const v128_t index = wasm_v128_load(w + (at + i) * kWideGroup + v * sizeof index);
-                bytes[v] = wasm_i8x16_add(bytes[v], look_up(table, index));
-            });
-        });
-        unrolled<kIndices>([&](auto v) {
-            words[v] = wasm_i16x8_add(words[v], bytes[v]);
-            highs[v] = wasm_i16x8_add(highs[v], wasm_u16x8_shr(bytes[v], 8));
-        });
-    }
-    unrolled<kIndices>([&](auto v) {
-        constexpr size_t kBytes = kLanes * sizeof(int32_t);
-        add_words<kWideGroup>(words[v], highs[v], starts == nullptr ? nullptr : starts + v * kBytes, out + v * kLanes);
-    });
-}
-
-constexpr LookupTile kOneRow[] = {mixed_tile};
+// Vectors at constant distances, which V8 adds to an address.
+constexpr size_t kWideGroup = 4 * sizeof(v128_t);
+constexpr LookupTile kOneRow[] = {mixed_tile<kWideGroup, 1>};
 constexpr LookupTiles kMixedTiles[] = {kOneRow};
 
 constexpr Product kProducts[] = {
