@@ -87,12 +87,16 @@ NUMBERS_FROM_ZERO: dict[str, Callable[[Any], object]] = {
 
 @pytest.mark.parametrize("name", [*NUMBERS, *NUMBERS_FROM_ZERO])
 def test_a_number_that_cannot_be_meant_is_none(name: str) -> None:
-    for number in (*([0] if name in NUMBERS else []), -1, float("nan"), float("inf"), "1", True):
+    for number in (*([0] if name in NUMBERS else []), -1, -(10**400), float("nan"), float("inf"), "1", True):
         with pytest.raises(ConfigError, match=rf"{name.split()[-1]} must be a number (above 0|from 0 up), not "):
             {**NUMBERS, **NUMBERS_FROM_ZERO}[name](number)
 
 
-def test_numpys_whole_numbers_are_taken(packed_file: Path) -> None:
+def test_engine_takes_numpys_whole_numbers_and_what_is_written_to_files_none(packed_file: Path) -> None:
     engine = qvit.load(packed_file, threads=np.int64(1))  # type: ignore[arg-type]
     assert engine.threads == 1
+    with pytest.raises(ConfigError, match="epochs must be a whole number from 1 up, not a int64"):
+        trained(epochs=np.int64(1))
+    with pytest.raises(ConfigError, match="lr must be a number from 0 up, not a float32"):
+        trained(lr=np.float32(0.1))
     assert engine.profile(np.zeros((1, 3, 16, 16), np.float32), repeats=np.int8(1))  # type: ignore[arg-type]

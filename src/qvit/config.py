@@ -6,7 +6,6 @@ import dataclasses
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple
 
 from qvit.errors import ConfigError
@@ -116,24 +115,24 @@ def _pair(bits: Any) -> Bits:
 
 
 def check_count(name: str, value: Any, least: int = 1, most: int | None = None) -> None:
-    """Refuse what is no whole number, of Python's or NumPy's, from ``least`` to ``most``.
+    """Refuse what is no whole number of Python's, as files hold them, from ``least`` to ``most``.
 
     Raises:
         ConfigError: naming it.
     """
-    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    whole = isinstance(value, int) and not isinstance(value, bool)
     if not whole or value < least or (most is not None and value > most):
         limits = f"{least} up" if most is None else f"{least} to {most}"
         raise ConfigError(f"{name} must be a whole number from {limits}, not {shown(value)}.")
 
 
 def check_number(name: str, value: Any, *, above_zero: bool) -> None:
-    """Refuse what is no finite number above 0, or from 0 up.
+    """Refuse what is no finite number of Python's above 0, or from 0 up.
 
     Raises:
         ConfigError: naming it.
     """
-    number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and value < math.inf
     if not number or not (value > 0 if above_zero else value >= 0):
         raise ConfigError(f"{name} must be a number {'above 0' if above_zero else 'from 0 up'}, not {shown(value)}.")
 

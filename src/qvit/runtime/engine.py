@@ -74,6 +74,11 @@ def _load_again(source: str | bytes, checksum: str, threads: int | None, instruc
     return engine
 
 
+def _plain(number: Any) -> Any:
+    """Return a whole number of NumPy's as Python's."""
+    return number.item() if isinstance(number, np.integer) else number
+
+
 class Engine:
     """A quantized vision transformer on codes.
 
@@ -112,8 +117,9 @@ class Engine:
         """Take the tensors out of ``packed`` one by one: where it is nobody else's, their memory is free at once."""
         self.program, self.classes, self.preprocessing = packed.program, packed.classes, packed.preprocessing
         if threads is not None:
+            threads = _plain(threads)
             check_count("threads", threads, most=MOST_THREADS)
-        self.threads = min(processors(), MOST_THREADS) if threads is None else int(threads)
+        self.threads = min(processors(), MOST_THREADS) if threads is None else threads
         known = instruction_sets()
         self.instruction_set = known[0] if instruction_set is None else instruction_set
         if self.instruction_set not in known:
@@ -164,7 +170,7 @@ class Engine:
             ConfigError: for another ``top_k``.
             DataError: for logits of another shape, or with a NaN or an infinity.
         """
-        check_count("top_k", top_k)
+        check_count("top_k", _plain(top_k))
         scaled = np.asarray(logits, np.float64)
         if scaled.shape[1:] != (len(self.classes),):
             raise DataError(f"{self.program.name} has logits (B, {len(self.classes)}), not {scaled.shape}.")
@@ -230,7 +236,7 @@ class Engine:
             ConfigError: for ``repeats`` below 1.
             DataError: as in a call.
         """
-        check_count("repeats", repeats)
+        check_count("repeats", _plain(repeats))
         self(images)
         self._model.profile()
         self._model.set_timed(True)
