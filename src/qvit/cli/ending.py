@@ -62,6 +62,8 @@ _LESS_MEMORY = {
     "threads": "fewer --threads",
 }
 """What takes less memory, by the parameter of a command that it is asked for with."""
+_RESERVE = 4 << 20
+"""Bytes that are let go where memory is short: to end takes some too. Untouched, they are addresses and no memory."""
 _Command = TypeVar("_Command", bound=Callable[..., None])
 
 
@@ -113,7 +115,9 @@ def ends_in_a_sentence(command: _Command) -> _Command:
     @functools.wraps(command)
     def run(*args: object, **kwargs: object) -> None:
         sentence: str | None = None
+        reserve: bytearray | None = None
         try:
+            reserve = bytearray(_RESERVE)
             try:
                 command(*args, **kwargs)
             except TrainingStopped as stopped:
@@ -131,6 +135,7 @@ def ends_in_a_sentence(command: _Command) -> _Command:
                 raise
             end(f"This command needs {missing.name}: pip install 'qvit[{extra}]' brings it.", REFUSED)
         except (MemoryError, ImportError, RuntimeError, OSError) as error:
+            del reserve
             _end_if_a_worker_was_killed(error)
             shortage = memory_shortage(error)
             if shortage is not None:
