@@ -94,6 +94,7 @@ OF_COMPUTING: dict[str, tuple[Callable[[Any], object], str]] = {
     ),
     "dropout": (put(f"{MLP}.drop1", Negative()), r"mlp\.drop1 \(Negative\): it stands where timm computes nothing"),
     "activation": (put(f"{MLP}.act", Negative()), r"mlp\.act \(Negative\): a packed file knows the activations"),
+    "prefix tokens": (put("num_prefix_tokens", 2), r"the model .*its num_prefix_tokens is 2, and it has 1 of them"),
     "another module": (put("extra", Negative()), r"extra \(Negative\): it stands where timm computes nothing"),
 }
 """Changes that even the program of an uncalibrated student shows, and the sentence about each."""

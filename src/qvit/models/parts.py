@@ -96,6 +96,8 @@ def tokens(to: Lowering, parts: Sequence[Any], positions: Any, covered: int) -> 
     model: Any = to.model
     present = [part for part in parts if part is not None]
     prefix = sum(part.shape[1] for part in present)
+    if model.num_prefix_tokens != prefix:  # so many are left out of a mean over the patches
+        refuse("the model", model, f"its num_prefix_tokens is {model.num_prefix_tokens}, and it has {prefix} of them")
     if positions is not None and positions.shape[1] != model.patch_embed.num_patches + covered:
         expected = model.patch_embed.num_patches + covered
         refuse("pos_embed", positions, f"it covers {positions.shape[1]} tokens of {expected}")
