@@ -223,6 +223,28 @@ def test_what_a_file_cannot_say_is_refused_by_name(name: str, kwargs: dict[str, 
         quantize(timm.create_model(name, **kwargs))
 
 
+@pytest.mark.parametrize(
+    ("member", "path", "value", "match"),
+    [
+        ("swin", "layers.0.blocks.1.shift_size", (0, 0), r"layers\.0\.blocks\.1 .*not that of its shift_size \(0, 0\)"),
+        ("swinv2", "layers.0.blocks.1.attn_mask", None, r"layers\.0\.blocks\.1 .*not that of its shift_size \(2, 2\)"),
+        ("swinv2_cr", "stages.0.blocks.1.attn_mask", None, r"stages\.0\.blocks\.1 .*not that of its shift_size"),
+        ("beit", "blocks.1.gamma_1", None, r"blocks\.1 \(Block\): it has one of gamma_1 and gamma_2"),
+        ("eva02", "blocks.1.attn.rotate_half", True, r"blocks\.1\.attn .*rotates other channels together"),
+        ("relpos_class_token", "num_prefix_tokens", 0, "its num_prefix_tokens is 0, and it has 1 of them"),
+    ],
+)
+def test_settings_that_contradict_one_another_are_refused(member: str, path: str, value: Any, match: str) -> None:
+    model, _ = family_member(member)
+    student = quantize(model)
+    for changed in (model, student):
+        owner, _, name = path.rpartition(".")
+        setattr(changed.get_submodule(owner), name, value)
+    for refused in (lambda: quantize(model), lambda: lower(student, image_size_of(student))):
+        with pytest.raises(UnsupportedModelError, match=match):
+            refused()
+
+
 class Opposite(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return -x

@@ -13,7 +13,7 @@ from qvit.format.branches import Residual
 from qvit.format.ops import Operation, Pool
 from qvit.models import parts
 from qvit.models.attention import attention
-from qvit.models.lowering import Lowering, Values, wide
+from qvit.models.lowering import Lowering, Values, refuse, wide
 from qvit.nn.attention import QuantAttention
 from qvit.nn.positions import QuantBeitAttention
 
@@ -47,6 +47,8 @@ def lower(to: Lowering) -> Iterator[Operation]:
 def _block(to: Lowering, name: str) -> Iterator[Operation]:
     block = to.known(name, beit.Block)
     parts.need_norms(block, name)
+    if (block.gamma_1 is None) != (block.gamma_2 is None):
+        refuse(name, block, "it has one of gamma_1 and gamma_2, and timm multiplies by both or by none")
     bias = _bias(block.attn, to.model.rel_pos_bias)
     yield Residual((attention(to, f"{name}.attn", f"{name}.norm1", f"{name}.gamma_1", bias=bias),))
     yield Residual((to.mlp(f"{name}.mlp", f"{name}.norm2", f"{name}.gamma_2"),))

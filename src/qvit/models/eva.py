@@ -73,6 +73,8 @@ def _rotary(to: Lowering, attention: Any, index: int) -> Rotary | None:
     if model.rope is None:
         return None
     halves = bool(attention.rotate_half)
+    if halves != bool(model.blocks[0].attn.rotate_half):
+        refuse(f"blocks.{index}.attn", attention, "it rotates other channels together than the first block")
     name, heads = (f"rope.{index}", int(attention.num_heads)) if model.rope_mixed else ("rope", 1)
 
     def table(part: int) -> np.ndarray:

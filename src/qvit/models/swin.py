@@ -106,7 +106,10 @@ def windows(name: str, block: Any, grid: tuple[int, int]) -> tuple[tuple[int, in
             block.attn,
             f"its windows of {window} patches do not divide the grid of {grid}, at this size",
         )
-    return window, (int(block.shift_size[0]), int(block.shift_size[1]))
+    shift = (int(block.shift_size[0]), int(block.shift_size[1]))
+    if not getattr(block, "dynamic_mask", False) and (block.attn_mask is not None) != any(shift):
+        refuse(name, block, f"its attn_mask is not that of its shift_size {shift}")
+    return window, shift
 
 
 def check_merge(name: str, module: nn.Module, grid: tuple[int, int]) -> None:
