@@ -115,9 +115,9 @@ def ends_in_a_sentence(command: _Command) -> _Command:
     @functools.wraps(command)
     def run(*args: object, **kwargs: object) -> None:
         sentence: str | None = None
-        reserve: bytearray | None = None
+        reserve: bytes | None = None
         try:
-            reserve = bytearray(_RESERVE)
+            reserve = bytes(_RESERVE)
             try:
                 command(*args, **kwargs)
             except TrainingStopped as stopped:

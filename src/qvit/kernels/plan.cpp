@@ -95,7 +95,7 @@ void Plan::residual(std::vector<Attention> attending, std::vector<Mlp> feeding, 
         for (Mlp& mlp : feeding) {
             consider(mlp.fc1);
             consider(mlp.fc2);
-            widen(largest_row, 2 * mlp.hidden);
+            widen(largest_row, mlp.kind == Mlp::Kind::plain ? mlp.hidden : product_of(2, mlp.hidden));
             fold(mlp, post);
         }
         mlps.push_back({post, std::move(feeding)});
