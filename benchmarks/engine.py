@@ -17,10 +17,11 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,33 +134,44 @@ def profile(names: Sequence[str], bits: Sequence[int]) -> dict[str, Any]:
     """Measure and print what each kind of work takes of all threads' time; return the seconds of an image as data."""
     results: dict[str, Any] = {"machine": machine()}
     speeds = _loop_speeds()
-    for name, b in itertools.product(names, bits):
-        with tempfile.TemporaryDirectory(prefix="qvit-models-") as folder:
-            file = write_random(Path(folder) / "model.safetensors", name, b, 224)
-            with compiled("handover") as distance:
-                columns, distances = {}, {}
-                for threads, batch in PROFILED:
-                    before = handover(distance)
-                    columns[f"{threads} x {batch}"] = _profile(file, threads, batch)
-                    distances[f"{threads} x {batch}"] = (before, handover(distance))
-        at_peak = seconds_at_peak(program(name, b), speeds, _kernels.instruction_sets()[0])
-        table = Table(title=f"{name}, {b} bits, microseconds an image, all threads, {results['machine']['cpu']}")
-        table.add_column("threads x images")
-        for column in columns:
-            table.add_column(column, justify="right")
-        for work in next(iter(columns.values())):
-            table.add_row(work, *(f"{1e6 * seconds[work]:.0f}" for seconds in columns.values()))
-        totals = [sum(seconds.values()) for seconds in columns.values()]
-        table.add_row("together", *(f"{1e6 * total:.0f}" for total in totals))
-        if at_peak is not None:
-            table.add_row("products at their peak", *([f"{1e6 * at_peak:.0f}"] * len(columns)))
-            table.add_row("their share", *(f"{100 * at_peak / total:.0f} %" for total in totals))
-        if None not in itertools.chain(*distances.values()):
-            ends = (f"{before:.0f}, {after:.0f}" for before, after in distances.values())
-            table.add_row("ns to the other processor, before and after", *ends)
-        console.print(table)
-        results[f"{name}, {b} bits"] = {"seconds": columns, "seconds_at_peak": at_peak, "handover": distances}
+    with contextlib.ExitStack() as stack:
+        distance = stack.enter_context(compiled("handover"))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qvit-models-")))
+        for name, b in itertools.product(names, bits):
+            file = write_random(folder / f"{name}-{b}.safetensors", name, b, 224)
+            columns, distances = {}, {}
+            for threads, batch in PROFILED:
+                before = handover(distance)
+                columns[f"{threads} x {batch}"] = _profile(file, threads, batch)
+                distances[f"{threads} x {batch}"] = (before, handover(distance))
+            at_peak = seconds_at_peak(program(name, b), speeds, _kernels.instruction_sets()[0])
+            title = f"{name}, {b} bits, microseconds an image, all threads, {results['machine']['cpu']}"
+            console.print(_profile_table(title, columns, distances, at_peak))
+            results[f"{name}, {b} bits"] = {"seconds": columns, "seconds_at_peak": at_peak, "handover": distances}
     return results
+
+
+def _profile_table(
+    title: str,
+    columns: Mapping[str, Mapping[str, float]],
+    distances: Mapping[str, tuple[float | None, float | None]],
+    at_peak: float | None,
+) -> Table:
+    """Return the seconds of each work by column, the share of the products' peak, and how far processors were."""
+    table = Table("threads x images", title=title)
+    for column in columns:
+        table.add_column(column, justify="right")
+    for work in next(iter(columns.values())):
+        table.add_row(work, *(f"{1e6 * seconds[work]:.0f}" for seconds in columns.values()))
+    totals = [sum(seconds.values()) for seconds in columns.values()]
+    table.add_row("together", *(f"{1e6 * total:.0f}" for total in totals))
+    if at_peak is not None:
+        table.add_row("products at their peak", *([f"{1e6 * at_peak:.0f}"] * len(columns)))
+        table.add_row("their share", *(f"{100 * at_peak / total:.0f} %" for total in totals))
+    if None not in itertools.chain(*distances.values()):
+        ends = (f"{before:.0f}, {after:.0f}" for before, after in distances.values())
+        table.add_row("ns to the other processor, before and after", *ends)
+    return table
 
 
 def _profile(file: Path, threads: int, batch: int) -> dict[str, float]:

@@ -17,7 +17,7 @@ from qvit.errors import DataError
 from qvit.models.families import classifies
 from qvit.models.queries import Attended, attention_layers, run_with_attention
 from qvit.nn.modes import evaluating
-from qvit.nn.quantizer import Quantizer
+from qvit.nn.quantizer import has_quantizers
 
 
 class Examination:
@@ -43,8 +43,7 @@ class Examination:
         ]
         self.range = AttentionRange(grids)
         self.distance = None if reference is None else AttentionDistance()
-        quantized = any(isinstance(module, Quantizer) for module in model.modules())
-        self.noise = ModelNoise(model) if quantized else None
+        self.noise = ModelNoise(model) if has_quantizers(model) else None
         self.images = self.labelled = self.right = self.same = 0
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ from torch import nn
 
 from qvit.config import Bits
 from qvit.nn.linear import QuantConv2d, QuantLinear
-from qvit.nn.quantizer import Quantizer
+from qvit.nn.quantizer import Quantizer, has_quantizers
 from qvit.nn.rectifier import Rectifier
 from qvit.quantization.convert import program_of
 
@@ -106,6 +106,6 @@ def operations(model: nn.Module, image_size: int | tuple[int, int]) -> Operation
         UnsupportedModelError: naming the module that qvit does not know.
         ConfigError: if the model does not take images of this size.
     """
-    quantized = any(isinstance(module, Quantizer) for module in model.modules())
+    quantized = has_quantizers(model)
     macs = program_of(model, to_2tuple(image_size)).macs()
     return Operations(macs if quantized else {Bits(_FLOAT_BITS, _FLOAT_BITS): sum(macs.values())})

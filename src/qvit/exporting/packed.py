@@ -17,7 +17,7 @@ from qvit.models.checkpoint import load_checkpoint
 from qvit.models.keeping import described
 from qvit.models.lowering import refuse
 from qvit.models.spec import ModelSpec
-from qvit.nn.quantizer import Quantizer
+from qvit.nn.quantizer import has_quantizers
 from qvit.quantization.convert import check_finished, check_known
 
 
@@ -53,7 +53,7 @@ def export(
         OutputError: if the file cannot be written.
     """
     check_known(student, "export")
-    if not any(isinstance(module, Quantizer) for module in student.modules()):
+    if not has_quantizers(student):
         refuse("the model", student, "it has no quantizers: pass what qvit.quantize returned")
     check_finished(student)
     if not replace:

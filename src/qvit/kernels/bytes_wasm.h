@@ -24,9 +24,9 @@ inline Vector add8(Vector a, Vector b) { return wasm_i8x16_add(a, b); }
 inline Vector add16(Vector a, Vector b) { return wasm_i16x8_add(a, b); }
 inline Vector add32(Vector a, Vector b) { return wasm_i32x4_add(a, b); }
 inline Vector sub16(Vector a, Vector b) { return wasm_i16x8_sub(a, b); }
+inline Vector raise8(Vector x) { return wasm_i16x8_shl(x, 8); }
 inline Vector high8(Vector x) { return wasm_u16x8_shr(x, 8); }
 inline Vector high16(Vector x) { return wasm_u32x4_shr(x, 16); }
-inline Vector raise8(Vector x) { return wasm_i16x8_shl(x, 8); }
 inline Vector low16(Vector x) { return wasm_v128_and(x, wasm_i32x4_splat(0xffff)); }
 
 }  // namespace bytes

@@ -20,7 +20,7 @@ from qvit.models.families import lower
 from qvit.models.lowering import Lowering
 from qvit.models.spec import ModelSpec, shape_of, unnamed_classes
 from qvit.models.weights import fitting
-from qvit.nn.quantizer import Quantizer
+from qvit.nn.quantizer import has_quantizers
 from qvit.quantization.convert import check_finished, check_known, quantize
 
 
@@ -108,7 +108,7 @@ def described(
 
 
 def _student(model: nn.Module) -> nn.Module:
-    return model if any(isinstance(module, Quantizer) for module in model.modules()) else quantize(model)
+    return model if has_quantizers(model) else quantize(model)
 
 
 def _spec_of(model: Any, preprocessing: dict[str, Any], classes: list[str]) -> ModelSpec:

@@ -211,3 +211,8 @@ class Quantizer(Float32Module):
         """Say the bits and how many scales there are."""
         sign = "signed" if self.low else "unsigned"
         return f"{self.bits} bits, {sign}, scales={self.log_scale.numel()}, offset={self.offset is not None}"
+
+
+def has_quantizers(model: nn.Module) -> bool:
+    """Say whether a part of ``model`` is quantized, as what :func:`qvit.quantize` returns is."""
+    return any(isinstance(module, Quantizer) for module in model.modules())

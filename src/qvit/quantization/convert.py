@@ -24,7 +24,7 @@ from qvit.models.families import ATTENTIONS, MODELS, family_of, image_size_of, l
 from qvit.models.lowering import NORMS, refuse
 from qvit.nn.attention import QuantAttention
 from qvit.nn.linear import QuantConv2d, QuantLinear
-from qvit.nn.quantizer import Float32Module, Quantizer
+from qvit.nn.quantizer import Float32Module, Quantizer, has_quantizers
 from qvit.nn.rectifier import Rectifier
 
 # Modules that own parameters and stay in floating point, as the residual stream does (docs/method.md, section 1).
@@ -97,7 +97,7 @@ def program_of(model: nn.Module, image_size: tuple[int, int]) -> Program:
         UnsupportedModelError: naming the module that cannot be quantized, or that was changed after it.
         ConfigError: if the model does not take images of this size.
     """
-    if any(isinstance(module, Quantizer) for module in model.modules()):
+    if has_quantizers(model):
         check_unchanged(model)
     else:
         model = quantize(copy.deepcopy(model).to("meta"))
@@ -136,7 +136,7 @@ def check_quantized(model: nn.Module) -> None:
     Raises:
         UnsupportedModelError: naming the part.
     """
-    if not any(isinstance(module, Quantizer) for module in model.modules()):
+    if not has_quantizers(model):
         return
     for student in (module for module in model.modules() if type(module) in MODELS):
         for name, module in _replaced(student):
@@ -153,7 +153,7 @@ def _check_float(model: nn.Module) -> None:
     Raises:
         UnsupportedModelError: in one sentence.
     """
-    if any(isinstance(module, Quantizer) for module in model.modules()):
+    if has_quantizers(model):
         raise UnsupportedModelError(
             f"Cannot quantize the model ({type(model).__name__}): it is quantized already; calibrate or train it as it "
             "is, or quantize the float model that it came from."
